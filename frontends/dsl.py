@@ -1,0 +1,296 @@
+"""Modules and parameters: nets are built, named and saved as in torch.
+
+`forward` runs once, on symbolic values, when the net is compiled. Parameters are fp32 and live
+where the last compiled program put them; `state_dict()` is always what that program learned.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+from graphnet.errors import ConfigError, GraphnetError, ShapeError, StateDictError
+from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
+from graphnet.runtime.state import Cell
+
+if TYPE_CHECKING:
+    from graphnet.frontends.summary import Summary
+
+
+class Parameter(Cell):
+    """A trained fp32 tensor.
+
+    data       the live tensor; assigning copies into it. After a program ran on the GPU it is
+               there, and shared with the program. Copies that programs derive from it (bf16)
+               follow an assignment and `load_state_dict`, not in-place arithmetic on it.
+    trainable  False freezes it in programs compiled from then on
+    """
+
+    def __init__(self, data: torch.Tensor, trainable: bool = True) -> None:
+        if not isinstance(data, torch.Tensor):
+            raise ConfigError(f"a Parameter takes a torch tensor, not a {type(data).__name__}")
+        super().__init__(data.detach().to("cpu", torch.float32, copy=True).contiguous())
+        self.trainable = trainable
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.live
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        value = torch.as_tensor(value)
+        if tuple(value.shape) != self.shape:
+            raise ShapeError(
+                f"a parameter of shape {list(self.shape)} was assigned a tensor of shape "
+                f"{list(value.shape)}"
+            )
+        self.live.copy_(value.detach())
+        self.touched()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.live.shape)
+
+    def numel(self) -> int:
+        return self.live.numel()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        made = Parameter(self.live, self.trainable)
+        memo[id(self)] = made
+        return made
+
+    def __repr__(self) -> str:
+        frozen = "" if self.trainable else ", trainable=False"
+        return f"Parameter({list(self.shape)}{frozen})"
+
+
+class Incompatible(NamedTuple):
+    """What `load_state_dict` left alone: keys the net has alone, keys the dict has alone."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Module:
+    """A net or a part of one. Submodules and parameters are attributes; write `forward(self, x)`.
+
+    name         display name; empty for type and ordinal (conv1, fc2)
+    input_shape  shape of one sample, where the net knows it (`summary` and error texts use it)
+    place        `file:line` where it was made
+    """
+
+    kind: ClassVar[str] = ""  # stem of the display name; only layers have one
+    name: str = ""
+    input_shape: tuple[int, ...] | None = None
+    place: str = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Module:
+        self = super().__new__(cls)
+        self.__dict__["place"] = user_place()
+        return self
+
+    def forward(self, *args: Any) -> Symbol:
+        raise ConfigError(
+            f"{type(self).__name__} has no forward", help="define forward(self, x) on it"
+        )
+
+    def __call__(self, *args: Any) -> Symbol:
+        tracer = active_tracer(type(self).__name__)
+        tracer.stack.append(self)
+        tracer.calls[self] = tracer.calls.get(self, 0) + 1
+        try:
+            return self.forward(*args)
+        except GraphnetError as error:
+            if self in tracer.names:  # the innermost layer is where it went wrong
+                error.layer = error.layer or tracer.names[self]
+                error.where = error.where or self.place
+            raise
+        finally:
+            tracer.stack.pop()
+
+    # ---- the tree ---------------------------------------------------------------------------
+
+    def _own(self, kind: type) -> Iterator[tuple[str, Any]]:
+        for key, value in vars(self).items():
+            if isinstance(value, kind):
+                yield key, value
+
+    def _paths(self, prefix: str, seen: set[Module] | None) -> Iterator[tuple[str, Module]]:
+        if seen is not None:
+            if self in seen:
+                return
+            seen.add(self)
+        yield prefix, self
+        for key, child in self._own(Module):
+            yield from child._paths(f"{prefix}.{key}" if prefix else key, seen)
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """(attribute path, module), this one first under ''; a shared module once."""
+        return self._paths("", set())
+
+    def modules(self) -> Iterator[Module]:
+        return (m for _, m in self.named_modules())
+
+    def _keys(self) -> Iterator[tuple[str, Parameter]]:
+        """Every key of the state dict; a shared parameter stands under each of its paths."""
+        for path, module in self._paths("", None):
+            for key, p in module._own(Parameter):
+                yield (f"{path}.{key}" if path else key), p
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(state_dict key, parameter) in state_dict order; a shared parameter once."""
+        seen: set[Parameter] = set()
+        for key, p in self._keys():
+            if p not in seen:
+                seen.add(p)
+                yield key, p
+
+    def parameters(self) -> Iterator[Parameter]:
+        return (p for _, p in self.named_parameters())
+
+    def layer_names(self) -> dict[Module, str]:
+        """Layer to display name: its `name`, else type and ordinal. ConfigError for a double."""
+        layers = [m for m in self.modules() if m.kind]
+        names: dict[Module, str] = {}
+        for m in layers:
+            if m.name:
+                if m.name in names.values():
+                    raise ConfigError(
+                        f"two layers are named {m.name!r}",
+                        where=m.place,
+                        help="names are unique in a net: they seed dropout and label kernels",
+                    )
+                names[m] = m.name
+        count: dict[str, int] = {}
+        for m in layers:
+            while m not in names:
+                count[m.kind] = count.get(m.kind, 0) + 1
+                if f"{m.kind}{count[m.kind]}" not in names.values():
+                    names[m] = f"{m.kind}{count[m.kind]}"
+        return {m: names[m] for m in layers}
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> OrderedDict[str, torch.Tensor]:
+        """A snapshot of all parameters: fp32 tensors on the CPU under torch's keys."""
+        return OrderedDict(
+            (key, p.data.detach().to("cpu", copy=True)) for key, p in self._keys()
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
+        """Copies tensors in, by key; compiled programs see them at their next call.
+
+        Nothing is copied unless everything fits: StateDictError lists all missing, unexpected and
+        ill-shaped keys at once. `strict=False` allows missing and unexpected ones.
+        """
+        mine = dict(self._keys())
+        missing = [k for k in mine if k not in state]
+        unexpected = [k for k in state if k not in mine]
+        loaded = {k: torch.as_tensor(state[k]) for k in mine if k in state}
+        problems = [
+            f"{k}: the net has {list(mine[k].shape)}, the dict {list(t.shape)}"
+            for k, t in loaded.items()
+            if tuple(t.shape) != mine[k].shape
+        ]
+        problems += [
+            f"{k}: dtype {t.dtype} is not a floating-point type"
+            for k, t in loaded.items()
+            if not t.is_floating_point()
+        ]
+        if strict:
+            problems = [f"missing {k}" for k in missing] + [
+                f"unexpected {k}" for k in unexpected
+            ] + problems  # fmt: skip
+        if problems:
+            raise StateDictError(
+                f"state dict does not fit {self._title()}:\n  " + "\n  ".join(problems),
+                help="strict=False ignores missing and unexpected keys" if strict else None,
+            )
+        for key, tensor in loaded.items():
+            mine[key].data = tensor
+        return Incompatible(missing, unexpected)
+
+    def copy(self) -> Module:
+        """An independent net with equal parameters; programs of this one do not touch it."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    # ---- printing ---------------------------------------------------------------------------
+
+    def summary(self, shape: tuple[int, ...] | None = None) -> Summary:
+        """A table of layers, output shapes, parameters and multiply-adds; prints as text.
+
+        `shape` is the input shape with its batch; without it, one sample of `input_shape`.
+        """
+        from graphnet.frontends.summary import summarize
+
+        return summarize(self, shape)
+
+    def _title(self) -> str:
+        return re.sub(r"\W", "_", self.name or type(self).__name__.lower())
+
+    def extra_repr(self) -> str:
+        """What stands in the parentheses of a layer's repr."""
+        return ""
+
+    def __repr__(self) -> str:
+        children = list(self._own(Module))
+        if not children:
+            return f"{type(self).__name__}({self.extra_repr()})"
+        lines = []
+        for key, child in children:
+            lines += f"({key}): {child!r}".splitlines()
+        return "\n".join([f"{type(self).__name__}(", *(f"  {line}" for line in lines), ")"])
+
+
+class Sequential(Module):
+    """Modules called one after the other; nests. Keys are 0, 1, ... or those of an OrderedDict."""
+
+    def __init__(self, *modules: Any) -> None:
+        if len(modules) == 1 and isinstance(modules[0], Mapping):
+            pairs = [(str(k), m) for k, m in modules[0].items()]
+        else:
+            pairs = [(str(i), m) for i, m in enumerate(modules)]
+        for key, module in pairs:
+            self._put(key, module)
+
+    def _put(self, key: str, module: Any) -> None:
+        if not isinstance(module, Module):
+            made = "call it" if isinstance(module, type) else "wrap it in a gn.Module"
+            raise ConfigError(f"Sequential takes modules; item {key} is {module!r}", help=made)
+        if hasattr(Sequential, key) or "." in key or not key:
+            raise ConfigError(f"{key!r} cannot be the key of a submodule")
+        self.__dict__[key] = module
+
+    def append(self, module: Module) -> Sequential:
+        """Adds a module at the end and returns the container."""
+        self._put(str(len(self)), module)
+        return self
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._own(Module))
+
+    def __iter__(self) -> Iterator[Module]:
+        return (m for _, m in self._own(Module))
+
+    def __getitem__(self, index: Any) -> Any:
+        modules = list(self)
+        return Sequential(*modules[index]) if isinstance(index, slice) else modules[index]
+
+    def __bool__(self) -> bool:
+        return True  # an empty container is still a module
+
+    def forward(self, x: Symbol) -> Symbol:
+        for module in self:
+            x = module(x)
+        return x

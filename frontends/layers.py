@@ -1,0 +1,354 @@
+"""The layers: torch's argument names, order, defaults, shapes and initialisation.
+
+Weights are drawn from torch's global generator with the same calls as torch.nn, so that
+`torch.manual_seed(0)` gives a net the weights of its torch twin.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, ClassVar
+
+import torch
+
+from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
+from graphnet.frontends.dsl import Module, Parameter
+from graphnet.frontends.symbolic import Symbol, active_tracer, flatten
+
+Pair = int | tuple[int, int]
+
+
+def _pair(value: Any, what: str, least: int = 1) -> tuple[int, int]:
+    """An int or a pair of ints, as a pair; ConfigError below `least`."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in pair):
+        raise ConfigError(f"{what} is an int or a pair of ints, not {value!r}")
+    if min(pair) < least:
+        raise ConfigError(f"{what}={value!r} is below {least}")
+    return pair
+
+
+def _sides(pair: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(vertical, horizontal) padding as (top, bottom, left, right)."""
+    return (pair[0], pair[0], pair[1], pair[1])
+
+
+def _count(value: Any, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{what} is a positive int, not {value!r}")
+    return value
+
+
+def _default_init(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    if bias is not None:
+        bound = 1 / math.sqrt(weight[0].numel())
+        torch.nn.init.uniform_(bias, -bound, bound)
+
+
+class Conv2d(Module):
+    """2-D convolution of [N, in_channels, H, W]; weight [out, in/groups, R, S], bias [out].
+
+    `padding` is an int, a pair, "valid" or "same" (stride 1 only).
+    """
+
+    kind: ClassVar[str] = "conv"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        name: str = "",
+    ) -> None:
+        self.in_channels = _count(in_channels, "in_channels")
+        self.out_channels = _count(out_channels, "out_channels")
+        self.kernel_size = _pair(kernel_size, "kernel_size")
+        self.stride = _pair(stride, "stride")
+        self.dilation = _pair(dilation, "dilation")
+        self.groups = _count(groups, "groups")
+        self.name = name
+        if in_channels % groups or out_channels % groups:
+            raise ConfigError(
+                f"groups={groups} does not divide {in_channels} input and {out_channels} "
+                "output channels"
+            )
+        if padding_mode != "zeros":
+            raise UnsupportedOpError(
+                f"padding_mode {padding_mode!r} is not implemented", help='use "zeros"'
+            )
+        self.padding = padding if isinstance(padding, str) else _pair(padding, "padding", 0)
+        self._sides = self._four_sides()
+        weight = torch.empty(out_channels, in_channels // groups, *self.kernel_size)
+        b = torch.empty(out_channels) if bias else None
+        _default_init(weight, b)
+        self.weight = Parameter(weight)
+        self.bias = None if b is None else Parameter(b)
+
+    def _four_sides(self) -> tuple[int, int, int, int]:
+        if isinstance(self.padding, tuple):
+            return _sides(self.padding)
+        if self.padding == "valid":
+            return (0, 0, 0, 0)
+        if self.padding != "same":
+            raise ConfigError(
+                f"unknown padding {self.padding!r}", help='use an int, a pair, "same" or "valid"'
+            )
+        if self.stride != (1, 1):
+            raise ConfigError('padding="same" needs stride 1', help="give the padding as numbers")
+        v, h = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return (v // 2, v - v // 2, h // 2, h - h // 2)
+
+    def forward(self, x: Symbol) -> Symbol:
+        if x.ndim == 4 and x.shape[1] != self.in_channels:
+            raise ShapeError(
+                f"{self.in_channels} input channels expected, got {x.shape[1]} "
+                f"(shape {list(x.shape)})"
+            )
+        operands = [x, self.weight] + ([self.bias] if self.bias is not None else [])
+        return x.tracer.emit(
+            "conv2d", operands, stride=self.stride, padding=self._sides,
+            dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        for key, default in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)),
+                             ("groups", 1)):  # fmt: skip
+            if getattr(self, key) != default:
+                parts.append(f"{key}={getattr(self, key)!r}")
+        return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))
+
+
+class Linear(Module):
+    """x @ weight.T + bias for [N, in_features]; weight [out_features, in_features]."""
+
+    kind: ClassVar[str] = "fc"
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, name: str = ""
+    ) -> None:
+        self.in_features = _count(in_features, "in_features")
+        self.out_features = _count(out_features, "out_features")
+        self.name = name
+        weight = torch.empty(out_features, in_features)
+        b = torch.empty(out_features) if bias else None
+        _default_init(weight, b)
+        self.weight = Parameter(weight)
+        self.bias = None if b is None else Parameter(b)
+
+    def forward(self, x: Symbol) -> Symbol:
+        if x.ndim != 2:
+            raise ShapeError(
+                f"Linear takes [N, {self.in_features}], got {list(x.shape)}",
+                help="put gn.Flatten() before it",
+            )
+        if x.shape[1] != self.in_features:
+            raise ShapeError(f"{self.in_features} input features expected, got {x.shape[1]}")
+        operands = [x, self.weight] + ([self.bias] if self.bias is not None else [])
+        return x.tracer.emit("linear", operands)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class MaxPool2d(Module):
+    """Maximum over windows of [N, C, H, W]; ties give the gradient to the first in row order."""
+
+    kind: ClassVar[str] = "pool"
+
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair | None = None,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+        *,
+        name: str = "",
+    ) -> None:
+        if return_indices:
+            raise UnsupportedOpError("return_indices is not implemented")
+        self.kernel_size = _pair(kernel_size, "kernel_size")
+        self.stride = self.kernel_size if stride is None else _pair(stride, "stride")
+        self.padding = _pool_padding(padding, self.kernel_size)
+        self.dilation = _pair(dilation, "dilation")
+        self.ceil_mode = bool(ceil_mode)
+        self.name = name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return x.tracer.emit(
+            "maxpool2d", [x], kernel=self.kernel_size, stride=self.stride,
+            padding=_sides(self.padding), dilation=self.dilation, ceil_mode=self.ceil_mode,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return _pool_repr(self) + (f", dilation={self.dilation}" * (self.dilation != (1, 1)))
+
+
+class AvgPool2d(Module):
+    """Mean over windows of [N, C, H, W]."""
+
+    kind: ClassVar[str] = "pool"
+
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair | None = None,
+        padding: Pair = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        name: str = "",
+    ) -> None:
+        self.kernel_size = _pair(kernel_size, "kernel_size")
+        self.stride = self.kernel_size if stride is None else _pair(stride, "stride")
+        self.padding = _pool_padding(padding, self.kernel_size)
+        self.ceil_mode = bool(ceil_mode)
+        self.count_include_pad = bool(count_include_pad)
+        if divisor_override is not None:
+            _count(divisor_override, "divisor_override")
+        self.divisor_override = divisor_override
+        self.name = name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return x.tracer.emit(
+            "avgpool2d", [x], kernel=self.kernel_size, stride=self.stride,
+            padding=_sides(self.padding), ceil_mode=self.ceil_mode,
+            count_include_pad=self.count_include_pad,
+            divisor_override=self.divisor_override or 0,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return _pool_repr(self)
+
+
+def _pool_padding(padding: Any, kernel: tuple[int, int]) -> tuple[int, int]:
+    pair = _pair(padding, "padding", 0)
+    if any(2 * p > k for p, k in zip(pair, kernel, strict=True)):
+        raise ConfigError(f"padding {pair} is more than half of the window {kernel}")
+    return pair
+
+
+def _pool_repr(pool: Any) -> str:
+    parts = [f"kernel_size={pool.kernel_size}, stride={pool.stride}"]
+    if pool.padding != (0, 0):
+        parts.append(f"padding={pool.padding}")
+    if pool.ceil_mode:
+        parts.append("ceil_mode=True")
+    return ", ".join(parts)
+
+
+class AdaptiveAvgPool2d(Module):
+    """Means over windows that divide [N, C, H, W] into `output_size`; None keeps a size."""
+
+    kind: ClassVar[str] = "pool"
+
+    def __init__(self, output_size: Any, *, name: str = "") -> None:
+        is_pair = isinstance(output_size, (tuple, list))
+        pair = tuple(output_size) if is_pair else (output_size, output_size)
+        if len(pair) != 2:
+            raise ConfigError(f"output_size is an int or a pair, not {output_size!r}")
+        for size in pair:
+            if size is not None:
+                _count(size, "output_size")
+        self.output_size = pair
+        self.name = name
+
+    def forward(self, x: Symbol) -> Symbol:
+        if x.ndim != 4:
+            raise ShapeError(f"AdaptiveAvgPool2d takes [N, C, H, W], got {list(x.shape)}")
+        sizes = tuple(
+            s if want is None else want
+            for want, s in zip(self.output_size, x.shape[2:], strict=True)
+        )
+        return x.tracer.emit("adaptive_avgpool2d", [x], output_size=sizes)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}"
+
+
+class Dropout(Module):
+    """Zeroes elements with probability p in training.
+
+    mode "inverted" divides what is kept by 1 - p and does nothing in inference; "vanilla" leaves
+    it alone in training and multiplies by 1 - p in inference.
+    """
+
+    kind: ClassVar[str] = "drop"
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, mode: str = "inverted", name: str = ""
+    ) -> None:
+        if not 0.0 <= p < 1.0:
+            raise ConfigError(f"dropout probability {p!r} is not in [0, 1)")
+        if mode not in ("inverted", "vanilla"):
+            raise ConfigError(f"unknown dropout mode {mode!r}", help='"inverted" or "vanilla"')
+        self.p = float(p)
+        self.mode = mode
+        self.name = name
+
+    def forward(self, x: Symbol) -> Symbol:
+        tracer = active_tracer("Dropout")
+        if self.p == 0.0 or (self.mode == "inverted" and not tracer.training):
+            return x
+        call = tracer.calls[self]
+        # Each further call of a shared layer draws from a stream of its own.
+        label = tracer.names[self] + (f"#{call}" if call > 1 else "")
+        return tracer.emit(
+            "dropout",
+            [x, Symbol(tracer, tracer.lazy["seed"]), Symbol(tracer, tracer.lazy["step"])],
+            p=self.p, mode=self.mode, stream=zlib.crc32(label.encode()),
+            training=tracer.training, global_batch=tracer.batch,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (', mode="vanilla"' if self.mode == "vanilla" else "")
+
+
+class Flatten(Module):
+    """Axes start_dim..end_dim joined into one."""
+
+    kind: ClassVar[str] = "flatten"
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1, *, name: str = "") -> None:
+        self.start_dim, self.end_dim, self.name = start_dim, end_dim, name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return flatten(x, self.start_dim, self.end_dim)
+
+
+class _Activation(Module):
+    def __init__(self, inplace: bool = False, *, name: str = "") -> None:
+        self.name = name  # `inplace` is torch's; where a result lives is the planner's decision
+
+    def forward(self, x: Symbol) -> Symbol:
+        return x.tracer.emit(self.kind, [x])
+
+
+class ReLU(_Activation):
+    """max(x, 0)."""
+
+    kind: ClassVar[str] = "relu"
+
+
+class Tanh(_Activation):
+    """Hyperbolic tangent."""
+
+    kind: ClassVar[str] = "tanh"
+
+
+class Sigmoid(_Activation):
+    """1 / (1 + exp(-x))."""
+
+    kind: ClassVar[str] = "sigmoid"

@@ -1,0 +1,26 @@
+"""The models by name: `gn.models.lenet5()` or `gn.models.get("lenet5")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from graphnet.errors import ConfigError
+from graphnet.frontends.dsl import Module
+from graphnet.frontends.models.lenet import caffe_lenet, lenet5
+
+MODELS: dict[str, Callable[..., Module]] = {"caffe_lenet": caffe_lenet, "lenet5": lenet5}
+
+
+def get(name: str, **options: Any) -> Module:
+    """A new net of that name; ConfigError lists the valid names."""
+    try:
+        make = MODELS[name]
+    except KeyError:
+        raise ConfigError(
+            f"unknown model {name!r}", help=f"valid models: {', '.join(sorted(MODELS))}"
+        ) from None
+    return make(**options)
+
+
+__all__ = ["MODELS", "caffe_lenet", "get", "lenet5"]

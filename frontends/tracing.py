@@ -1,0 +1,131 @@
+"""net -> traced Graph: one run of `forward` on symbolic values, and the errors it may raise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphnet.errors import ConfigError, GraphnetError, ShapeError
+from graphnet.frontends.dsl import Module
+from graphnet.frontends.symbolic import Symbol, Tracer
+from graphnet.ir.graph import Builder, Graph, Input, Value, Where
+from graphnet.ir.types import TensorType, f32, i32, i64
+
+_SPATIAL = ("conv2d", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
+
+
+def trace(
+    net: Module, shape: Sequence[int], *, loss: Any = None, training: bool = False
+) -> Graph:
+    """The traced graph of a net for inputs of `shape`, its batch first.
+
+    Returns logits; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in
+    training the loss alone. Inputs: x, the parameters in state_dict order, then labels, live,
+    seed and step where they are read. Errors name the layer, its place and the chain of sizes.
+    """
+    shape = _checked_shape(shape)
+    if training and loss is None:
+        raise ConfigError("training needs a loss", help="loss=gn.CrossEntropyLoss()")
+    b = Builder(f"{net._title()}.traced")
+    tracer = Tracer(b, net.layer_names(), training=training)
+    tracer.batch = shape[0]
+    x = b.input("x", TensorType(f32, shape), "data")
+    for key, p in net.named_parameters():
+        tracer.params[p] = b.input(key, TensorType(f32, p.shape), "param")
+    labels = b.input("labels", TensorType(i64, shape[:1]), "data")
+    live = b.input("live", TensorType(i32, ()), "hyper")
+    tracer.lazy = {
+        "seed": b.input("seed", TensorType(i64, ()), "hyper"),
+        "step": b.input("step", TensorType(i64, ()), "counter"),
+    }
+    with tracer.active():
+        try:
+            out = net(Symbol(tracer, x))
+        except ShapeError as error:
+            raise _with_chain(error, net, b, x) from None
+        if not isinstance(out, Symbol):
+            raise ConfigError(
+                f"forward of {net._title()} returned a {type(out).__name__}, not a value",
+                where=net.place,
+                help="return the logits",
+            )
+    returns = (out.value,)
+    if loss is not None:
+        _check_logits(out, shape[0])
+        b.where = Where(("loss",), "")
+        made = b.one(loss.op, out.value, labels, live, attrs=loss.attrs())
+        returns = (made,) if training else (made, out.value)
+    return _without_unread(b.build(*returns))
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
+    if not shape or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in shape):
+        raise ShapeError(
+            f"the input shape {shape} is no tuple of positive ints",
+            help="give the batch first: (32, 1, 28, 28)",
+        )
+    return shape
+
+
+def _check_logits(out: Symbol, batch: int) -> None:
+    if out.ndim != 2 or out.shape[0] != batch:
+        raise ShapeError(
+            f"the loss takes logits [{batch}, classes], the net returns {list(out.shape)}",
+            help="end the net with gn.Flatten() and gn.Linear(...)",
+        )
+
+
+def _without_unread(graph: Graph) -> Graph:
+    """Drops labels, live, seed and step where nothing reads them; parameters stay."""
+    read = {v for e in graph.eqns for v in e.inputs}
+    lazy = ("labels", "live", "seed", "step")
+
+    def keep(i: Input) -> bool:
+        return i.role == "param" or i.value.name not in lazy or i.value in read
+
+    kept = tuple(i for i in graph.inputs if keep(i))
+    return Graph(graph.name, kept, graph.eqns, graph.returns, graph.commits)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape[1:]))
+
+
+def _chain(b: Builder, x: Value) -> str:
+    """The sizes from the input to the last equation written, one per layer that changed one."""
+    made = {v: e for e in b.eqns for v in e.results}
+    steps: list[str] = []
+    v = b.eqns[-1].out if b.eqns else x
+    while v in made:
+        eqn = made[v]
+        if eqn.op in (*_SPATIAL, "linear", "reshape"):
+            steps.append(f"{', '.join(eqn.where.layers)} {_size(v.type.shape)}")
+        data = [u for u in eqn.inputs if u in made or u == x]
+        if not data:
+            break
+        v = data[0]
+    steps.append(f"input {_size(x.type.shape)}")
+    return " -> ".join(reversed(steps))
+
+
+def _with_chain(error: ShapeError, net: Module, b: Builder, x: Value) -> GraphnetError:
+    """The error with the sizes on the way there and, for large images, the usual mistake."""
+    hints = [error.help] if error.help else []
+    shape = x.type.shape
+    known = net.input_shape
+    if known is not None and tuple(known) != shape[1:]:
+        hints.append(f"this net is written for inputs of {'x'.join(map(str, known))}")
+    first = next((e for e in b.eqns if e.op == "conv2d"), None)
+    wide = first is not None and first.inputs[1].type.shape[2] >= 7
+    if len(shape) == 4 and (wide or shape[2] in (224, 227)):
+        hints.append(
+            "AlexNet's 11x11 stride-4 conv1 without padding wants 227x227, (227-11)/4+1 = 55; "
+            "224x224 goes with padding 2"
+        )
+    return ShapeError(
+        f"{error.message}\n  sizes: {_chain(b, x)}",
+        layer=error.layer,
+        where=error.where,
+        help="; ".join(hints) or None,
+    )

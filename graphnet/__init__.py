@@ -1,0 +1,78 @@
+"""graphnet compiles the whole training step of a CNN into a few generated kernels.
+
+Names are loaded when they are first used: `import graphnet` imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "graphnet.api": ("build", "check_gradients", "compile", "load", "save"),
+    "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
+    "graphnet.frontends.layers": (
+        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "Linear", "MaxPool2d",
+        "ReLU", "Sigmoid", "Tanh",
+    ),
+    "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
+    "graphnet.frontends.tracing": ("trace",),
+    "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss"),
+    "graphnet.ops.update": ("SGD",),
+    "graphnet.train.trainer": ("Trainer",),
+    "graphnet.errors": (
+        "BackendUnavailableError", "CheckpointError", "CompileError", "ConfigError", "DTypeError",
+        "DataError", "GraphError", "GraphnetError", "NumericsError", "OutOfMemoryPlanError",
+        "ParseError", "RunExistsError", "ShapeError", "StateDictError", "UnsupportedOpError",
+    ),
+}  # fmt: skip
+_MODULES = {
+    "models": "graphnet.frontends.models",
+    "random": "graphnet.runtime.random",
+    "schedule": "graphnet.train.schedule",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *sorted([*_HOME, *_MODULES])]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from graphnet.api import build, check_gradients, compile, load, save
+    from graphnet.errors import GraphnetError
+    from graphnet.frontends import models
+    from graphnet.frontends.dsl import Module, Parameter, Sequential
+    from graphnet.frontends.layers import (
+        AdaptiveAvgPool2d,
+        AvgPool2d,
+        Conv2d,
+        Dropout,
+        Flatten,
+        Linear,
+        MaxPool2d,
+        ReLU,
+        Sigmoid,
+        Tanh,
+    )
+    from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
+    from graphnet.frontends.tracing import trace
+    from graphnet.ops.loss import CrossEntropyLoss, MultiMarginLoss
+    from graphnet.ops.update import SGD
+    from graphnet.runtime import random
+    from graphnet.train import schedule
+    from graphnet.train.trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'graphnet' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,294 @@
+"""compile() and build(): the whole pipeline on one screen, and what stands beside it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphnet.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    NumericsError,
+)
+from graphnet.frontends.dsl import Module
+from graphnet.frontends.tracing import trace
+from graphnet.passes import pipeline
+from graphnet.passes.precision import POLICIES
+from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
+from graphnet.runtime.state import state_of
+
+TARGETS = ("auto", "cuda", "interpret", "cpu")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A net on its way to a program: the graphs, the plan, what it was asked for."""
+
+    stages: Any
+    plan: Any
+    target: str
+    precision: str
+    trainable: tuple[str, ...]
+
+
+def lower(
+    net: Module,
+    shape: Sequence[int],
+    *,
+    target: str = "auto",
+    precision: str = "fp32",
+    loss: Any = None,
+    optimizer: Any = None,
+    grads: bool = False,
+) -> Lowered:
+    """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere."""
+    from graphnet.lowering.plan import make_plan
+
+    _check_arguments(net, precision, loss, optimizer, grads)
+    target = _resolve(target)
+    training = optimizer is not None or grads
+    traced = trace(net, shape, loss=loss, training=training)
+    keys = tuple(k for k, p in net.named_parameters() if p.trainable)
+    if training and not keys:
+        raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
+    stages = pipeline.run(
+        traced, precision=precision, optimizer=optimizer, grads=grads, target=target,
+        trainable=keys,
+    )  # fmt: skip
+    return Lowered(stages, make_plan(stages.fused, target), target, precision, keys)
+
+
+def compile(
+    net: Module,
+    shape: Sequence[int],
+    *,
+    target: str = "auto",
+    precision: str = "fp32",
+    seed: int = 0,
+    loss: Any = None,
+    optimizer: Any = None,
+    grads: bool = False,
+) -> Program:
+    """A program for inputs of `shape`, batch first: what it returns depends on what is given.
+
+    nothing             infer(x) -> logits
+    loss                ev(x, y) -> (loss, logits)
+    loss, grads=True    g(x, y) -> (loss, {key: gradient})
+    loss, optimizer     step(x, y) -> loss
+
+    target "auto" is cuda where there is a GPU, else cpu; precision is fp32, tf32 or bf16; `seed`
+    draws the dropout masks. All programs of one net on one device share its state.
+    """
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed is an int, not {seed!r}")
+    device = _device(_resolve(target))
+    low = lower(
+        net, shape, target=target, precision=precision, loss=loss, optimizer=optimizer, grads=grads
+    )
+    prepare = importlib.import_module(f"graphnet.lowering.targets.{low.target}").prepare
+    common: dict[str, Any] = {
+        "stages": low.stages, "plan": low.plan, "prepare": prepare, "seed": seed,
+        "state": state_of(net, device), "target": low.target, "precision": precision,
+    }  # fmt: skip
+    if optimizer is not None:
+        return TrainStep(optimizer=optimizer, keys=low.trainable, **common)
+    if grads:
+        return Gradients(keys=low.trainable, **common)
+    return Infer(**common) if loss is None else Evaluate(**common)
+
+
+def build(
+    net: Module,
+    shape: Sequence[int],
+    *,
+    arch: str = "sm_90",
+    precision: str = "fp32",
+    loss: Any = None,
+    optimizer: Any = None,
+    grads: bool = False,
+    out: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
+
+    `out` is a folder that receives the binaries and the generated files.
+    """
+    from graphnet.lowering.build import build_plan
+
+    low = lower(
+        net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer, grads=grads
+    )
+    return build_plan(low.plan, arch=arch, precision=precision, out=out)
+
+
+def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads: bool) -> None:
+    if not isinstance(net, Module):
+        raise ConfigError(f"a gn.Module is compiled, not a {type(net).__name__}")
+    if precision not in POLICIES:
+        raise ConfigError(
+            f"unknown precision {precision!r}", help=f"one of {', '.join(POLICIES)}"
+        )  # fmt: skip
+    if loss is None and (optimizer is not None or grads):
+        raise ConfigError(
+            "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"
+        )
+    if loss is not None and not (hasattr(loss, "op") and hasattr(loss, "attrs")):
+        raise ConfigError(f"{loss!r} is no loss", help="loss=gn.CrossEntropyLoss()")
+    if optimizer is not None and not (hasattr(optimizer, "slots") and hasattr(optimizer, "op")):
+        raise ConfigError(f"{optimizer!r} is no optimizer", help="optimizer=gn.SGD(lr=0.01)")
+    if optimizer is not None and grads:
+        raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
+
+
+def _resolve(target: str) -> str:
+    if target not in TARGETS:
+        raise ConfigError(f"unknown target {target!r}", help=f"one of {', '.join(TARGETS)}")
+    if target == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return target
+
+
+def _device(target: str) -> torch.device:
+    if target != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "target 'cuda' needs a GPU, and torch sees none",
+            help="use target='cpu', or gn.build(...) to compile kernels without a device",
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+# ---- gradient check -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """One parameter: the slope along a random direction, by the graph and by differences."""
+
+    key: str
+    analytic: float
+    numeric: float
+    error: float  # relative to the larger of the two and of the gradient's mean slope
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """The outcome of `check_gradients`; prints one line per parameter."""
+
+    rows: tuple[GradientRow, ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return all(r.error <= self.tolerance for r in self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{'ok ' if r.error <= self.tolerance else 'BAD'} {r.key:24} "
+            f"{r.analytic:+.9e} {r.numeric:+.9e}  error {r.error:.1e}"
+            for r in self.rows
+        )
+
+
+def check_gradients(
+    net: Module,
+    shape: Sequence[int],
+    seed: int = 0,
+    *,
+    loss: Any = None,
+    eps: float = 1e-6,
+    tolerance: float = 1e-5,
+) -> GradientReport:
+    """Compares the graph's gradients with central differences in float64, on the oracle.
+
+    Each trainable parameter moves along one random direction; dropout keeps one mask. Raises
+    NumericsError with the whole table where a slope differs by more than `tolerance`.
+    """
+    from graphnet.ops.evaluate import evaluate
+    from graphnet.ops.loss import CrossEntropyLoss
+
+    traced = trace(net, shape, loss=loss or CrossEntropyLoss(), training=True)
+    params = {k: p.data.detach().to("cpu", torch.float64) for k, p in net.named_parameters()}
+    keys = [k for k, p in net.named_parameters() if p.trainable]
+    joint = pipeline.run(traced, grads=True, trainable=keys).joint
+    classes = traced.eqns[-1].inputs[0].type.shape[1]
+    rng = torch.Generator().manual_seed(seed)
+    feed: dict[str, torch.Tensor] = {
+        "x": torch.randn(*shape, generator=rng, dtype=torch.float64),
+        "labels": torch.randint(0, classes, (shape[0],), generator=rng),
+        "live": torch.tensor(shape[0], dtype=torch.int32),
+        "seed": torch.tensor(seed),
+        "step": torch.tensor(0),
+    }
+    _, *gradients = evaluate(joint, {**feed, **params})
+    rows = []
+    for key, gradient in zip(keys, gradients, strict=True):
+        direction = torch.randn(params[key].shape, generator=rng, dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            moved = {**params, key: params[key] + sign * eps * direction}
+            ends.append(float(evaluate(traced, {**feed, **moved})[0]))
+        numeric = (ends[0] - ends[1]) / (2 * eps)
+        analytic = float((gradient.double() * direction).sum())
+        scale = max(abs(numeric), abs(analytic), float(gradient.double().norm()), 1e-12)
+        rows.append(GradientRow(key, analytic, numeric, abs(numeric - analytic) / scale))
+    report = GradientReport(tuple(rows), tolerance)
+    if not report.ok:
+        raise NumericsError(f"gradients differ from finite differences:\n{report}")
+    return report
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike[str], net: Module) -> None:
+    """Writes the parameters as safetensors, under torch's keys; the file appears whole."""
+    from safetensors.torch import save as to_bytes
+
+    path = Path(path)
+    about = {"graphnet": json.dumps({"net": net._title()})}
+    data = to_bytes(dict(net.state_dict()), metadata=about)
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], net: Module) -> Module:
+    """Reads what `save` wrote into the net and returns it.
+
+    CheckpointError for a missing or damaged file, StateDictError where keys do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        tensors = from_bytes(Path(path).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is no whole safetensors file: {error}", help="save it again"
+        ) from None
+    net.load_state_dict(tensors)
+    return net

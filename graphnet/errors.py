@@ -1,0 +1,95 @@
+"""The typed errors. Each says what is wrong, in which layer, at which place, and how to mend it."""
+
+from __future__ import annotations
+
+
+class GraphnetError(Exception):
+    """Base of everything that graphnet raises on purpose.
+
+    message  what is wrong, with both values and the arithmetic
+    layer    display name of the layer, e.g. "conv1"
+    where    place in the user's code, e.g. "lenet.py:12"
+    help     one thing to do about it
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        layer: str | None = None,
+        where: str | None = None,
+        help: str | None = None,
+    ) -> None:
+        self.message, self.layer, self.where, self.help = message, layer, where, help
+        super().__init__(message)
+
+    def located(self, layer: str | None, where: str | None) -> GraphnetError:
+        """The same error with the layer and the place filled in where they are missing."""
+        return type(self)(
+            self.message, layer=self.layer or layer, where=self.where or where, help=self.help
+        )
+
+    def __str__(self) -> str:
+        head = ""
+        if self.layer:
+            head = f"layer {self.layer!r}"
+        if self.where:
+            head = f"{head} ({self.where})" if head else self.where
+        text = f"{head}: {self.message}" if head else self.message
+        return f"{text}\n  help: {self.help}" if self.help else text
+
+
+class ShapeError(GraphnetError):
+    """Shapes do not fit together."""
+
+
+class DTypeError(GraphnetError):
+    """An element type that the place does not take."""
+
+
+class GraphError(GraphnetError):
+    """A graph breaks a rule of the IR: the verifier, a pass or a builder says so."""
+
+
+class ParseError(GraphnetError):
+    """Text that is no graph."""
+
+
+class UnsupportedOpError(GraphnetError):
+    """An op, or a form of one, that is not implemented."""
+
+
+class ConfigError(GraphnetError):
+    """An argument, option or flag outside its range."""
+
+
+class DataError(GraphnetError):
+    """A data set, file or batch that is damaged or does not fit."""
+
+
+class StateDictError(GraphnetError):
+    """Keys or shapes of a state_dict that do not fit the net."""
+
+
+class CheckpointError(GraphnetError):
+    """A checkpoint that is damaged or belongs to something else."""
+
+
+class BackendUnavailableError(GraphnetError):
+    """The target needs hardware or software that is not here."""
+
+
+class NumericsError(GraphnetError):
+    """NaN, infinity, or a result that differs from its reference."""
+
+
+class OutOfMemoryPlanError(GraphnetError):
+    """The planned peak exceeds the memory of the device."""
+
+
+class CompileError(GraphnetError):
+    """A generated kernel does not compile or load."""
+
+
+class RunExistsError(GraphnetError):
+    """A run folder stands where a new one was asked for."""

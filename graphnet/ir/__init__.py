@@ -1,0 +1,1 @@
+"""The IR: types, ops, graphs, their text, the verifier and analyses."""

@@ -1,0 +1,208 @@
+"""Types of the IR: element types, storage layouts and tensor types.
+
+Shapes are logical and follow torch: activations NCHW, convolution weights OIHW. How a value lies
+in memory is its `Layout`, a part of the type, printed behind the shape and row-major by default.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from graphnet.errors import ParseError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: `name` as the IR prints it, `itemsize` in bytes."""
+
+    name: str
+    itemsize: int
+    is_float: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype of the same meaning."""
+        import torch
+
+        return getattr(torch, _TORCH_NAMES[self.name])
+
+
+_TORCH_NAMES = {
+    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
+    "i64": "int64", "i32": "int32", "u8": "uint8", "i1": "bool",
+}  # fmt: skip
+
+f64 = DType("f64", 8, True)
+f32 = DType("f32", 4, True)
+f16 = DType("f16", 2, True)
+bf16 = DType("bf16", 2, True)
+i64 = DType("i64", 8, False)
+i32 = DType("i32", 4, False)
+u8 = DType("u8", 1, False)
+i1 = DType("i1", 1, False)
+DTYPES = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, u8, i1)}
+
+
+def dtype_of(torch_dtype: torch.dtype) -> DType:
+    """The IR's dtype for a torch dtype."""
+    name = str(torch_dtype).removeprefix("torch.")
+    for short, long in _TORCH_NAMES.items():
+        if long == name:
+            return DTYPES[short]
+    raise ShapeError(
+        f"dtype {torch_dtype} has no counterpart in the IR", help=f"use one of {sorted(DTYPES)}"
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory.
+
+    order  "row" (row-major) or "nhwc" (channels innermost; four dimensions)
+    flat   p of the padded-flat-shift layout: images are stored as (H+p) x (W+p) pixels that share
+           one zero column and row, between guards of p*(W+p)+p pixels; None for no padding
+    s2d    block b of space-to-depth: b x b pixels become channels, 0 for none
+
+    Pad positions hold zeros, written by the producer.
+    """
+
+    order: str = "row"
+    flat: int | None = None
+    s2d: int = 0
+
+    def __str__(self) -> str:
+        parts = [] if self.order == "row" else [self.order]
+        if self.flat is not None:
+            parts.append(f"flat(p={self.flat})")
+        if self.s2d:
+            parts.append(f"s2d{self.s2d}")
+        return ",".join(parts)
+
+    @property
+    def is_default(self) -> bool:
+        return self == ROW
+
+    def _check(self, shape: Shape) -> None:
+        if not self.is_default and len(shape) != 4:
+            raise ShapeError(
+                f"layout {{{self}}} needs 4 dimensions, the shape {list(shape)} has {len(shape)}",
+                help="keep tensors of other ranks row-major",
+            )
+
+    def stored(self, shape: Shape) -> Shape:
+        """The sizes of the stored array, outermost first, guards left out."""
+        self._check(shape)
+        if self.is_default:
+            return shape
+        n, c, h, w = shape
+        if self.s2d:
+            b = self.s2d
+            h, w, c = -(-h // b), -(-w // b), c * b * b
+        if self.flat is not None:
+            h, w = h + self.flat, w + self.flat
+        return (n, h, w, c) if self.order == "nhwc" or self.s2d else (n, c, h, w)
+
+    def guard(self, shape: Shape) -> int:
+        """Elements in front of the first and behind the last pixel."""
+        if self.flat is None:
+            return 0
+        _, _, w, c = self.stored(shape)
+        return (self.flat * w + self.flat) * c
+
+    def numel(self, shape: Shape) -> int:
+        """Stored elements, padding and guards counted."""
+        return prod(self.stored(shape)) + 2 * self.guard(shape)
+
+    def strides(self, shape: Shape) -> Shape:
+        """Element stride of each logical dimension. Not defined for space-to-depth."""
+        self._check(shape)
+        if self.s2d:
+            raise ShapeError(f"layout {{{self}}} has no strides", help="use offset(shape, index)")
+        if self.order == "nhwc":
+            n, h, w, c = self.stored(shape)
+            return (h * w * c, 1, w * c, c)
+        out, step = [], 1
+        for size in reversed(self.stored(shape)):
+            out.append(step)
+            step *= size
+        return tuple(reversed(out))
+
+    def offset(self, shape: Shape, index: Shape) -> int:
+        """Position of the element with logical `index`, in elements from the start of storage."""
+        if not self.s2d:
+            return self.guard(shape) + sum(
+                i * s for i, s in zip(index, self.strides(shape), strict=True)
+            )
+        b, (n, c, h, w) = self.s2d, index
+        _, sh, sw, sc = self.stored(shape)
+        inner = ((h % b) * b + w % b) * shape[1] + c
+        return ((n * sh + h // b) * sw + w // b) * sc + inner
+
+    def bytes(self, shape: Shape, dtype: DType) -> int:
+        return self.numel(shape) * dtype.itemsize
+
+
+ROW = Layout()
+NHWC = Layout("nhwc")
+
+
+def parse_layout(text: str) -> Layout:
+    """The inverse of `str(layout)`."""
+    layout = ROW
+    for part in filter(None, text.split(",")):
+        if part == "nhwc":
+            layout = replace(layout, order="nhwc")
+        elif m := re.fullmatch(r"flat\(p=(\d+)\)", part):
+            layout = replace(layout, flat=int(m[1]))
+        elif m := re.fullmatch(r"s2d(\d+)", part):
+            layout = replace(layout, s2d=int(m[1]))
+        else:
+            raise ParseError(f"unknown layout {part!r}", help="use nhwc, flat(p=N) or s2dN")
+    return layout
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype, logical shape and layout of a value. A scalar has shape ()."""
+
+    dtype: DType
+    shape: Shape
+    layout: Layout = ROW
+
+    def __str__(self) -> str:
+        dims = ",".join(map(str, self.shape))
+        tail = "" if self.layout.is_default else f"{{{self.layout}}}"
+        return f"{self.dtype}[{dims}]{tail}"
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.layout.bytes(self.shape, self.dtype)
+
+    @property
+    def strides(self) -> Shape:
+        return self.layout.strides(self.shape)
+
+    def with_dtype(self, dtype: DType) -> TensorType:
+        return replace(self, dtype=dtype)
+
+    def with_shape(self, shape: Shape) -> TensorType:
+        """The same dtype with another shape, row-major."""
+        return TensorType(self.dtype, tuple(shape))
+
+    def with_layout(self, layout: Layout) -> TensorType:
+        return replace(self, layout=layout)

@@ -1,0 +1,14 @@
+"""The ops, one family per file. Importing this package fills the registry."""
+
+from graphnet.ops import (  # noqa: F401
+    activation,
+    conv2d,
+    dropout,
+    elementwise,
+    fused,
+    linear,
+    loss,
+    pool,
+    shape,
+    update,
+)

@@ -1,0 +1,178 @@
+"""Losses over logits [N, C] and labels i64 [N], averaged over the first `live` rows.
+
+Rows from `live` on are padding of a smaller batch: they add nothing and get zero gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphnet.errors import ConfigError, ShapeError
+from graphnet.ir.graph import Builder, Eqn, Value
+from graphnet.ir.op import Attrs, Op, register
+from graphnet.ir.types import TensorType, f32
+
+
+@dataclass(frozen=True)
+class CrossEntropyAttrs(Attrs):
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing={self.label_smoothing} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class MultiMarginAttrs(Attrs):
+    margin: float = 1.0
+
+
+class _Loss(Op):
+    kernel = "loss"
+
+    def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        logits, labels, live = ins
+        if len(logits.shape) != 2:
+            raise ShapeError(f"the loss takes logits [N, C], got {logits}", help="add a Flatten")
+        if labels.shape != logits.shape[:1] or labels.dtype.name != "i64":
+            raise ShapeError(f"labels {labels} do not fit logits {logits}: want i64[N]")
+        if live.shape != () or live.dtype.name != "i32":
+            raise ShapeError(f"the live batch count is i32[], got {live}")
+        return self.result(logits)
+
+    def result(self, logits: TensorType) -> tuple[TensorType, ...]:
+        return (TensorType(f32, ()),)
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dloss,) = cotangents
+        if dloss is None or not needs[0]:
+            return (None, None, None)
+        grad = b.one(f"{self.name}_grad", *eqn.inputs, attrs=eqn.attrs)
+        return (b.one("mul", grad, dloss), None, None)
+
+    def flops(
+        self, attrs: Attrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
+    ) -> int:
+        return 5 * ins[0].numel
+
+
+class _LossGrad(_Loss):
+    def result(self, logits: TensorType) -> tuple[TensorType, ...]:
+        return (logits.with_shape(logits.shape),)
+
+
+def _rows(logits: torch.Tensor, live: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """[N] 1 for live rows, and the count that the mean divides by."""
+    n = int(live)
+    alive = (torch.arange(logits.shape[0], device=logits.device) < n).to(logits.dtype)
+    return alive, float(max(n, 1))
+
+
+def _target(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """[N, C] the distribution aimed at."""
+    classes = logits.shape[1]
+    out = torch.full_like(logits, smoothing / classes)
+    return out.scatter_add(
+        1, labels[:, None], torch.full_like(logits[:, :1], 1.0 - smoothing)
+    )
+
+
+@register
+class CrossEntropy(_Loss):
+    """-(1/live) sum over live rows of sum_j t_j log softmax(z)_j, t = onehot (1-e) + e/C."""
+
+    name = "cross_entropy"
+    attrs_type = CrossEntropyAttrs
+
+    def reference(self, attrs: CrossEntropyAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z, labels, live = args
+        alive, count = _rows(z, live)
+        shifted = z - z.amax(1, keepdim=True)
+        logp = shifted - shifted.exp().sum(1, keepdim=True).log()
+        rows = -(_target(z, labels, attrs.label_smoothing) * logp).sum(1)
+        return ((torch.where(alive > 0, rows, torch.zeros_like(rows))).sum() / count,)
+
+
+@register
+class CrossEntropyGrad(_LossGrad):
+    """(softmax(z) - t) / live on live rows, 0 elsewhere."""
+
+    name = "cross_entropy_grad"
+    attrs_type = CrossEntropyAttrs
+
+    def reference(self, attrs: CrossEntropyAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z, labels, live = args
+        alive, count = _rows(z, live)
+        e = (z - z.amax(1, keepdim=True)).exp()
+        grad = e / e.sum(1, keepdim=True) - _target(z, labels, attrs.label_smoothing)
+        return (torch.where(alive[:, None] > 0, grad / count, torch.zeros_like(grad)),)
+
+
+def _margins(
+    z: torch.Tensor, labels: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, C] z_j - z_y + margin, and 1 where j is not the label."""
+    right = z.gather(1, labels[:, None])
+    others = torch.ones_like(z).scatter(1, labels[:, None], 0.0)
+    return z - right + margin, others
+
+
+@register
+class MultiMargin(_Loss):
+    """Multiclass hinge: (1/live) sum over rows of (1/C) sum_{j != y} max(0, z_j - z_y + margin)."""
+
+    name = "multi_margin"
+    attrs_type = MultiMarginAttrs
+
+    def reference(self, attrs: MultiMarginAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z, labels, live = args
+        alive, count = _rows(z, live)
+        m, others = _margins(z, labels, attrs.margin)
+        rows = (m.clamp(min=0) * others).sum(1) / z.shape[1]
+        return ((rows * alive).sum() / count,)
+
+
+@register
+class MultiMarginGrad(_LossGrad):
+    """1/(C live) where the margin is broken, minus their number at the label."""
+
+    name = "multi_margin_grad"
+    attrs_type = MultiMarginAttrs
+
+    def reference(self, attrs: MultiMarginAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z, labels, live = args
+        alive, count = _rows(z, live)
+        m, others = _margins(z, labels, attrs.margin)
+        broken = (m > 0).to(z.dtype) * others
+        grad = broken.scatter_add(1, labels[:, None], -broken.sum(1, keepdim=True))
+        return (grad * alive[:, None] / (count * z.shape[1]),)
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """Softmax cross-entropy with torch's arguments (class weights and other reductions apart)."""
+
+    label_smoothing: float = 0.0
+    op = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        self.attrs()
+
+    def attrs(self) -> CrossEntropyAttrs:
+        return CrossEntropyAttrs(float(self.label_smoothing))
+
+
+@dataclass(frozen=True)
+class MultiMarginLoss:
+    """The multiclass hinge loss, p = 1, with torch's mean over classes."""
+
+    margin: float = 1.0
+    op = "multi_margin"
+
+    def attrs(self) -> MultiMarginAttrs:
+        return MultiMarginAttrs(float(self.margin))

@@ -1,0 +1,363 @@
+"""Max, average and adaptive average pooling, with gathering gradients. Semantics are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphnet.errors import ShapeError
+from graphnet.ir.graph import Builder, Eqn, Value
+from graphnet.ir.op import Attrs, Op, register
+from graphnet.ir.types import Shape, TensorType, u8
+from graphnet.ops.conv2d import four_sided, pair
+
+
+@dataclass(frozen=True)
+class PoolAttrs(Attrs):
+    """The window. `stride` (0, 0) means the kernel's size; sides beyond the input hold -inf for
+    the maximum and 0 for the mean."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (0, 0)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", pair(self.kernel))
+        stride = pair(self.stride)
+        object.__setattr__(self, "stride", self.kernel if stride == (0, 0) else stride)
+        object.__setattr__(self, "padding", four_sided(self.padding))
+        object.__setattr__(self, "dilation", pair(self.dilation))
+        t, b, le, r = self.padding
+        if max(t, b) * 2 > self.kernel[0] or max(le, r) * 2 > self.kernel[1]:
+            raise ShapeError(f"padding {self.padding} exceeds half of the window {self.kernel}")
+        if min(*self.kernel, *self.stride, *self.dilation) < 1:
+            raise ShapeError(f"kernel {self.kernel}, stride {self.stride} must be positive")
+
+    def spatial(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Output height and width: floor, or ceil where no window starts in the padding."""
+        t, b, le, r = self.padding
+        out = []
+        for k, before, after in ((0, t, b), (1, le, r)):
+            span = size[k] + before + after - self.dilation[k] * (self.kernel[k] - 1) - 1
+            n = (-(-span // self.stride[k]) if self.ceil_mode else span // self.stride[k]) + 1
+            if self.ceil_mode and (n - 1) * self.stride[k] >= size[k] + before:
+                n -= 1
+            out.append(n)
+        return out[0], out[1]
+
+    def base(self) -> dict[str, Any]:
+        names = ("kernel", "stride", "padding", "dilation", "ceil_mode")
+        return {n: getattr(self, n) for n in names}
+
+
+@dataclass(frozen=True)
+class PoolGradAttrs(PoolAttrs):
+    input_size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class AvgPoolAttrs(PoolAttrs):
+    """divisor_override 0 means the window's size, with the padding counted or not."""
+
+    count_include_pad: bool = True
+    divisor_override: int = 0
+
+
+@dataclass(frozen=True)
+class AvgPoolGradAttrs(AvgPoolAttrs):
+    input_size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class AdaptiveAttrs(Attrs):
+    output_size: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_size", pair(self.output_size))
+
+
+@dataclass(frozen=True)
+class AdaptiveGradAttrs(Attrs):
+    input_size: tuple[int, int] = (1, 1)
+
+
+def _pooled(attrs: PoolAttrs, x: Shape) -> Shape:
+    if len(x) != 4:
+        raise ShapeError(f"pooling takes a 4-d input, got {list(x)}")
+    size = attrs.spatial((x[2], x[3]))
+    if min(size) < 1:
+        raise ShapeError(
+            f"input {x[2]}x{x[3]} is smaller than the {attrs.kernel[0]}x{attrs.kernel[1]} window:"
+            f" output would be {size[0]}x{size[1]}",
+            help="use a larger image, a smaller window or ceil_mode=True",
+        )
+    return (x[0], x[1], *size)
+
+
+def _windows(
+    x: torch.Tensor, attrs: PoolAttrs, fill: float
+) -> tuple[torch.Tensor, list[tuple[slice, slice]], tuple[int, int, int, int]]:
+    """[KH*KW, N, C, OH, OW] window elements, where each lies in the padded image, its sizes."""
+    t, b, le, r = attrs.padding
+    n, c, h, w = x.shape
+    oh, ow = attrs.spatial((h, w))
+    (kh, kw), (sh, sw), (dh, dw) = attrs.kernel, attrs.stride, attrs.dilation
+    # ceil_mode windows may reach beyond the padding.
+    ph = max(h + t + b, (oh - 1) * sh + dh * (kh - 1) + 1)
+    pw = max(w + le + r, (ow - 1) * sw + dw * (kw - 1) + 1)
+    padded = x.new_full((n, c, ph, pw), fill)
+    padded[:, :, t : t + h, le : le + w] = x
+    places = [
+        (
+            slice(i * dh, i * dh + sh * (oh - 1) + 1, sh),
+            slice(j * dw, j * dw + sw * (ow - 1) + 1, sw),
+        )
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    stack = torch.stack([padded[:, :, a, b_] for a, b_ in places])
+    return stack, places, (t, le, ph, pw)
+
+
+def _spread(
+    dy: torch.Tensor, attrs: PoolAttrs, size: tuple[int, int], share: Any
+) -> torch.Tensor:
+    """dx with `share(k) * dy` added at the k-th element of each window."""
+    n, c = dy.shape[:2]
+    _, places, (t, le, ph, pw) = _windows(dy.new_zeros(n, c, *size), attrs, 0.0)
+    padded = dy.new_zeros(n, c, ph, pw)
+    for k, (a, b) in enumerate(places):
+        padded[:, :, a, b] += dy * share(k)
+    return padded[:, :, t : t + size[0], le : le + size[1]]
+
+
+class _Grad(Op):
+    def infer(self, attrs: Any, *ins: TensorType) -> tuple[TensorType, ...]:
+        dy = ins[0]
+        x = (*dy.shape[:2], *attrs.input_size)
+        if hasattr(attrs, "spatial") and _pooled(attrs, x) != dy.shape:
+            raise ShapeError(f"gradient {dy} does not fit the pooled input {list(x)}")
+        if len(ins) > 1 and ins[1].shape != dy.shape:
+            raise ShapeError(f"index {ins[1]} does not fit the gradient {dy}")
+        return (dy.with_shape(x),)
+
+
+@register
+class MaxPool2d(Op):
+    """Maximum per window and, optionally, the row-major position of its first maximum (u8)."""
+
+    name = "maxpool2d"
+    attrs_type = PoolAttrs
+    optional = (1,)
+    kernel = "pool"
+
+    def infer(self, attrs: PoolAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        if attrs.kernel[0] * attrs.kernel[1] > 256:
+            raise ShapeError(
+                f"window {attrs.kernel} has more than 256 elements, its index does not fit a byte"
+            )
+        shape = _pooled(attrs, ins[0].shape)
+        return (ins[0].with_shape(shape), TensorType(u8, shape))
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        dy, idx = cotangents[0], eqn.outputs[1]
+        if dy is None or idx is None or not needs[0]:
+            return (None,)
+        size = eqn.inputs[0].type.shape[2:]
+        attrs = PoolGradAttrs(**eqn.attrs.base(), input_size=size)  # type: ignore[attr-defined]
+        return (b.one("maxpool2d_grad", dy, idx, attrs=attrs),)
+
+    def reference(self, attrs: PoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        stack, _, _ = _windows(args[0], attrs, float("-inf"))
+        best, idx = stack[0].clone(), torch.zeros_like(stack[0], dtype=torch.uint8)
+        for k in range(1, len(stack)):
+            # A NaN is taken when it comes, as torch does, and then stays unless another comes.
+            better = (stack[k] > best) | torch.isnan(stack[k])
+            best = torch.where(better, stack[k], best)
+            idx = torch.where(better, torch.full_like(idx, k), idx)
+        return (best, idx)
+
+    def flops(
+        self, attrs: PoolAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
+    ) -> int:
+        return outs[0].numel * attrs.kernel[0] * attrs.kernel[1]  # type: ignore[union-attr]
+
+
+@register
+class MaxPool2dGrad(_Grad):
+    """dx: each dy goes to the position that its window's index names."""
+
+    name = "maxpool2d_grad"
+    attrs_type = PoolGradAttrs
+    kernel = "pool"
+
+    def reference(self, attrs: PoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dy, idx = args
+        return (_spread(dy, attrs, attrs.input_size, lambda k: (idx == k).to(dy.dtype)),)
+
+
+def _divisors(attrs: AvgPoolAttrs, size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """[OH, OW] what each window's sum is divided by."""
+    t, b, le, r = attrs.padding
+    oh, ow = attrs.spatial(size)
+    out = like.new_empty(oh, ow)
+    for i in range(oh):
+        for j in range(ow):
+            y0, x0 = i * attrs.stride[0] - t, j * attrs.stride[1] - le
+            y1 = min(y0 + attrs.kernel[0], size[0] + b)
+            x1 = min(x0 + attrs.kernel[1], size[1] + r)
+            whole = (y1 - y0) * (x1 - x0)
+            inside = (min(y1, size[0]) - max(y0, 0)) * (min(x1, size[1]) - max(x0, 0))
+            count = whole if attrs.count_include_pad else inside
+            out[i, j] = attrs.divisor_override or count
+    return out
+
+
+@register
+class AvgPool2d(Op):
+    """Mean per window."""
+
+    name = "avgpool2d"
+    attrs_type = AvgPoolAttrs
+    kernel = "pool"
+
+    def infer(self, attrs: AvgPoolAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        return (ins[0].with_shape(_pooled(attrs, ins[0].shape)),)
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,) = cotangents
+        if dy is None or not needs[0]:
+            return (None,)
+        a, size = eqn.attrs, eqn.inputs[0].type.shape[2:]
+        attrs = AvgPoolGradAttrs(
+            **a.base(),  # type: ignore[attr-defined]
+            count_include_pad=a.count_include_pad,  # type: ignore[attr-defined]
+            divisor_override=a.divisor_override,  # type: ignore[attr-defined]
+            input_size=size,  # type: ignore[arg-type]
+        )
+        return (b.one("avgpool2d_grad", dy, attrs=attrs),)
+
+    def reference(self, attrs: AvgPoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (x,) = args
+        stack, _, _ = _windows(x, attrs, 0.0)
+        return (stack.sum(0) / _divisors(attrs, (x.shape[2], x.shape[3]), x),)
+
+    def cpu(self, attrs: AvgPoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        t, b, le, r = attrs.padding
+        if (t, le) != (b, r):
+            return self.reference(attrs, *args)
+        return (
+            F.avg_pool2d(
+                args[0], attrs.kernel, attrs.stride, (t, le), attrs.ceil_mode,
+                attrs.count_include_pad, attrs.divisor_override or None,
+            ),
+        )  # fmt: skip
+
+    def flops(
+        self, attrs: AvgPoolAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
+    ) -> int:
+        return outs[0].numel * attrs.kernel[0] * attrs.kernel[1]  # type: ignore[union-attr]
+
+
+@register
+class AvgPool2dGrad(_Grad):
+    """dx: each dy, divided as the mean was, goes to every element of its window."""
+
+    name = "avgpool2d_grad"
+    attrs_type = AvgPoolGradAttrs
+    kernel = "pool"
+
+    def reference(self, attrs: AvgPoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (dy,) = args
+        share = dy / _divisors(attrs, attrs.input_size, dy)
+        return (_spread(share, attrs, attrs.input_size, lambda k: 1.0),)
+
+    def cpu(self, attrs: AvgPoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (dy,) = args
+        t, b, le, r = attrs.padding
+        if (t, le) != (b, r):
+            return self.reference(attrs, dy)
+        x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
+        return (
+            torch.ops.aten.avg_pool2d_backward(
+                dy, x, list(attrs.kernel), list(attrs.stride), [t, le], attrs.ceil_mode,
+                attrs.count_include_pad, attrs.divisor_override or None,
+            ),
+        )  # fmt: skip
+
+
+def adaptive_span(i: int, size: int, out: int) -> tuple[int, int]:
+    """First and one-past-last input index of output i: floor(i size / out), ceil((i+1) size/out)."""
+    return i * size // out, -(-(i + 1) * size // out)
+
+
+@register
+class AdaptiveAvgPool2d(Op):
+    """Mean over windows that divide the input into `output_size` parts."""
+
+    name = "adaptive_avgpool2d"
+    attrs_type = AdaptiveAttrs
+    kernel = "pool"
+
+    def infer(self, attrs: AdaptiveAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        if len(ins[0].shape) != 4:
+            raise ShapeError(f"pooling takes a 4-d input, got {ins[0]}")
+        return (ins[0].with_shape((*ins[0].shape[:2], *attrs.output_size)),)
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,) = cotangents
+        if dy is None or not needs[0]:
+            return (None,)
+        attrs = AdaptiveGradAttrs(eqn.inputs[0].type.shape[2:])  # type: ignore[arg-type]
+        return (b.one("adaptive_avgpool2d_grad", dy, attrs=attrs),)
+
+    def reference(self, attrs: AdaptiveAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (x,) = args
+        oh, ow = attrs.output_size
+        y = x.new_empty(*x.shape[:2], oh, ow)
+        for i in range(oh):
+            for j in range(ow):
+                a, b = adaptive_span(i, x.shape[2], oh)
+                c, d = adaptive_span(j, x.shape[3], ow)
+                y[:, :, i, j] = x[:, :, a:b, c:d].mean((2, 3))
+        return (y,)
+
+    def cpu(self, attrs: AdaptiveAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (F.adaptive_avg_pool2d(args[0], attrs.output_size),)
+
+    def flops(
+        self, attrs: AdaptiveAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
+    ) -> int:
+        return ins[0].numel
+
+
+@register
+class AdaptiveAvgPool2dGrad(_Grad):
+    """dx: each dy over its window's size goes to every element of its window."""
+
+    name = "adaptive_avgpool2d_grad"
+    attrs_type = AdaptiveGradAttrs
+    kernel = "pool"
+
+    def reference(self, attrs: AdaptiveGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (dy,) = args
+        h, w = attrs.input_size
+        dx = dy.new_zeros(*dy.shape[:2], h, w)
+        for i in range(dy.shape[2]):
+            for j in range(dy.shape[3]):
+                a, b = adaptive_span(i, h, dy.shape[2])
+                c, d = adaptive_span(j, w, dy.shape[3])
+                dx[:, :, a:b, c:d] += (dy[:, :, i, j] / ((b - a) * (d - c)))[:, :, None, None]
+        return (dx,)

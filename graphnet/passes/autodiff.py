@@ -1,0 +1,138 @@
+"""Reverse-mode differentiation on the graph: `traced -> joint`.
+
+Each op's `vjp` writes its cotangents as ordinary equations. A gradient `%g` and the separate
+`*_update(%w, %g, ...)` are the only link to the optimizer; joining them is a fusion like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from graphnet.errors import GraphError
+from graphnet.ir.graph import Builder, Eqn, Graph, Input, Value, Where
+from graphnet.ir.op import get_op
+from graphnet.ir.types import TensorType, f32, i64
+from graphnet.passes.dce import dce
+
+RING = 4096  # losses kept on the device
+
+
+def _depends_on(graph: Graph, roots: Collection[Value]) -> set[Value]:
+    """Values that a change of `roots` can change."""
+    out = set(roots)
+    for e in graph.eqns:
+        if any(v in out for v in e.inputs):
+            out.update(e.results)
+    return out
+
+
+def _copy(graph: Graph, suffix: str) -> tuple[Builder, dict[Value, Value]]:
+    b = Builder(f"{graph.name.split('.')[0]}.{suffix}")
+    for i in graph.inputs:
+        b.inputs.append(i)
+        b.fresh(i.value.name)
+    env: dict[Value, Value] = {}
+    for e in graph.eqns:
+        # Optional results (a pool's index) may be what a gradient wants: ask for all, dce prunes.
+        outs = b.emit(e.op, [env.get(v, v) for v in e.inputs], e.attrs, where=e.where)
+        for old, new in zip(e.outputs, outs, strict=True):
+            if old is not None and new is not None:
+                env[old] = new
+    return b, env
+
+
+def backward(b: Builder, loss: Value, wrt: Sequence[Value]) -> dict[Value, Value]:
+    """Appends the backward pass of everything in `b`; value to cotangent for each of `wrt`."""
+    if loss.type.shape != ():
+        raise GraphError(f"{loss}: {loss.type} is no scalar loss and has no gradient")
+    forward = list(b.eqns)
+    wanted = _depends_on(Graph(b.name, tuple(b.inputs), tuple(forward), (loss,)), wrt)
+    full = get_op("full")
+    seed = full.attrs_type(value=1.0, shape=(), dtype="f32")  # type: ignore[call-arg]
+    cotangent: dict[Value, Value] = {}
+    if loss in wanted:
+        cotangent[loss] = b.one("full", attrs=seed, where=Where(by="autodiff"))
+    for eqn in reversed(forward):
+        cts = [None if v is None else cotangent.get(v) for v in eqn.outputs]
+        if all(c is None for c in cts) or not any(v in wanted for v in eqn.inputs):
+            continue
+        _accumulate(b, eqn, cts, wanted, cotangent)
+    return {v: cotangent[v] for v in wrt if v in cotangent}
+
+
+def _accumulate(
+    b: Builder,
+    eqn: Eqn,
+    cts: Sequence[Value | None],
+    wanted: set[Value],
+    cotangent: dict[Value, Value],
+) -> None:
+    where = Where(eqn.where.layers, eqn.where.place, "autodiff")
+    b.where = where
+    needs = [v in wanted for v in eqn.inputs]
+    for v, need, g in zip(eqn.inputs, needs, get_op(eqn.op).vjp(b, eqn, cts, needs), strict=True):
+        if g is None or not need:
+            continue
+        if g.type.shape != v.type.shape:
+            raise GraphError(
+                f"the gradient of {eqn.op} with respect to {v}: {v.type} has type {g.type}",
+                layer=", ".join(eqn.where.layers) or None,
+            )
+        cotangent[v] = b.one("add", cotangent[v], g, where=where) if v in cotangent else g
+
+
+def autodiff(
+    traced: Graph, *, trainable: Sequence[str], optimizer: Any = None, grads: bool = False
+) -> Graph:
+    """The joint graph of a traced graph whose first result is the loss.
+
+    trainable  names of the parameters to differentiate for
+    optimizer  a spec with `op`, `attrs()`, `slots` and `hypers`; adds the update and its commits
+    grads      return the gradients behind the loss, in the order of `trainable`
+    """
+    b, env = _copy(traced, "joint")
+    loss = env.get(traced.returns[0], traced.returns[0])
+    params = [traced.input(name).value for name in trainable]
+    gradient = backward(b, loss, params)
+    b.where = Where(by="autodiff")
+    if grads:
+        zeros = get_op("full")
+        for p in params:
+            if p not in gradient:  # the loss does not depend on it
+                attrs = zeros.attrs_type(value=0.0, shape=p.type.shape, dtype="f32")  # type: ignore[call-arg]
+                gradient[p] = b.one("full", attrs=attrs)
+        return dce(b.build(loss, *(gradient[p] for p in params)))
+    if optimizer is not None:
+        _update(b, traced, params, gradient, optimizer)
+        have = {i.value.name: i.value for i in b.inputs}
+        step = have.get("step") or b.input("step", TensorType(i64, ()), "counter")
+        ring = b.input("ring", TensorType(f32, (RING,)), "counter")
+        new_ring, new_step = b.emit("record_step", [ring, loss, step])
+        b.commit(ring, new_ring)  # type: ignore[arg-type]
+        b.commit(step, new_step)  # type: ignore[arg-type]
+    return dce(b.build(loss))
+
+
+def _update(
+    b: Builder, traced: Graph, params: Sequence[Value], gradient: dict[Value, Value], spec: Any
+) -> None:
+    """One update per parameter, in the order in which the gradients arise."""
+    hypers = [b.input(name, TensorType(f32, ()), "hyper") for name in spec.hypers]
+    made = {v: at for at, e in enumerate(b.eqns) for v in e.results}
+    layer: dict[Value, Where] = {}
+    for e in traced.eqns:
+        for v in e.inputs:
+            layer.setdefault(v, Where(e.where.layers, e.where.place, "autodiff"))
+    for p in sorted((p for p in params if p in gradient), key=lambda p: made[gradient[p]]):
+        slots = [b.input(f"{p.name}.{s}", p.type, "slot", p.name) for s in spec.slots]
+        outs = b.emit(
+            spec.op, [p, gradient[p], *slots, *hypers], spec.attrs(), where=layer.get(p, b.where)
+        )
+        for old, new in zip((p, *slots), outs, strict=True):
+            b.commit(old, new)  # type: ignore[arg-type]
+
+
+def roles(graph: Graph, role: str) -> list[Input]:
+    """The inputs of one role, in order."""
+    return [i for i in graph.inputs if i.role == role]

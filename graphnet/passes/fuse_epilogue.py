@@ -1,0 +1,119 @@
+"""Elementwise code moves into the kernel that makes its operand, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.op import get_op
+from graphnet.passes.fuse import build_merge, fits
+from graphnet.passes.rewrite import Match, P, Rule
+
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
+ACTIVATION_GRADS = ("relu_grad", "tanh_grad", "sigmoid_grad")
+FORWARD = ("conv2d", "linear", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
+BACKWARD = (
+    "conv2d_dgrad", "linear_dgrad", "maxpool2d_grad", "avgpool2d_grad", "adaptive_avgpool2d_grad",
+)  # fmt: skip
+LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
+POINTWISE = (*ACTIVATIONS, *ACTIVATION_GRADS, "add", "mul", "cast", "dropout")
+
+
+def _epilogue(outer: str, inner: str) -> Rule:
+    name = f"{outer}({inner}(...)) => fused"
+    pattern = P((outer,), P((f"anchor:{inner}",)), result=None)
+    return Rule(name, pattern, build_merge, fits)
+
+
+def _sink_reshape(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
+    """act_grad(y, reshape(d)) becomes reshape(act_grad(reshape(y), d)): d's kernel can take it."""
+    y, view = m.root.inputs[0], m.inner
+    d = view.inputs[0]
+    shape = get_op("reshape").attrs_type(shape=d.type.shape)  # type: ignore[call-arg]
+    y_view = Value(fresh(), y.type.with_shape(d.type.shape))
+    masked = Value(fresh(), d.type)
+    return [
+        Eqn("reshape", (y,), (y_view,), shape),
+        Eqn(m.root.op, (y_view, d), (masked,), m.root.attrs),
+        Eqn("reshape", (masked,), m.root.outputs, view.attrs),
+    ]
+
+
+def _grad_of_view(m: Match) -> str | None:
+    if m.root.inputs[1] is not m.edges[0] and m.root.inputs[1] != m.edges[0]:
+        return "the view is not the incoming gradient"
+    return None
+
+
+def _pool_of(m: Match) -> Eqn | str:
+    """The pool whose input is the activation that masks, or why there is none."""
+    y, (_, idx) = m.root.inputs[0], m.inner.inputs
+    pool = m.producers.get(idx)
+    if m.root.inputs[1] != m.edges[0]:
+        return "the pool's gradient is not the incoming gradient"
+    if pool is None or pool.op != "maxpool2d" or pool.inputs[0] != y:
+        return "the mask is not taken from the input of that pool"
+    return pool
+
+
+def _mask_pooled(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
+    """Where the gradient lands, the pool's input equals its output: mask the smaller tensor."""
+    pool = _pool_of(m)
+    assert isinstance(pool, Eqn)
+    dy, idx = m.inner.inputs
+    masked = Value(fresh(), dy.type)
+    return [
+        Eqn(m.root.op, (pool.out, dy), (masked,), m.root.attrs),
+        Eqn(m.inner.op, (masked, idx), m.root.outputs, m.inner.attrs),
+    ]
+
+
+def _pool_guard(m: Match) -> str | None:
+    pool = _pool_of(m)
+    return pool if isinstance(pool, str) else None
+
+
+def _is_one(m: Match) -> str | None:
+    one = getattr(m.inner.attrs, "value", None) == 1.0 and m.edges[0] == m.root.inputs[1]
+    return None if one else "the factor is not the constant 1"
+
+
+def _drop_factor(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
+    """A view of the same shape, which cleaning removes."""
+    x = m.root.inputs[0]
+    shape = get_op("reshape").attrs_type(shape=x.type.shape)  # type: ignore[call-arg]
+    return [Eqn("reshape", (x,), m.root.outputs, shape)]
+
+
+# Rewrites that only move things, run before fusing.
+MOVES = [
+    Rule("mul(x, full(1)) => x", P(("mul",), P(("full",))), _drop_factor, _is_one, keeps=True),
+    *(
+        Rule(
+            f"{g}(y, maxpool2d_grad(dp, i)) => maxpool2d_grad({g}(p, dp), i)",
+            P((g,), P(("maxpool2d_grad",)), at=1),
+            _mask_pooled,
+            _pool_guard,
+        )
+        for g in ACTIVATION_GRADS
+    ),
+    *(
+        Rule(
+            f"{g}(y, reshape(d)) => reshape({g}(reshape(y), d))",
+            P((g,), P(("reshape",)), at=1),
+            _sink_reshape,
+            _grad_of_view,
+        )
+        for g in ACTIVATION_GRADS
+    ),
+]
+
+EPILOGUES = [
+    _epilogue(outer, inner) for inner in (*FORWARD, *BACKWARD, *LOSSES) for outer in POINTWISE
+]
+# What has no anchor above it at least shares one kernel.
+CHAINS = [
+    Rule(f"{outer}({inner}(...)) => fused", P((outer,), P((inner,))), build_merge, fits)
+    for outer in POINTWISE
+    for inner in POINTWISE
+]

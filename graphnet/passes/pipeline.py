@@ -1,0 +1,105 @@
+"""The whole pass pipeline, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphnet import config
+from graphnet.ir.graph import Graph
+from graphnet.ir.verify import verify
+from graphnet.passes.autodiff import autodiff
+from graphnet.passes.dce import cse, dce
+from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
+from graphnet.passes.fuse_loss import fuse_pairs
+from graphnet.passes.fuse_update import COPIES, RULES
+from graphnet.passes.layout import layout
+from graphnet.passes.precision import precision
+from graphnet.passes.rewrite import Log, rewrite
+
+
+@dataclass
+class Stages:
+    """The graph after each stage, and what the rewrite rules did and refused."""
+
+    traced: Graph
+    joint: Graph
+    fused: Graph
+    log: Log = field(default_factory=Log)
+
+    def graph(self, stage: str) -> Graph:
+        return {"traced": self.traced, "joint": self.joint, "fused": self.fused}[stage]
+
+
+def run(
+    traced: Graph,
+    *,
+    precision: str = "fp32",
+    optimizer: Any = None,
+    grads: bool = False,
+    target: str = "cpu",
+    trainable: Sequence[str] = (),
+    disabled: Sequence[str] = (),
+) -> Stages:
+    """traced -> joint -> fused. `disabled` names passes or rules, as GRAPHNET_DISABLE does."""
+    log, off = Log(), {*disabled, *config.disabled()}
+    train = optimizer is not None or grads
+
+    def differentiate(g: Graph) -> Graph:
+        return autodiff(g, trainable=trainable, optimizer=optimizer, grads=grads) if train else g
+
+    def rules(*tables: Sequence) -> Callable[[Graph], Graph]:
+        return lambda g: rewrite(g, [r for t in tables for r in t], log=log, disabled=off)
+
+    # name, takes, gives, pass
+    passes: list[tuple[str, str, str, Callable[[Graph], Graph]]] = [
+        ("autodiff", "traced", "joint", differentiate),
+        ("precision", "joint", "joint", lambda g: _precision(g, precision)),
+        ("moves", "joint", "joint", rules(MOVES)),
+        ("clean", "joint", "joint", lambda g: dce(cse(g))),
+        ("fuse_pairs", "joint", "fused", lambda g: fuse_pairs(g, log)),
+        ("fuse_epilogues", "fused", "fused", rules(EPILOGUES)),
+        ("fuse_updates", "fused", "fused", rules(RULES)),
+        ("fuse_copies", "fused", "fused", rules(COPIES)),
+        ("fuse_chains", "fused", "fused", rules(CHAINS)),
+        ("layout", "fused", "fused", lambda g: layout(g, target)),
+        ("dce", "fused", "fused", dce),
+    ]
+    # Missed fusions are an error only of the full pipeline.
+    strict = not off
+    stages: dict[str, Graph] = {"traced": verify(traced, "traced")}
+    graph = _dump(traced, "traced", 0)
+    for number, (name, _, gives, apply) in enumerate(passes, 1):
+        if name in off:
+            stages[gives] = graph
+            continue
+        graph = apply(graph)
+        last = number == len(passes)
+        verify(graph, gives, fusing=strict and last)
+        stages[gives] = _dump(graph, name, number)
+    fused = _rename(graph)
+    return Stages(traced, stages["joint"], fused, log)
+
+
+_precision = precision
+
+
+def _rename(graph: Graph) -> Graph:
+    from dataclasses import replace
+
+    return replace(graph, name=f"{graph.name.split('.')[0]}.fused")
+
+
+def _dump(graph: Graph, name: str, number: int) -> Graph:
+    folder = config.dump_dir()
+    if folder:
+        from graphnet.ir.analysis import to_dot
+
+        base = Path(folder)
+        base.mkdir(parents=True, exist_ok=True)
+        stem = f"{graph.name.split('.')[0]}-{number:02d}-{name}"
+        (base / f"{stem}.txt").write_text(str(graph))
+        (base / f"{stem}.dot").write_text(to_dot(graph))
+    return graph

@@ -1,0 +1,236 @@
+"""Rewrite rules as data, and the driver that owns their legality.
+
+A rule has a `name` (its equation), a `pattern`, a `guard` that says *why not* in a sentence, and a
+`build`. The driver decides what a rule may do: a value that the rule would make interior must have
+no reader outside the match and must not leave the graph, unless the rule keeps it as a result, and
+the rewrite must not close a cycle. Rules cannot forget it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from graphnet.errors import GraphError
+from graphnet.ir.graph import Eqn, Graph, Value, Where
+from graphnet.passes.templates import anchor_of
+
+MAX_ROUNDS = 64
+
+
+@dataclass(frozen=True)
+class P:
+    """Matches an equation whose op is in `ops` ("anchor:conv2d" also matches a fused equation
+    around that anchor). `operand` is the pattern of one of its operands: at a fixed position `at`,
+    or anywhere. `result` restricts which result of the inner equation is read."""
+
+    ops: tuple[str, ...]
+    operand: P | None = None
+    at: int | None = None
+    result: int | None = None
+
+    def takes(self, eqn: Eqn) -> bool:
+        return any(
+            anchor_of(eqn) == op[7:] if op.startswith("anchor:") else eqn.op == op
+            for op in self.ops
+        )
+
+
+@dataclass(frozen=True)
+class Match:
+    """`eqns[0]` is the root, each further one produces the value `edges[k]` the one before reads."""
+
+    graph: Graph
+    eqns: tuple[Eqn, ...]
+    edges: tuple[Value, ...]
+    producers: dict[Value, Eqn]
+    readers: dict[Value, list[Eqn]]
+
+    @property
+    def root(self) -> Eqn:
+        return self.eqns[0]
+
+    @property
+    def inner(self) -> Eqn:
+        return self.eqns[-1]
+
+
+Guard = Callable[[Match], str | None]
+Build = Callable[[Match, Callable[[], str]], list[Eqn]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite.
+
+    name     its equation, e.g. `relu(conv2d(x,w,b)) => fused`
+    pattern  what it looks for; the root is named by plain ops
+    guard    the reason why it does not apply, or None
+    build    the equations that replace the match; together they define every result that the
+             match had and the rest of the graph reads
+    keeps    interior values may be read elsewhere: the replacement yields them too
+    """
+
+    name: str
+    pattern: P
+    build: Build
+    guard: Guard = lambda m: None
+    keeps: bool = False
+
+
+@dataclass
+class Log:
+    """What happened: rule hits, and refusals as (rule, line, sentence)."""
+
+    hits: dict[str, int] = field(default_factory=dict)
+    refusals: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def _find(rule: Rule, root: Eqn, producers: dict[Value, Eqn]) -> Iterable[tuple[tuple, tuple]]:
+    """Chains of (equations, edges) below `root` that fit the pattern."""
+    if not rule.pattern.takes(root):
+        return
+    chains: list[tuple[tuple[Eqn, ...], tuple[Value, ...]]] = [((root,), ())]
+    pattern = rule.pattern
+    while pattern.operand is not None:
+        longer = []
+        for eqns, edges in chains:
+            for k, v in enumerate(eqns[-1].inputs):
+                below = producers.get(v)
+                if below is None or (pattern.at is not None and k != pattern.at):
+                    continue
+                if v in eqns[-1].inputs[:k] or not pattern.operand.takes(below):
+                    continue
+                if pattern.result is not None and below.outputs.index(v) != pattern.result:
+                    continue
+                longer.append(((*eqns, below), (*edges, v)))
+        chains, pattern = longer, pattern.operand
+    yield from chains
+
+
+def _illegal(rule: Rule, m: Match) -> str | None:
+    """The driver's law."""
+    inside = set(map(id, m.eqns))
+    escaping = m.graph.escaping()
+    for v in m.edges:
+        if rule.keeps:
+            continue
+        if v in escaping:
+            return f"{v} leaves the graph"
+        for reader in m.readers.get(v, ()):
+            if id(reader) not in inside:
+                return f"{v} is also read by {reader.op} ({reader.where or 'no layer'})"
+    return None
+
+
+def _closes_cycle(m: Match) -> str | None:
+    """Whether a result of the match feeds an operand of the match from outside."""
+    inside = set(map(id, m.eqns))
+    results = {v for e in m.eqns for v in e.results}
+    todo = [v for e in m.eqns for v in e.inputs if v not in results]
+    seen: set[Value] = set()
+    while todo:
+        v = todo.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v in results:
+            made = m.producers[v]
+            return f"{made.op} feeds an operand of the match through other equations"
+        made_by = m.producers.get(v)
+        if made_by is not None and id(made_by) not in inside:
+            todo.extend(made_by.inputs)
+    return None
+
+
+def rewrite(
+    graph: Graph, rules: Iterable[Rule], *, log: Log | None = None, disabled: Iterable[str] = ()
+) -> Graph:
+    """Applies the rules to a fixpoint, consumers first. Raises if it does not end."""
+    log = Log() if log is None else log
+    off = set(disabled)
+    rules = [r for r in rules if r.name not in off]
+    budget = MAX_ROUNDS * (len(graph.eqns) + 1)
+    while (after := _one(graph, rules, log)) is not graph:
+        graph = after
+        budget -= 1
+        if budget < 0:
+            trace = ", ".join(f"{k} x{n}" for k, n in log.hits.items())
+            raise GraphError(f"rewriting {graph.name} does not end; hits: {trace}")
+    return graph
+
+
+def _one(graph: Graph, rules: list[Rule], log: Log) -> Graph:
+    """The graph after one rewrite, or the same object."""
+    producers, readers = graph.producers(), graph.readers()
+    names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
+    by_root: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for op in rule.pattern.ops:
+            by_root.setdefault(op, []).append(rule)
+    for root in reversed(graph.eqns):
+        for rule in by_root.get(root.op, ()):
+            for eqns, edges in _find(rule, root, producers):
+                m = Match(graph, eqns, edges, producers, readers)
+                why = rule.guard(m) or _illegal(rule, m) or _closes_cycle(m)
+                if why is not None:
+                    log.refusals[rule.name, _label(root)] = why
+                    continue
+                new = rule.build(m, lambda: _fresh(names))
+                log.hits[rule.name] = log.hits.get(rule.name, 0) + 1
+                log.refusals.pop((rule.name, _label(root)), None)
+                return _replace(graph, m, new, rule)
+    return graph
+
+
+def _label(eqn: Eqn) -> str:
+    return f"{eqn.op} -> {eqn.results[0]} ({', '.join(eqn.where.layers) or 'no layer'})"
+
+
+def _fresh(names: set[str]) -> str:
+    k = 0
+    while str(k) in names:
+        k += 1
+    names.add(str(k))
+    return str(k)
+
+
+def _replace(graph: Graph, m: Match, new: list[Eqn], rule: Rule) -> Graph:
+    where = Where()
+    for e in reversed(m.eqns):
+        where = where.merged(e.where)
+    defined = {v for e in new for v in e.results}
+    # A matched equation stays where somebody outside reads it and the rule does not replace it.
+    inside = set(map(id, m.eqns))
+    wanted = m.graph.escaping() | {
+        v for e in graph.eqns if id(e) not in inside for v in e.inputs
+    }
+    gone = {id(e) for e in m.eqns if e is m.root or not (set(e.results) - defined) & wanted}
+    stamped = [replace(e, where=where.merged(e.where, rule.name)) for e in new]
+    eqns: list[Eqn] = []
+    for e in graph.eqns:
+        if e is m.root:
+            eqns += stamped
+        elif id(e) not in gone:
+            eqns.append(e)
+    return replace(graph, eqns=order(eqns, graph))
+
+
+def order(eqns: list[Eqn], graph: Graph) -> tuple[Eqn, ...]:
+    """Topological order that keeps the given order wherever it is legal."""
+    ready = set(graph.input_values)
+    out: list[Eqn] = []
+    waiting = list(eqns)
+    while waiting:
+        rest: list[Eqn] = []
+        for e in waiting:
+            if all(v in ready for v in e.inputs):
+                ready.update(e.results)
+                out.append(e)
+            else:
+                rest.append(e)
+        if len(rest) == len(waiting):
+            missing = [str(v) for v in rest[0].inputs if v not in ready]
+            raise GraphError(f"{rest[0].op} waits for {', '.join(missing)}: a cycle, or a rule bug")
+        waiting = rest
+    return tuple(out)

@@ -1,0 +1,130 @@
+"""Which fused bodies one kernel can run. Pure IR, so that fusing and layout can ask.
+
+A kernel has one anchor, the op whose loops it is, and composed elementwise code on the anchor's
+results; `lowering/launch.py` turns the same answer into a launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphnet.ir.graph import Eqn, Graph, Value
+from graphnet.ir.op import get_op
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kernel family. `pair` ops may stand with the anchor when they read the same operands;
+    `updates` lets a parameter update follow; `keeps` lets the anchor's own result leave too."""
+
+    anchor: str
+    pair: str | None = None
+    updates: bool = False
+
+
+TEMPLATES = {
+    t.anchor: t
+    for t in (
+        Template("conv2d"),
+        Template("conv2d_dgrad"),
+        Template("conv2d_wgrad", updates=True),
+        Template("linear"),
+        Template("linear_dgrad"),
+        Template("linear_wgrad", updates=True),
+        Template("maxpool2d"),
+        Template("maxpool2d_grad"),
+        Template("avgpool2d"),
+        Template("avgpool2d_grad"),
+        Template("adaptive_avgpool2d"),
+        Template("adaptive_avgpool2d_grad"),
+        Template("cross_entropy", pair="cross_entropy_grad"),
+        Template("multi_margin", pair="multi_margin_grad"),
+        Template("cross_entropy_grad"),
+        Template("multi_margin_grad"),
+    )
+}
+MAX_OPERANDS = 20  # of one kernel; more is unreadable and costs registers
+
+
+def is_update(op: str) -> bool:
+    return op.endswith("_update")
+
+
+def is_pointwise(op: str) -> bool:
+    """Elementwise, or an update: both work element by element on one index."""
+    return is_update(op) or get_op(op).elementwise
+
+
+def anchor_of(eqn: Eqn) -> str | None:
+    """The anchor op of an equation: its own op, that of its body, or None if there is none."""
+    for e in eqn.body.eqns if eqn.body is not None else (eqn,):
+        if e.op in TEMPLATES:
+            return e.op
+    return None
+
+
+def refusal(body: Graph) -> str | None:
+    """Why no template takes this body, as a sentence; None if one does."""
+    anchors = [e for e in body.eqns if not is_pointwise(e.op)]
+    if len(body.inputs) > MAX_OPERANDS:
+        return f"the kernel would take {len(body.inputs)} operands, at most {MAX_OPERANDS} are"
+    if not anchors:
+        return _same_shape(body, body.eqns[0].out.type.shape)
+    first = anchors[0]
+    template = TEMPLATES.get(first.op)
+    if template is None:
+        return f"no kernel family has {first.op} as its anchor"
+    allowed = [first.op] + ([template.pair] if template.pair else [])
+    names = [e.op for e in anchors]
+    if names != allowed[: len(names)]:
+        return f"one kernel cannot run {' and '.join(names)}"
+    if len(anchors) == 2 and anchors[0].inputs != anchors[1].inputs:
+        return f"{names[0]} and {names[1]} read different operands"
+    if not template.updates and any(is_update(e.op) for e in body.eqns):
+        return f"a parameter update cannot follow {first.op}"
+    main = anchors[-1]
+    for e in body.eqns:
+        if e not in anchors and (problem := _follows(e, body, anchors, main, template)):
+            return problem
+    return None
+
+
+def _follows(
+    e: Eqn, body: Graph, anchors: list[Eqn], main: Eqn, template: Template
+) -> str | None:
+    """An elementwise equation must run on the index of the anchor result that it stems from."""
+    sources = _anchor_results(e, body, anchors)
+    if not sources:
+        return f"{e.op} does not read the result of {main.op}"
+    if len(sources) > 1:
+        return f"{e.op} mixes two results of {main.op}"
+    root = next(iter(sources))
+    if any(v.type.shape != root.type.shape for v in e.results):
+        return f"{e.op} yields {e.out.type}, the kernel runs over {root.type}"
+    if root not in main.results:
+        return f"{e.op} reads the scalar loss, which the kernel finishes last"
+    if root is not main.outputs[0] and not template.updates:
+        return f"{e.op} reads the second result of {main.op}"
+    return None
+
+
+def _anchor_results(eqn: Eqn, body: Graph, anchors: list[Eqn]) -> set[Value]:
+    results = {v for a in anchors for v in a.results}
+    made = body.producers()
+    found: set[Value] = set()
+    todo = list(eqn.inputs)
+    while todo:
+        v = todo.pop()
+        if v in results:
+            found.add(v)
+        elif v in made:
+            todo.extend(made[v].inputs)
+    return found
+
+
+def _same_shape(body: Graph, shape: tuple[int, ...]) -> str | None:
+    for e in body.eqns:
+        for v in e.results:
+            if v.type.shape != shape:
+                return f"{e.op} yields {v.type}, the kernel runs over {list(shape)}"
+    return None

@@ -1,0 +1,1 @@
+"""Running compiled graphs: storage that outlives a step, programs, the live optimizer."""

@@ -1,0 +1,97 @@
+"""The optimizer of a compiled step, as the user turns its knobs between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graphnet.errors import ConfigError, StateDictError
+from graphnet.runtime.state import Entry, State
+
+
+class Optimizer:
+    """A live view: `step.optimizer.lr = 0.001` writes the device's scalar, nothing recompiles.
+
+    Attributes are those of the spec (`SGD`). The ones in `spec.hypers` may be set to any
+    non-negative number; everything else is compiled in, and so is momentum 0 against non-zero:
+    changing it raises ConfigError.
+    """
+
+    def __init__(
+        self, spec: Any, hypers: dict[str, torch.Tensor], slots: dict[str, Entry], state: State
+    ) -> None:
+        own = self.__dict__
+        own["spec"], own["_hypers"], own["_slots"], own["_state"] = spec, hypers, slots, state
+        own["_values"] = {}
+        for name in hypers:
+            self._write(name, getattr(spec, name))
+
+    def _write(self, name: str, value: Any) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name} is a number, not {value!r}") from None
+        if not math.isfinite(number) or number < 0:
+            raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
+        self._values[name] = number
+        self._hypers[name].fill_(number)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_values"]:
+            return self.__dict__["_values"][name]
+        if name.startswith("_") or not hasattr(self.__dict__["spec"], name):
+            raise AttributeError(f"the optimizer has no attribute {name!r}")
+        return getattr(self.__dict__["spec"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._hypers:
+            if name == "momentum" and not value:
+                raise ConfigError(
+                    "momentum 0 is another graph than momentum "
+                    f"{self._values[name]:g}, which this step was compiled with",
+                    help="compile again with momentum=0",
+                )
+            self._write(name, value)
+        elif not hasattr(self.spec, name):
+            known = ", ".join(self._hypers)
+            raise ConfigError(f"the optimizer has no {name!r}", help=f"can be set: {known}")
+        elif value != getattr(self.spec, name):
+            raise ConfigError(
+                f"{name}={getattr(self.spec, name)!r} is compiled into this step and cannot "
+                f"become {value!r}",
+                help="compile again with another optimizer; the net keeps its state",
+            )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Momentum buffers by name (`0.weight.momentum_buffer`), hypers and `step`, on the CPU."""
+        out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._slots.items()}
+        out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
+        out["step"] = torch.tensor(self._state.steps, dtype=torch.int64)
+        return out
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `state_dict`; StateDictError lists every key that does not fit."""
+        want = {*self._slots, *self._values, "step"}
+        problems = [f"missing {k}" for k in sorted(want - set(state))]
+        problems += [f"unexpected {k}" for k in sorted(set(state) - want)]
+        problems += [
+            f"{k}: the step has {list(e.global_shape)}, the dict {list(state[k].shape)}"
+            for k, e in self._slots.items()
+            if k in state and tuple(state[k].shape) != e.global_shape
+        ]
+        if problems:
+            raise StateDictError("optimizer state does not fit:\n  " + "\n  ".join(problems))
+        for key, entry in self._slots.items():
+            entry.cell.live.copy_(state[key])
+        for key in self._values:
+            setattr(self, key, float(state[key]))
+        steps = int(state["step"])
+        self._state.steps = steps
+        self._state.entries["step"].cell.live.fill_(steps)
+
+    def __repr__(self) -> str:
+        knobs = ", ".join(f"{k}={v:g}" for k, v in self._values.items())
+        return f"{type(self.spec).__name__}({knobs})"

@@ -1,0 +1,324 @@
+"""Programs: a compiled graph with its storage, called with torch tensors.
+
+    Infer      infer(x) -> logits
+    Evaluate   ev(x, y) -> (loss, logits)
+    Gradients  g(x, y) -> (loss, {key: gradient})
+    TrainStep  step(x, y) -> loss
+
+A batch may be smaller than compiled: the input copy fills the rows behind it with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
+from graphnet.ir.graph import Graph
+from graphnet.runtime.optim import Optimizer
+from graphnet.runtime.state import State
+
+RING = 4096  # losses kept on the device; as in passes/autodiff
+Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
+_STAGES = ("traced", "joint", "fused")
+
+
+class Program:
+    """Base of the four: owns inputs, outputs and hypers, and attaches to the net's State.
+
+    plan     the lowering plan; `graph(stage)` are the graphs on the way to it
+    device   where it runs; inputs may lie there or on the CPU
+    shape    the compiled input shape, batch first
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Any,
+        plan: Any,
+        prepare: Prepare,
+        state: State,
+        target: str,
+        precision: str,
+        seed: int = 0,
+    ) -> None:
+        graph: Graph = plan.graph
+        self.stages, self.plan, self.state = stages, plan, state
+        self.target, self.precision, self.seed = target, precision, seed
+        self.device = state.device
+        self._entries = state.attach(graph)
+        self._storage = {e.name: e.tensor for e in self._entries}
+        inputs = [(i.value.name, i.value.type, i.role) for i in graph.inputs]
+        for name, type, role in inputs:
+            if role in ("data", "hyper"):
+                self._storage[name] = self._zeros(type)
+        for v in graph.returns:
+            if v.name not in self._storage:
+                self._storage[v.name] = self._zeros(v.type)
+        self.shape = tuple(stages.traced.input("x").value.type.shape)
+        self.classes = _classes(stages.traced)
+        self._returns = tuple(v.name for v in graph.returns)
+        self._live = 0
+        if "seed" in self._storage:
+            self._storage["seed"].fill_(_signed64(seed))
+        targets = {old.name for old, _ in graph.commits}
+        self._writes = any(e.role == "param" and e.name in targets for e in self._entries)
+        self._keeps = {e.name for e in self._entries if e.role == "derived"} & targets
+        state.acquire(self._entries)  # a prepare that warms up reads current values
+        self._run = prepare(plan, self._storage)
+
+    def _zeros(self, type: Any) -> torch.Tensor:
+        return torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)
+
+    def graph(self, stage: str) -> Graph:
+        """The graph after a stage: "traced", "joint" or "fused"."""
+        if stage not in _STAGES:
+            raise ConfigError(f"unknown stage {stage!r}", help=f"stages: {', '.join(_STAGES)}")
+        return getattr(self.stages, stage)
+
+    # ---- inputs -----------------------------------------------------------------------------
+
+    def _feed(self, x: torch.Tensor, y: torch.Tensor | None = None) -> int:
+        """Copies a batch in and returns its rows."""
+        rows = self._check_x(x)
+        if y is not None:
+            self._check_y(y, rows)
+        self._copy("x", x, rows)
+        if y is not None and "labels" in self._storage:
+            self._copy("labels", y, rows)
+        if rows != self._live:
+            self._live = rows
+            if "live" in self._storage:
+                self._storage["live"].fill_(rows)
+        return rows
+
+    def _copy(self, name: str, source: torch.Tensor, rows: int) -> None:
+        into = self._storage[name]
+        into[:rows].copy_(source.detach(), non_blocking=True)
+        if rows < into.shape[0]:
+            into[rows:].zero_()
+
+    def _check_x(self, x: torch.Tensor) -> int:
+        if not isinstance(x, torch.Tensor):
+            raise DataError(
+                f"the input is a {type(x).__name__}", help="give a torch tensor: torch.as_tensor(x)"
+            )
+        if x.dtype != torch.float32:
+            raise DTypeError(f"the input has dtype {x.dtype}, not torch.float32", help="x.float()")
+        want = ", ".join(map(str, self.shape[1:]))
+        if x.ndim != len(self.shape) or tuple(x.shape[1:]) != self.shape[1:]:
+            raise ShapeError(f"the input has shape {list(x.shape)}, compiled for [N, {want}]")
+        if not 1 <= x.shape[0] <= self.shape[0]:
+            raise ShapeError(
+                f"a batch of {x.shape[0]} rows, compiled for 1 to {self.shape[0]}",
+                help="split the batch, or compile for a larger one",
+            )
+        self._check_device("input", x)
+        return x.shape[0]
+
+    def _check_y(self, y: torch.Tensor, rows: int) -> None:
+        if not isinstance(y, torch.Tensor):
+            raise DataError(
+                f"the labels are a {type(y).__name__}",
+                help="give a torch tensor: torch.as_tensor(y)",
+            )
+        if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+            raise DTypeError(
+                f"the labels have dtype {y.dtype}, not torch.int64", help="y.long()"
+            )  # fmt: skip
+        if tuple(y.shape) != (rows,):
+            raise ShapeError(f"labels of shape {list(y.shape)} for {rows} rows; wanted [{rows}]")
+        self._check_device("labels", y)
+        # On the GPU the check would wait for the device; the loss gives NaN-free garbage there.
+        if y.device.type == "cpu" and self.classes:
+            check_labels(y, self.classes)
+
+    def _check_device(self, what: str, t: torch.Tensor) -> None:
+        if t.device.type != "cpu" and t.device != self.device:
+            raise DataError(
+                f"the {what} lies on {t.device}, the program runs on {self.device}",
+                help="move it: .cpu()" if self.device.type == "cpu" else f".to('{self.device}')",
+            )
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self.state.acquire(self._entries)
+        with torch.no_grad():
+            self._run()
+        if self._writes and len(self.state.derived) > len(self._keeps):
+            self.state.stale = True  # copies that this program does not keep up
+
+    def _result(self, index: int, rows: int | None = None) -> torch.Tensor:
+        """A fresh copy of a returned value, cut to the live rows."""
+        out = self._storage[self._returns[index]]
+        return (out if rows is None else out[:rows]).clone()
+
+    def __repr__(self) -> str:
+        name = self.stages.traced.name.split(".")[0]
+        shape = "x".join(map(str, self.shape))
+        return f"{type(self).__name__}({name}, {shape}, {self.target}, {self.precision})"
+
+
+def _classes(traced: Graph) -> int:
+    """Width of the logits that the loss reads, 0 without a loss."""
+    made = traced.producers().get(traced.returns[0])
+    if made is None or traced.returns[0].type.shape != ():
+        return 0
+    return made.inputs[0].type.shape[-1]
+
+
+def _signed64(seed: int) -> int:
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """DataError naming the first row whose label is outside 0..classes-1."""
+    bad = (labels < 0) | (labels >= classes)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise DataError(
+            f"row {row} has the label {int(labels[row])}, outside 0..{classes - 1}",
+            help=f"the net has {classes} classes",
+        )
+
+
+class Infer(Program):
+    """infer(x) -> logits: a fresh tensor with as many rows as x. Dropout is off."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._feed(x)
+        self._step()
+        return self._result(0, rows)
+
+
+class Evaluate(Program):
+    """ev(x, y) -> (loss, logits): the mean loss over the rows. Dropout is off."""
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._feed(x, y)
+        self._step()
+        return self._result(0), self._result(1, rows)
+
+
+class Gradients(Program):
+    """g(x, y) -> (loss, {state_dict key: gradient}): training forward, nothing is updated."""
+
+    def __init__(self, *, keys: tuple[str, ...], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.keys = keys
+
+    def __call__(
+        self, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self._feed(x, y)
+        self._step()
+        grads = {key: self._result(k) for k, key in enumerate(self.keys, 1)}
+        return self._result(0), grads
+
+
+class TrainStep(Program):
+    """step(x, y) -> loss before the update, the mean over the rows, still on the device.
+
+    Each loss is a tensor of its own, overwritten 4,096 steps later; only float() synchronises.
+    optimizer  the live view: set `lr`, `momentum`, `weight_decay` between steps
+    """
+
+    def __init__(self, *, optimizer: Any, keys: tuple[str, ...], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        hypers = {n: self._storage[n] for n in optimizer.hypers if n in self._storage}
+        self.optimizer = Optimizer(optimizer, hypers, self.state.slots(keys), self.state)
+        self._bound: Bound | None = None
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self._feed(x, y)
+        self._step()
+        at = self.state.steps % RING
+        self.state.steps += 1
+        return self._storage["ring"][at]
+
+    def bind(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+    ) -> TrainStep:
+        """Puts a data set on the device for `run`; returns the step.
+
+        images  u8[N, C, H, W], read as value / 255, or f32 as they are
+        labels  integers [N]
+        seed    of the order of each epoch; the step's own seed by default
+        """
+        _check_bound(images, labels, self.shape, self.classes)
+        self._bound = Bound(
+            images.detach().to(self.device),
+            labels.detach().to(self.device, torch.int64),
+            self.shape[0],
+            self.seed if seed is None else seed,
+            shuffle,
+        )
+        return self
+
+    def run(self, n: int) -> torch.Tensor:
+        """n steps over the bound data, epoch after epoch; their n losses, on the device.
+
+        The last batch of an epoch may be smaller. The next call goes on where this one stopped.
+        """
+        if self._bound is None:
+            raise ConfigError("run without data", help="step.bind(images, labels) first")
+        if not isinstance(n, int) or n < 0:
+            raise ConfigError(f"run takes a number of steps, not {n!r}")
+        losses = torch.empty(n, device=self.device)
+        for k in range(n):
+            losses[k].copy_(self(*self._bound.next()))
+        return losses
+
+
+class Bound:
+    """A data set on the device and the place in it: a fresh seeded order each epoch."""
+
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, batch: int, seed: int, shuffle: bool
+    ) -> None:
+        self.images, self.labels, self.batch = images, labels, batch
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch, self.at = 0, 0
+        self._order = self._permutation()
+
+    def _permutation(self) -> torch.Tensor:
+        n = self.images.shape[0]
+        if not self.shuffle:
+            return torch.arange(n, device=self.images.device)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 63))
+        return torch.randperm(n, generator=generator).to(self.images.device)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch: images f32, labels i64."""
+        if self.at >= self.images.shape[0]:
+            self.epoch, self.at = self.epoch + 1, 0
+            self._order = self._permutation()
+        rows = self._order[self.at : self.at + self.batch]
+        self.at += self.batch
+        x = self.images[rows]
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        return x, self.labels[rows]
+
+
+def _check_bound(
+    images: torch.Tensor, labels: torch.Tensor, shape: tuple[int, ...], classes: int
+) -> None:
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise DTypeError(f"images have dtype {images.dtype}", help="use torch.uint8 or float32")
+    if images.ndim != len(shape) or tuple(images.shape[1:]) != shape[1:]:
+        want = ", ".join(map(str, shape[1:]))
+        raise ShapeError(f"images of shape {list(images.shape)}, compiled for [N, {want}]")
+    if images.shape[0] == 0 or tuple(labels.shape) != (images.shape[0],):
+        raise ShapeError(f"{images.shape[0]} images with labels of shape {list(labels.shape)}")
+    if classes:
+        check_labels(labels.cpu(), classes)

@@ -1,0 +1,161 @@
+"""State: everything outside the arena that outlives a step, one object per (net, device).
+
+Every program compiled from a net on a device attaches to the same State, so that inference sees
+what training learned. A `Cell` is one value wherever it lives at present; the States of other
+devices fetch it when one of their programs runs next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphnet.errors import GraphError
+from graphnet.ir.graph import Graph, Input
+
+
+class Cell:
+    """One value of a net's state: `live` is the tensor, on whatever device, that is up to date."""
+
+    def __init__(self, live: torch.Tensor) -> None:
+        self.live = live
+        self._watchers: weakref.WeakSet[State] = weakref.WeakSet()
+
+    def touched(self) -> None:
+        """Says that the values changed outside a program: derived copies are rebuilt."""
+        for state in self._watchers:
+            state.stale = True
+
+
+@dataclass
+class Entry:
+    """A cell as one device sees it.
+
+    tensor        fixed storage on the device
+    role, of      as in the graph; `of` is the parameter that a slot or copy belongs to
+    global_shape  the logical shape over all ranks; `shard` is None where a rank holds all of it
+    """
+
+    name: str
+    role: str
+    of: str
+    cell: Cell
+    tensor: torch.Tensor
+    trainable: bool
+    global_shape: tuple[int, ...]
+    shard: tuple[slice, ...] | None = None
+    source: Cell | None = None  # what a derived entry is a copy of
+
+
+class _Bank:
+    """What all States of one net have in common. Holds no reference to the net."""
+
+    def __init__(self) -> None:
+        self.cells: dict[str, Cell] = {}
+        self.states: dict[torch.device, State] = {}
+        self.steps = 0  # the host's copy of the step counter
+
+
+_BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
+
+
+def state_of(net: Any, device: torch.device) -> State:
+    """The State of a net on a device, made at the first call."""
+    bank = _BANKS.setdefault(net, _Bank())
+    if device not in bank.states:
+        bank.states[device] = State(bank, device)
+    state = bank.states[device]
+    state.params = dict(net.named_parameters())
+    return state
+
+
+class State:
+    """Storage of one net on one device, by graph-input name."""
+
+    def __init__(self, bank: _Bank, device: torch.device) -> None:
+        self.device = device
+        self.params: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        self.stale = False
+        self._bank = bank
+
+    @property
+    def steps(self) -> int:
+        """Training steps done by all programs of the net."""
+        return self._bank.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._bank.steps = value
+
+    @property
+    def derived(self) -> list[Entry]:
+        return [e for e in self.entries.values() if e.role == "derived"]
+
+    def attach(self, graph: Graph) -> list[Entry]:
+        """The entries that a graph reads or commits, in input order, made where missing."""
+        return [self._entry(i) for i in graph.inputs if i.role not in ("data", "hyper")]
+
+    def _entry(self, i: Input) -> Entry:
+        name, shape = i.value.name, tuple(i.value.type.shape)
+        cell = self._cell(i)
+        have = self.entries.get(name)
+        if have is not None and have.cell is cell and have.global_shape == shape:
+            return have
+        if tuple(cell.live.shape) != shape:
+            raise GraphError(
+                f"state {name} has shape {list(cell.live.shape)}, the graph wants {list(shape)}"
+            )
+        # On the cell's own device the storage is shared: a net inside another net, for example.
+        tensor = cell.live.to(self.device)
+        param = self.params.get(i.of or name)
+        trainable = bool(getattr(param, "trainable", False))
+        made = Entry(name, i.role, i.of, cell, tensor, trainable, shape)
+        self.entries[name] = made
+        if i.role == "derived":
+            made.source = self.params[i.of]
+            made.source._watchers.add(self)
+            self.stale = True
+        return made
+
+    def _cell(self, i: Input) -> Cell:
+        name, type = i.value.name, i.value.type
+        if i.role == "param":
+            if name not in self.params:
+                raise GraphError(f"the net has no parameter {name}")
+            return self.params[name]
+        zeros = lambda: torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)  # noqa: E731
+        if i.role == "derived":  # belongs to the device: rebuilt there, never moved
+            have = self.entries.get(name)
+            same = have is not None and have.global_shape == tuple(type.shape)
+            return have.cell if have is not None and same else Cell(zeros())
+        cell = self._bank.cells.get(name)
+        if cell is None or tuple(cell.live.shape) != tuple(type.shape):
+            cell = self._bank.cells[name] = Cell(zeros())
+        return cell
+
+    def acquire(self, entries: Iterable[Entry]) -> None:
+        """Makes the entries current: fetches what another device wrote, rebuilds copies."""
+        for e in entries:
+            if e.cell.live is not e.tensor:
+                e.tensor.copy_(e.cell.live)
+                e.cell.live = e.tensor
+                self.stale = True
+        if self.stale:
+            self.rebuild()
+
+    def rebuild(self) -> None:
+        """Derives the low-precision copies from the parameters again."""
+        for e in self.derived:
+            if e.source is not None:
+                e.tensor.copy_(e.source.live)
+        self.stale = False
+
+    def slots(self, params: Iterable[str]) -> dict[str, Entry]:
+        """Name to slot entry of the given parameters."""
+        wanted = set(params)
+        return {n: e for n, e in self.entries.items() if e.role == "slot" and e.of in wanted}
