@@ -49,7 +49,7 @@ def trace(
                 where=net.place,
                 help="return the logits",
             )
-    returns = (out.value,)
+    returns: tuple[Value, ...] = (out.value,)
     if loss is not None:
         _check_logits(out, shape[0])
         b.where = Where(("loss",), "")

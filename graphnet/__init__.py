@@ -37,6 +37,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = ["__version__", *sorted([*_HOME, *_MODULES])]  # noqa: PLE0604
 
+# ruff: noqa: F401  the imports below are for type checkers; __getattr__ does the work
 if TYPE_CHECKING:
     from graphnet.api import build, check_gradients, compile, load, save
     from graphnet.errors import GraphnetError

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Sequential
-from graphnet.frontends.layers import AvgPool2d, Conv2d, Flatten, Linear, MaxPool2d
-from graphnet.frontends.layers import ReLU, Sigmoid, Tanh
+from graphnet.frontends.layers import (
+    AvgPool2d,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sigmoid,
+    Tanh,
+)
 
 _ACTIVATIONS = {"relu": ReLU, "tanh": Tanh, "sigmoid": Sigmoid}
 _POOLS = {"max": MaxPool2d, "avg": AvgPool2d}

@@ -11,6 +11,7 @@ from graphnet.errors import ShapeError
 from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType
+from graphnet.ops.elementwise import floating
 
 
 class _Activation(Op):
@@ -20,6 +21,7 @@ class _Activation(Op):
     kernel = "elementwise"
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        floating(self.name, ins[0])
         return (ins[0].with_shape(ins[0].shape),)
 
     def vjp(
@@ -41,6 +43,8 @@ class _ActivationGrad(Op):
         y, dy = ins
         if y.shape != dy.shape:
             raise ShapeError(f"{self.name}: output {y} and gradient {dy} differ in shape")
+        floating(self.name, y)
+        floating(self.name, dy)
         return (dy.with_shape(dy.shape),)
 
 
@@ -64,13 +68,13 @@ class Relu(_Activation):
 
 @register
 class ReluGrad(_ActivationGrad):
-    """dx = dy where y > 0, else 0."""
+    """dx = 0 where y <= 0, else dy: a NaN in y lets the gradient pass, as in torch."""
 
     name = "relu_grad"
 
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, dy = args
-        return (torch.where(y > 0, dy, torch.zeros_like(dy)),)
+        return (torch.where(y <= 0, torch.zeros_like(dy), dy),)
 
     def cpu(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, dy = args
@@ -78,7 +82,7 @@ class ReluGrad(_ActivationGrad):
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         y, dy = expr
-        return [f"tl.where({y} > 0.0, {dy}, 0.0)"]
+        return [f"tl.where({y} <= 0.0, 0.0, {dy})"]
 
 
 @register
@@ -107,7 +111,7 @@ class TanhGrad(_ActivationGrad):
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         y, dy = expr
-        return [f"{dy} * (1.0 - {y} * {y})"]
+        return [f"({dy} * (1.0 - {y} * {y}))"]
 
 
 @register
@@ -120,7 +124,7 @@ class Sigmoid(_Activation):
         return (torch.sigmoid(args[0]),)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
-        return [f"1.0 / (1.0 + tl.exp(-({expr[0]})))"]
+        return [f"(1.0 / (1.0 + tl.exp(-({expr[0]}))))"]
 
 
 @register
@@ -135,6 +139,4 @@ class SigmoidGrad(_ActivationGrad):
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         y, dy = expr
-        return [f"{dy} * {y} * (1.0 - {y})"]
-
-
+        return [f"({dy} * {y} * (1.0 - {y}))"]

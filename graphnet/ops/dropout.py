@@ -74,7 +74,7 @@ class Dropout(Op):
         return (torch.where(mask, x * attrs.scale, torch.zeros_like(x)),)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
-        scaled = f"({expr[0]}) * {attrs.scale!r}"
+        scaled = f"({expr[0]} * {attrs.scale!r})"
         if not attrs.training:
             return [scaled]
         ctx.uses("dropout_keep")

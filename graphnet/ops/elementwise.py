@@ -11,7 +11,7 @@ import torch
 from graphnet.errors import DTypeError, ShapeError
 from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
-from graphnet.ir.types import DTYPES, TensorType, dtype_of
+from graphnet.ir.types import DTYPES, TensorType
 
 
 class _Binary(Op):
@@ -151,10 +151,13 @@ class Full(Op):
         return (torch.full(attrs.shape, attrs.value, dtype=DTYPES[attrs.dtype].torch),)
 
 
+def floating(op: str, t: TensorType) -> None:
+    """DTypeError unless the operand holds floating-point numbers."""
+    if not t.dtype.is_float:
+        raise DTypeError(f"{op} takes floating-point numbers, got {t}", help="cast it first")
+
+
 def same_dtype(op: str, a: TensorType, b: TensorType) -> None:
     """DTypeError unless both have one dtype."""
     if a.dtype != b.dtype:
         raise DTypeError(f"{op}: {a} and {b} differ in dtype", help="cast one of them")
-
-
-__all__ = ["CastAttrs", "FullAttrs", "dtype_of", "same_dtype"]

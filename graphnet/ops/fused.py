@@ -1,4 +1,4 @@
-"""The one fused op. Its meaning, FLOPs and bytes are those of its body; interior values are free."""
+"""The one fused op: its meaning, FLOPs and bytes are its body's; interior values are free."""
 
 from __future__ import annotations
 

@@ -77,9 +77,7 @@ def _target(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tor
     """[N, C] the distribution aimed at."""
     classes = logits.shape[1]
     out = torch.full_like(logits, smoothing / classes)
-    return out.scatter_add(
-        1, labels[:, None], torch.full_like(logits[:, :1], 1.0 - smoothing)
-    )
+    return out.scatter_add(1, labels[:, None], torch.full_like(logits[:, :1], 1.0 - smoothing))
 
 
 @register
@@ -94,7 +92,11 @@ class CrossEntropy(_Loss):
         alive, count = _rows(z, live)
         shifted = z - z.amax(1, keepdim=True)
         logp = shifted - shifted.exp().sum(1, keepdim=True).log()
-        rows = -(_target(z, labels, attrs.label_smoothing) * logp).sum(1)
+        # The label's term is gathered: a logit of -inf elsewhere must not become 0 * inf.
+        e = attrs.label_smoothing
+        rows = -(1 - e) * logp.gather(1, labels[:, None])[:, 0]
+        if e:
+            rows = rows - e * logp.mean(1)
         return ((torch.where(alive > 0, rows, torch.zeros_like(rows))).sum() / count,)
 
 

@@ -74,19 +74,6 @@ class AvgPoolGradAttrs(AvgPoolAttrs):
     input_size: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True)
-class AdaptiveAttrs(Attrs):
-    output_size: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output_size", pair(self.output_size))
-
-
-@dataclass(frozen=True)
-class AdaptiveGradAttrs(Attrs):
-    input_size: tuple[int, int] = (1, 1)
-
-
 def _pooled(attrs: PoolAttrs, x: Shape) -> Shape:
     if len(x) != 4:
         raise ShapeError(f"pooling takes a 4-d input, got {list(x)}")
@@ -125,9 +112,7 @@ def _windows(
     return stack, places, (t, le, ph, pw)
 
 
-def _spread(
-    dy: torch.Tensor, attrs: PoolAttrs, size: tuple[int, int], share: Any
-) -> torch.Tensor:
+def _spread(dy: torch.Tensor, attrs: PoolAttrs, size: tuple[int, int], share: Any) -> torch.Tensor:
     """dx with `share(k) * dy` added at the k-th element of each window."""
     n, c = dy.shape[:2]
     _, places, (t, le, ph, pw) = _windows(dy.new_zeros(n, c, *size), attrs, 0.0)
@@ -137,7 +122,33 @@ def _spread(
     return padded[:, :, t : t + size[0], le : le + size[1]]
 
 
-class _Grad(Op):
+def _origins(attrs: PoolAttrs, oh: int, ow: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[OH, 1] and [1, OW]: image row and column where each window starts (negative in padding)."""
+    rows = torch.arange(oh)[:, None] * attrs.stride[0] - attrs.padding[0]
+    cols = torch.arange(ow)[None, :] * attrs.stride[1] - attrs.padding[2]
+    return rows, cols
+
+
+def in_window(flat: torch.Tensor, attrs: PoolAttrs, width: int) -> torch.Tensor:
+    """torch's index into the image (row * width + column) as the position in the window, u8."""
+    rows, cols = _origins(attrs, *flat.shape[2:])
+    i = (flat // width - rows) // attrs.dilation[0]
+    j = (flat % width - cols) // attrs.dilation[1]
+    return (i * attrs.kernel[1] + j).to(torch.uint8)
+
+
+def in_image(idx: torch.Tensor, attrs: PoolAttrs, width: int) -> torch.Tensor:
+    """The inverse of `in_window`: int64 indices into the image."""
+    rows, cols = _origins(attrs, *idx.shape[2:])
+    at = idx.long()
+    i = rows + at // attrs.kernel[1] * attrs.dilation[0]
+    j = cols + at % attrs.kernel[1] * attrs.dilation[1]
+    return i * width + j
+
+
+class PoolGrad(Op):
+    """Base of the gradients: `attrs.input_size` is the height and width of the result."""
+
     def infer(self, attrs: Any, *ins: TensorType) -> tuple[TensorType, ...]:
         dy = ins[0]
         x = (*dy.shape[:2], *attrs.input_size)
@@ -176,14 +187,30 @@ class MaxPool2d(Op):
         return (b.one("maxpool2d_grad", dy, idx, attrs=attrs),)
 
     def reference(self, attrs: PoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        stack, _, _ = _windows(args[0], attrs, float("-inf"))
-        best, idx = stack[0].clone(), torch.zeros_like(stack[0], dtype=torch.uint8)
-        for k in range(1, len(stack)):
-            # A NaN is taken when it comes, as torch does, and then stays unless another comes.
-            better = (stack[k] > best) | torch.isnan(stack[k])
+        (x,) = args
+        stack, _, _ = _windows(x, attrs, float("-inf"))
+        real, _, _ = _windows(torch.ones_like(x), attrs, 0.0)
+        best, idx = torch.full_like(stack[0], float("-inf")), torch.zeros_like(stack[0]).byte()
+        unset = torch.ones_like(idx, dtype=torch.bool)
+        for k in range(len(stack)):
+            inside = real[k] > 0
+            # The first element of the image starts it, even at -inf. A NaN is taken when it
+            # comes, as torch does, and then stays unless another comes.
+            better = inside & (unset | (stack[k] > best) | torch.isnan(stack[k]))
+            unset &= ~inside
             best = torch.where(better, stack[k], best)
             idx = torch.where(better, torch.full_like(idx, k), idx)
         return (best, idx)
+
+    def cpu(self, attrs: PoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (x,) = args
+        t, b, le, r = attrs.padding
+        if (t, le) != (b, r):
+            return self.reference(attrs, x)
+        y, flat = torch.ops.aten.max_pool2d_with_indices(
+            x, attrs.kernel, attrs.stride, (t, le), attrs.dilation, attrs.ceil_mode
+        )
+        return (y, in_window(flat, attrs, x.shape[3]))
 
     def flops(
         self, attrs: PoolAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
@@ -192,7 +219,7 @@ class MaxPool2d(Op):
 
 
 @register
-class MaxPool2dGrad(_Grad):
+class MaxPool2dGrad(PoolGrad):
     """dx: each dy goes to the position that its window's index names."""
 
     name = "maxpool2d_grad"
@@ -202,6 +229,19 @@ class MaxPool2dGrad(_Grad):
     def reference(self, attrs: PoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dy, idx = args
         return (_spread(dy, attrs, attrs.input_size, lambda k: (idx == k).to(dy.dtype)),)
+
+    def cpu(self, attrs: PoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dy, idx = args
+        t, b, le, r = attrs.padding
+        if (t, le) != (b, r):
+            return self.reference(attrs, *args)
+        x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
+        flat = in_image(idx, attrs, attrs.input_size[1])
+        return (
+            torch.ops.aten.max_pool2d_with_indices_backward(
+                dy, x, attrs.kernel, attrs.stride, (t, le), attrs.dilation, attrs.ceil_mode, flat
+            ),
+        )
 
 
 def _divisors(attrs: AvgPoolAttrs, size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
@@ -270,7 +310,7 @@ class AvgPool2d(Op):
 
 
 @register
-class AvgPool2dGrad(_Grad):
+class AvgPool2dGrad(PoolGrad):
     """dx: each dy, divided as the mean was, goes to every element of its window."""
 
     name = "avgpool2d_grad"
@@ -294,70 +334,3 @@ class AvgPool2dGrad(_Grad):
                 attrs.count_include_pad, attrs.divisor_override or None,
             ),
         )  # fmt: skip
-
-
-def adaptive_span(i: int, size: int, out: int) -> tuple[int, int]:
-    """First and one-past-last input index of output i: floor(i size / out), ceil((i+1) size/out)."""
-    return i * size // out, -(-(i + 1) * size // out)
-
-
-@register
-class AdaptiveAvgPool2d(Op):
-    """Mean over windows that divide the input into `output_size` parts."""
-
-    name = "adaptive_avgpool2d"
-    attrs_type = AdaptiveAttrs
-    kernel = "pool"
-
-    def infer(self, attrs: AdaptiveAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        if len(ins[0].shape) != 4:
-            raise ShapeError(f"pooling takes a 4-d input, got {ins[0]}")
-        return (ins[0].with_shape((*ins[0].shape[:2], *attrs.output_size)),)
-
-    def vjp(
-        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
-    ) -> Sequence[Value | None]:
-        (dy,) = cotangents
-        if dy is None or not needs[0]:
-            return (None,)
-        attrs = AdaptiveGradAttrs(eqn.inputs[0].type.shape[2:])  # type: ignore[arg-type]
-        return (b.one("adaptive_avgpool2d_grad", dy, attrs=attrs),)
-
-    def reference(self, attrs: AdaptiveAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        (x,) = args
-        oh, ow = attrs.output_size
-        y = x.new_empty(*x.shape[:2], oh, ow)
-        for i in range(oh):
-            for j in range(ow):
-                a, b = adaptive_span(i, x.shape[2], oh)
-                c, d = adaptive_span(j, x.shape[3], ow)
-                y[:, :, i, j] = x[:, :, a:b, c:d].mean((2, 3))
-        return (y,)
-
-    def cpu(self, attrs: AdaptiveAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (F.adaptive_avg_pool2d(args[0], attrs.output_size),)
-
-    def flops(
-        self, attrs: AdaptiveAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
-    ) -> int:
-        return ins[0].numel
-
-
-@register
-class AdaptiveAvgPool2dGrad(_Grad):
-    """dx: each dy over its window's size goes to every element of its window."""
-
-    name = "adaptive_avgpool2d_grad"
-    attrs_type = AdaptiveGradAttrs
-    kernel = "pool"
-
-    def reference(self, attrs: AdaptiveGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        (dy,) = args
-        h, w = attrs.input_size
-        dx = dy.new_zeros(*dy.shape[:2], h, w)
-        for i in range(dy.shape[2]):
-            for j in range(dy.shape[3]):
-                a, b = adaptive_span(i, h, dy.shape[2])
-                c, d = adaptive_span(j, w, dy.shape[3])
-                dx[:, :, a:b, c:d] += (dy[:, :, i, j] / ((b - a) * (d - c)))[:, :, None, None]
-        return (dx,)

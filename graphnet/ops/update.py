@@ -76,15 +76,16 @@ class SGDUpdate(Op):
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         if not attrs.momentum:
             w, g, lr, wd = expr
-            return [f"{w} - {lr} * ({g} + {wd} * {w})"]
+            return [f"({w} - {lr} * ({g} + {wd} * {w}))"]
         w, g, v, lr, mom, wd = expr
         g = f"({g} + {wd} * {w})"
         if attrs.form == "torch":
             v1 = f"({mom} * {v} + {g})"
             step = f"({g} + {mom} * {v1})" if attrs.nesterov else v1
-            return [f"{w} - {lr} * {step}", v1]
+            return [f"({w} - {lr} * {step})", v1]
         v1 = f"({mom} * {v} - {lr} * {g})"
         w1 = f"{w} - {mom} * {v} + (1.0 + {mom}) * {v1}" if attrs.nesterov else f"{w} + {v1}"
+        w1 = f"({w1})"
         return [w1, v1]
 
 

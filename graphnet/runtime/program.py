@@ -131,7 +131,7 @@ class Program:
         if tuple(y.shape) != (rows,):
             raise ShapeError(f"labels of shape {list(y.shape)} for {rows} rows; wanted [{rows}]")
         self._check_device("labels", y)
-        # On the GPU the check would wait for the device; the loss gives NaN-free garbage there.
+        # Labels on the GPU are not checked: that would wait for the device at every step.
         if y.device.type == "cpu" and self.classes:
             check_labels(y, self.classes)
 

@@ -1,426 +1,343 @@
 """The cpu target: the fused graph as a flat list of calls into torch's own kernels.
 
-It plans its own layouts (channels-last for the convolutional part) and its own fusions:
-convolution with relu, the three gradients of a convolution in one call, all updates of one kind
-in one call. Everything else runs each op's `cpu` twin.
+It plans its own layouts (`cpu_conv`) and its own fusions: convolution with relu and pool, the
+gradients of a convolution in one call, the loss with its gradient, all updates of one kind in one
+call at the end. Everything else runs each op's `cpu` twin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.ir.op import get_op
-from graphnet.ops.conv2d import ConvAttrs
+from graphnet.lowering.targets import cpu_conv
+from graphnet.lowering.targets.cpu_task import (
+    Call,
+    Env,
+    Slot,
+    Task,
+    flatten,
+    generic,
+    in_order,
+    symmetric,
+)
 
-Env = list[Any]
-Call = Callable[[Env], None]
-
-
-@dataclass
-class Task:
-    """One call: what it reads and writes, so that values can be dropped after their last use.
-
-    in_place says that its results already stand where the graph commits them.
-    """
-
-    reads: tuple[Value, ...]
-    writes: tuple[Value, ...]
-    make: Callable[[Callable[[Value], int]], Call]
-    eqns: tuple[Eqn, ...] = ()
-    in_place: bool = False
-
-
-def _flatten(graph: Graph) -> list[Eqn]:
-    """Bodies inlined, every value under a name of its own."""
-    out: list[Eqn] = []
-    for at, eqn in enumerate(graph.eqns):
-        if eqn.body is None:
-            out.append(eqn)
-            continue
-        env = dict(zip(eqn.body.input_values, eqn.inputs, strict=True))
-        env.update(zip(eqn.body.returns, eqn.results, strict=True))
-        for k, e in enumerate(eqn.body.eqns):
-            for j, v in enumerate(e.outputs):
-                if v is not None and v not in env:
-                    env[v] = Value(f".{at}.{k}.{j}", v.type)
-            outs = tuple(None if v is None else env[v] for v in e.outputs)
-            out.append(Eqn(e.op, tuple(env[v] for v in e.inputs), outs, e.attrs, None, eqn.where))
-    return out
-
-
-def _generic(eqn: Eqn) -> Task:
-    fn, attrs = get_op(eqn.op).cpu, eqn.attrs
-
-    def make(slot: Callable[[Value], int]) -> Call:
-        ins = [slot(v) for v in eqn.inputs]
-        outs = [None if v is None else slot(v) for v in eqn.outputs]
-
-        def call(env: Env) -> None:
-            for at, value in zip(outs, fn(attrs, *[env[i] for i in ins]), strict=False):
-                if at is not None:
-                    env[at] = value
-
-        return call
-
-    return Task(eqn.inputs, eqn.results, make, (eqn,))
-
-
-def _symmetric(attrs: ConvAttrs) -> bool:
-    return attrs.padding[0] == attrs.padding[1] and attrs.padding[2] == attrs.padding[3]
-
-
-def _last(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def _conv(eqn: Eqn, relu: Eqn | None) -> Task:
-    """Convolution, channels-last, with the relu behind it in the same oneDNN primitive."""
-    attrs: ConvAttrs = eqn.attrs  # type: ignore[assignment]
-    pad = [attrs.padding[0], attrs.padding[2]]
-    stride, dilation = list(attrs.stride), list(attrs.dilation)
-    out = (relu or eqn).out
-    pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    fp32 = all(v.type.dtype.name == "f32" for v in (*eqn.inputs, out))
-    fused = relu is not None and pointwise is not None and fp32
-
-    def make(slot: Callable[[Value], int]) -> Call:
-        ins, at = [slot(v) for v in eqn.inputs], slot(out)
-
-        def call(env: Env) -> None:
-            x, w, *rest = (env[i] for i in ins)
-            b = rest[0].to(x.dtype) if rest else None
-            w = _last(w)
-            if fused:
-                y = pointwise(_last(x), w, b, pad, stride, dilation, attrs.groups, "relu", [], "")
-            else:
-                y = torch.conv2d(_last(x), w, b, stride, pad, dilation, attrs.groups)
-                y = y.relu_() if relu is not None else y
-            env[at] = y if y.dtype == out.type.dtype.torch else y.to(out.type.dtype.torch)
-
-        return call
-
-    return Task(eqn.inputs, (out,), make, (eqn,) if relu is None else (eqn, relu))
+Storage = dict[str, torch.Tensor]
+_aten: Any = torch.ops.aten
+_VIEWS = ("reshape", "slice", "relayout", "cast")
 
 
 def _linear_relu(eqn: Eqn, relu: Eqn) -> Task:
-    def make(slot: Callable[[Value], int]) -> Call:
+    dtype = relu.out.type.dtype.torch
+
+    def make(slot: Slot) -> Call:
         ins, at = [slot(v) for v in eqn.inputs], slot(relu.out)
 
         def call(env: Env) -> None:
             x, w, *rest = (env[i] for i in ins)
             bias = rest[0].to(x.dtype) if rest else None
-            env[at] = torch.nn.functional.linear(x, w, bias).relu_()
+            env[at] = torch.nn.functional.linear(x, w, bias).relu_().to(dtype)
 
         return call
 
     return Task(eqn.inputs, (relu.out,), make, (eqn, relu))
 
 
-def _conv_backward(wgrad: Eqn, dgrad: Eqn | None) -> Task:
-    """All gradients of one convolution in one call, which shares the reordering of dy."""
-    attrs: Any = wgrad.attrs
-    x, dy = wgrad.inputs
-    w = dgrad.inputs[1] if dgrad is not None else None
-    dw, db = wgrad.outputs
-    dx = dgrad.out if dgrad is not None else None
-    pad = [attrs.padding[0], attrs.padding[2]]
-    mask = [dx is not None, dw is not None, db is not None]
-    shape = (dy.type.shape[1], x.type.shape[1] // attrs.groups, *attrs.kernel)
-    # Without a dgrad only the weight's shape matters.
-    blank = torch.empty(shape, dtype=x.type.dtype.torch).to(memory_format=torch.channels_last)
-    outs = [v for v in (dx, dw, db) if v is not None]
-
-    def make(slot: Callable[[Value], int]) -> Call:
-        at = [None if v is None else slot(v) for v in (dx, dw, db)]
-        ix, idy, iw = slot(x), slot(dy), None if w is None else slot(w)
-
-        def call(env: Env) -> None:
-            weight = blank if iw is None else _last(env[iw])
-            got = torch.ops.aten.convolution_backward(
-                _last(env[idy]), _last(env[ix]), weight, [shape[0]], list(attrs.stride), pad,
-                list(attrs.dilation), False, [0, 0], attrs.groups, mask,
-            )  # fmt: skip
-            for k, value in zip(at, got, strict=True):
-                if k is not None:
-                    env[k] = value.float() if k != at[0] else value
-
-        return call
-
-    reads = (x, dy) if w is None else (x, dy, w)
-    eqns = (wgrad,) if dgrad is None else (wgrad, dgrad)
-    return Task(reads, tuple(outs), make, eqns)
-
-
-def _maxpool(eqn: Eqn, wide: dict[Value, Value]) -> Task | None:
-    """torch's max-pool, keeping its int64 index beside the IR's byte, which nobody else reads."""
-    attrs: Any = eqn.attrs
-    t, b, le, r = attrs.padding
-    if (t, le) != (b, r):
-        return None
-    x, idx = eqn.inputs[0], eqn.outputs[1]
-
-    def make(slot: Callable[[Value], int]) -> Call:
-        ix, iy = slot(x), slot(eqn.out)
-        ii = slot(wide[idx]) if idx is not None else None
-
-        def call(env: Env) -> None:
-            y, index = torch.ops.aten.max_pool2d_with_indices(
-                env[ix], attrs.kernel, attrs.stride, (t, le), attrs.dilation, attrs.ceil_mode
-            )
-            env[iy] = y
-            if ii is not None:
-                env[ii] = index
-
-        return call
-
-    writes = (eqn.out,) if idx is None else (eqn.out, wide[idx])
-    return Task((x,), writes, make, (eqn,))
-
-
-def _maxpool_grad(eqn: Eqn, wide: dict[Value, Value]) -> Task:
-    attrs: Any = eqn.attrs
-    dy, idx = eqn.inputs
-    like = torch.empty(eqn.out.type.shape, dtype=dy.type.dtype.torch)
-    like = like.to(memory_format=torch.channels_last)
-    pad = [attrs.padding[0], attrs.padding[2]]
-
-    def make(slot: Callable[[Value], int]) -> Call:
-        idy, ii, at = slot(dy), slot(wide[idx]), slot(eqn.out)
-
-        def call(env: Env) -> None:
-            env[at] = torch.ops.aten.max_pool2d_with_indices_backward(
-                _last(env[idy]), like, attrs.kernel, attrs.stride, pad, attrs.dilation,
-                attrs.ceil_mode, env[ii],
-            )  # fmt: skip
-
-        return call
-
-    return Task((dy, wide[idx]), (eqn.out,), make, (eqn,))
-
-
 def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
-    """The loss and its gradient from one log-softmax."""
+    """The loss and its gradient from one log-softmax of the live rows."""
     smoothing = loss.attrs.label_smoothing  # type: ignore[attr-defined]
+    dtype, mean, ignored = loss.inputs[0].type.dtype.torch, 1, -100
+    one = torch.ones((), dtype=dtype)
 
-    def make(slot: Callable[[Value], int]) -> Call:
+    def make(slot: Slot) -> Call:
         iz, il, iv = (slot(v) for v in loss.inputs)
         ol, og = slot(loss.out), slot(grad.out)
 
         def call(env: Env) -> None:
             z, labels, live = env[iz], env[il], int(env[iv])
-            n, classes = z.shape
+            rows, (n, classes) = labels[:live], z.shape
             logp = torch.log_softmax(z[:live], 1)
-            hit = labels[:live, None]
-            rows = logp.gather(1, hit).mul_(smoothing - 1.0)
+            nll, count = _aten.nll_loss_forward(logp, rows, None, mean, ignored)
+            g = _aten.nll_loss_backward(one, logp, rows, None, mean, ignored, count)
             if smoothing:
-                rows -= logp.sum(1, keepdim=True) * (smoothing / classes)
-            env[ol] = rows.sum() / live
-            g = logp.exp_()
-            if smoothing:
-                g -= smoothing / classes
-            g.scatter_add_(1, hit, g.new_full((1, 1), smoothing - 1.0).expand(live, 1))
-            g /= live
-            if live < n:
-                full = z.new_zeros(n, classes)
-                full[:live] = g
-                g = full
-            env[og] = g
+                nll = (1.0 - smoothing) * nll - logp.mean() * smoothing
+                g.mul_(1.0 - smoothing).sub_(smoothing / (classes * live))
+            g = _aten._log_softmax_backward_data(g, logp, 1, dtype)
+            env[ol] = nll
+            env[og] = g if live == n else torch.cat((g, g.new_zeros(n - live, classes)))
 
         return call
 
     return Task(loss.inputs, (loss.out, grad.out), make, (loss, grad))
 
 
-def _sgd(updates: Sequence[Eqn], storage: dict[str, torch.Tensor]) -> Task:
-    """All plain torch-form updates in one call, in place on the state."""
+def _replaced(update: Eqn) -> list[tuple[Value, Value]]:
+    """(result, the state operand that it replaces) of an update or a record."""
+    return list(zip(update.results, update.inputs[::2], strict=False))
+
+
+def _sgd(updates: Sequence[Eqn], storage: Storage) -> Task:
+    """All updates of one kind in one call, in place on the state."""
     attrs: Any = updates[0].attrs
-    hypers = updates[0].inputs[-(3 if attrs.momentum else 2) :]
-    lr, wd = hypers[0], hypers[-1]
-    mom = hypers[1] if attrs.momentum else None
+    lr, *mid, wd = updates[0].inputs[3 if attrs.momentum else 2 :]
     params = [storage[e.inputs[0].name] for e in updates]
     slots = [storage[e.inputs[2].name] for e in updates] if attrs.momentum else []
     grads = [e.inputs[1] for e in updates]
-    hyper_reads = tuple(dict.fromkeys(v for v in (lr, mom, wd) if v is not None))
+    new = [(v, storage[old.name]) for e in updates for v, old in _replaced(e)]
 
-    def make(slot: Callable[[Value], int]) -> Call:
+    def make(slot: Slot) -> Call:
         ig = [slot(g) for g in grads]
-        ilr, iwd, imom = slot(lr), slot(wd), None if mom is None else slot(mom)
+        ilr, iwd, imom = slot(lr), slot(wd), [slot(m) for m in mid]
+        out = [(slot(v), t) for v, t in new]
 
         def call(env: Env) -> None:
-            momentum = 0.0 if imom is None else float(env[imom])
             torch._fused_sgd_(
                 params,
                 # The kernel walks storage: a gradient must lie as its parameter does.
                 [env[i].contiguous() for i in ig],
                 slots,
-                weight_decay=float(env[iwd]), momentum=momentum, lr=float(env[ilr]),
-                dampening=0.0, nesterov=attrs.nesterov, maximize=False, is_first_step=False,
+                weight_decay=float(env[iwd]), momentum=float(env[imom[0]]) if imom else 0.0,
+                lr=float(env[ilr]), dampening=0.0, nesterov=attrs.nesterov, maximize=False,
+                is_first_step=False,  # the buffers start at zero
             )  # fmt: skip
+            for at, t in out:
+                env[at] = t
 
         return call
 
     results = tuple(v for e in updates for v in e.results)
-    return Task((*grads, *hyper_reads), results, make, tuple(updates), in_place=True)
+    return Task((*grads, lr, *mid, wd), results, make, tuple(updates))
 
 
-def _schedule(graph: Graph, storage: dict[str, torch.Tensor]) -> list[Task]:
-    """The flat graph as tasks, with the peepholes applied."""
-    eqns = _flatten(graph)
-    readers: dict[Value, list[Eqn]] = {}
-    for e in eqns:
-        for v in e.inputs:
-            readers.setdefault(v, []).append(e)
-    escaping = graph.escaping()
-    wide = {
-        e.outputs[1]: Value(f".wide.{e.outputs[1].name}", e.outputs[1].type)
-        for e in eqns
-        if e.op == "maxpool2d" and e.outputs[1] is not None and _narrow_unread(e, readers, escaping)
-    }
-    done: set[int] = set()
-    tasks: list[Task] = []
-    updates: list[Eqn] = []
+def _record(eqn: Eqn, storage: Storage) -> Task:
+    """The loss into the ring, in place."""
+    ring, step = (storage[eqn.inputs[k].name] for k in (0, 2))
+    loss = eqn.inputs[1]
 
-    def only_reader(v: Value, op: str) -> Eqn | None:
-        found = readers.get(v, [])
-        return found[0] if len(found) == 1 and found[0].op == op and v not in escaping else None
+    def make(slot: Slot) -> Call:
+        at = slot(loss)
 
-    for e in eqns:
-        if id(e) in done:
-            continue
-        task: Task | None = None
-        if e.op == "conv2d" and _symmetric(e.attrs):  # type: ignore[arg-type]
-            task = _conv(e, only_reader(e.out, "relu"))
-        elif e.op == "linear" and (relu := only_reader(e.out, "relu")):
-            task = _linear_relu(e, relu)
-        elif e.op in ("conv2d_wgrad", "conv2d_dgrad") and _symmetric(e.attrs):  # type: ignore[arg-type]
-            task = _gradients(e, eqns, done)
-        elif e.op == "maxpool2d" and (e.outputs[1] is None or e.outputs[1] in wide):
-            task = _maxpool(e, wide)
-        elif e.op == "maxpool2d_grad" and e.inputs[1] in wide:
-            task = _maxpool_grad(e, wide)
-        elif e.op == "cross_entropy":
-            twins = [t for t in readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
-            if len(twins) == 1 and twins[0].inputs == e.inputs:
-                task = _cross_entropy(e, twins[0])
-        elif _groups(e, readers, storage, graph):
-            updates.append(e)
-            done.add(id(e))
-            continue
-        task = task or _generic(e)
-        done.update(map(id, task.eqns))
-        tasks.append(task)
-    kinds: dict[tuple, list[Eqn]] = {}
-    for e in updates:
-        kinds.setdefault((e.attrs, e.inputs[-2:]), []).append(e)
-    return _sorted(tasks, graph) + [_sgd(k, storage) for k in kinds.values()]
+        def call(env: Env) -> None:
+            ring[int(step) % len(ring)] = env[at]
+            step.add_(1)
+
+        return call
+
+    return Task((loss,), eqn.results, make, (eqn,))
 
 
-def _sorted(tasks: list[Task], graph: Graph) -> list[Task]:
-    """Merged tasks may read what a later one writes: order them again, stably."""
-    ready = {v for t in tasks for v in t.reads} - {v for t in tasks for v in t.writes}
-    ready |= set(graph.input_values)
-    out: list[Task] = []
-    while tasks:
-        rest = []
-        for t in tasks:
-            if all(v in ready for v in t.reads):
-                ready.update(t.writes)
-                out.append(t)
-            else:
-                rest.append(t)
-        assert len(rest) < len(tasks), "a peephole closed a cycle"
-        tasks = rest
-    return out
+class _Schedule:
+    """The flat graph as tasks: `body` reads the old state, `tail` writes the new one in place."""
 
+    def __init__(self, graph: Graph, storage: Storage) -> None:
+        self.graph, self.storage = graph, storage
+        self.eqns = flatten(graph)
+        self.escaping = graph.escaping()
+        self.readers: dict[Value, list[Eqn]] = {}
+        for e in self.eqns:
+            for v in dict.fromkeys(e.inputs):
+                self.readers.setdefault(v, []).append(e)
+        self.done: set[int] = set()
+        self.twins: dict[Value, Value] = {}
+        self.wide: dict[Value, Value] = {}
+        tail = self._tail()
+        self.body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
+        self.body = in_order(self.body, set(graph.input_values))
+        self.tail = tail
 
-def _narrow_unread(pool: Eqn, readers: dict[Value, list[Eqn]], escaping: set[Value]) -> bool:
-    """Whether gradients of this pool alone read its index."""
-    idx = pool.outputs[1]
-    t, b, le, r = pool.attrs.padding  # type: ignore[attr-defined]
-    assert idx is not None
-    grads = all(e.op == "maxpool2d_grad" for e in readers.get(idx, []))
-    return grads and idx not in escaping and (t, le) == (b, r)
+    def read_by(self, v: Value) -> list[Eqn]:
+        """The readers of a value that stays inside the graph; none where it leaves it."""
+        return [] if v in self.escaping else self.readers.get(v, [])
 
+    def _add(self, task: Task) -> Task:
+        self.done.update(map(id, task.eqns))
+        return task
 
-def _gradients(e: Eqn, eqns: list[Eqn], done: set[int]) -> Task | None:
-    """The wgrad and dgrad of one convolution together; a lone dgrad stays generic."""
-    dy = e.inputs[1] if e.op == "conv2d_wgrad" else e.inputs[0]
-    base = e.attrs.base()  # type: ignore[attr-defined]
+    # ---- the end of the step ----------------------------------------------------------------
 
-    def twin(op: str, at: int) -> Eqn | None:
+    def _tail(self) -> list[Task]:
+        kinds: dict[tuple, list[Eqn]] = {}
+        tasks, after = [], []
+        targets = {new: old for old, new in self.graph.commits}
+        for e in self.eqns:
+            if e.op == "sgd_update" and self._in_place(e, targets):
+                hypers = e.inputs[1 + len(e.results) :]
+                kinds.setdefault((e.attrs, hypers), []).append(e)
+                after += [r for v in e.results for r in self.readers.get(v, [])]
+            elif e.op == "record_step" and self._commits(e, targets):
+                tasks.append(self._add(_record(e, self.storage)))
+        tasks += [self._add(_sgd(k, self.storage)) for k in kinds.values()]
+        return tasks + [self._add(generic(e)) for e in dict.fromkeys(after)]
+
+    def _commits(self, e: Eqn, targets: dict[Value, Value]) -> bool:
+        """Whether each result does nothing but replace the state that it was made from."""
+        return all(
+            targets.get(v) == old
+            and v not in self.graph.returns
+            and self.storage[old.name].is_contiguous()
+            for v, old in _replaced(e)
+        )
+
+    def _in_place(self, e: Eqn, targets: dict[Value, Value]) -> bool:
+        """Whether an update can join the one call at the end of the step."""
+        if e.attrs.form != "torch" or not self._commits(e, targets):  # type: ignore[attr-defined]
+            return False
+        # Only the low-precision copy may read the new parameter, behind the update.
+        copies = all(
+            r.op == "cast" and r.out in targets and not self.readers.get(r.out)
+            for v in e.results
+            for r in self.readers.get(v, [])
+        )
+        state = [self.storage[old.name] for _, old in _replaced(e)]
+        return copies and all(t.dtype == torch.float32 for t in state)
+
+    # ---- the rest ---------------------------------------------------------------------------
+
+    def _tasks(self, e: Eqn) -> list[Task]:
+        if id(e) in self.done:
+            return []
+        return [self._add(t) for t in self._choose(e)]
+
+    def _choose(self, e: Eqn) -> list[Task]:
+        if e.op == "conv2d" and symmetric(e.attrs):
+            return self._conv(e)
+        if e.op in ("conv2d_wgrad", "conv2d_dgrad") and symmetric(e.attrs):
+            return self._gradients(e)
+        if e.op == "linear":
+            behind = self.read_by(e.out)
+            if len(behind) == 1 and behind[0].op == "relu":
+                return [_linear_relu(e, behind[0])]
+        if e.op == "maxpool2d" and symmetric(e.attrs):
+            idx = e.outputs[1]
+            if idx is None:
+                return [cpu_conv.maxpool(e, None)]
+            if idx not in self.escaping and self._only(idx, "maxpool2d_grad"):
+                self.wide[idx] = Value(f".wide.{idx.name}", idx.type)
+                return [cpu_conv.maxpool(e, self.wide[idx])]
+        if e.op == "maxpool2d_grad" and e.inputs[1] in self.wide:
+            return [cpu_conv.maxpool_grad(e, self.wide[e.inputs[1]])]
+        if e.op == "cross_entropy":
+            pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
+            if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
+                return [_cross_entropy(e, pair[0])]
+        return [generic(e)]
+
+    def _only(self, v: Value, op: str) -> bool:
+        return all(r.op == op for r in self.readers.get(v, []))
+
+    def _twin(self, v: Value, tasks: list[Task]) -> Value:
+        """The channels-last twin of a value, made by a task of its own when first asked for."""
+        if v not in self.twins:
+            self.twins[v] = Value(f".last.{v.name}", v.type)
+            tasks.append(cpu_conv.relay(v, self.twins[v]))
+        return self.twins[v]
+
+    def _conv(self, e: Eqn) -> list[Task]:
+        phase = cpu_conv.phase_conv(e, self.read_by)
+        if phase is not None:
+            return [phase.forward(), *(phase.backward(g, w) for g, w in phase.grads)]
+        behind = self.read_by(e.out)
+        relu = behind[0] if len(behind) == 1 and behind[0].op == "relu" else None
+        tasks: list[Task] = []
+        x = self._twin(e.inputs[0], tasks)
+        return [*tasks, cpu_conv.conv(e, relu, x)]
+
+    def _gradients(self, e: Eqn) -> list[Task]:
+        """The gradients of one convolution, together where that is faster."""
+        if e.op == "conv2d_dgrad":
+            wgrad, dgrad = self._partner(e, e.inputs[0], "conv2d_wgrad", 1), e
+        else:
+            wgrad, dgrad = e, self._partner(e, e.inputs[1], "conv2d_dgrad", 0)
+        if dgrad is not None and wgrad is not None:
+            fits = dgrad.out.type.shape == wgrad.inputs[0].type.shape
+            if not fits or cpu_conv.splits(dgrad):
+                wgrad, dgrad = (wgrad, None) if e is wgrad else (None, dgrad)
+        if wgrad is None:
+            assert dgrad is not None
+            return [cpu_conv.conv_dgrad(dgrad) if cpu_conv.splits(dgrad) else generic(dgrad)]
+        tasks: list[Task] = []
+        x, dy = (self._twin(v, tasks) for v in wgrad.inputs)
+        return [*tasks, cpu_conv.conv_backward(wgrad, dgrad, x, dy)]
+
+    def _partner(self, e: Eqn, dy: Value, op: str, at: int) -> Eqn | None:
         found = [
             t
-            for t in eqns
-            if t.op == op and t.inputs[at] == dy and id(t) not in done
-            and t.attrs.base() == base  # type: ignore[attr-defined]
+            for t in self.readers[dy]
+            if t.op == op and t.inputs[at] == dy and id(t) not in self.done
+            and t.attrs.base() == e.attrs.base()  # type: ignore[attr-defined]
         ]  # fmt: skip
         return found[0] if len(found) == 1 else None
 
-    wgrad = e if e.op == "conv2d_wgrad" else twin("conv2d_wgrad", 1)
-    dgrad = e if e.op == "conv2d_dgrad" else twin("conv2d_dgrad", 0)
-    if wgrad is None or wgrad.outputs[0] is None:
-        return None
-    if dgrad is not None and dgrad.out.type.shape != wgrad.inputs[0].type.shape:
-        dgrad = None
-    return _conv_backward(wgrad, dgrad)
+
+def _views(graph: Graph) -> set[Value]:
+    """Values that may share memory with an input."""
+    out = set(graph.input_values)
+    for e in graph.eqns:
+        if e.op in _VIEWS and e.inputs[0] in out:
+            out.add(e.out)
+    return out
 
 
-def _groups(
-    e: Eqn, readers: dict[Value, list[Eqn]], storage: dict[str, torch.Tensor], graph: Graph
-) -> bool:
-    """Whether an update can join the one call at the end of the step."""
-    if e.op != "sgd_update" or e.attrs.form != "torch":  # type: ignore[attr-defined]
-        return False
-    if any(readers.get(v) for v in e.results):
-        return False
-    targets = {new: old for old, new in graph.commits}
-    state = (e.inputs[0], *e.inputs[2 : 1 + len(e.results)])
-    return all(targets.get(v) == s for v, s in zip(e.results, state, strict=True)) and all(
-        storage[s.name].is_contiguous() and storage[s.name].dtype == torch.float32 for s in state
-    )
+def prepare(plan: Any, storage: Storage) -> Callable[[], None]:
+    """The step as a callable over fixed storage, by name of input and of returned value.
 
-
-def prepare(plan: Any, storage: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """The step as a callable over fixed storage, by name of input and of returned value."""
+    It reads `plan.graph` only. Calling it runs one step: returned values are copied to their
+    storage, then committed state is replaced. Gradients are off while it runs.
+    """
     graph: Graph = plan.graph
-    tasks = _schedule(graph, storage)
+    schedule = _Schedule(graph, storage)
     slots: dict[Value, int] = {}
 
     def slot(v: Value) -> int:
         return slots.setdefault(v, len(slots))
 
-    calls = [t.make(slot) for t in tasks]
     fixed = [(slot(i.value), storage[i.value.name]) for i in graph.inputs]
-    placed = {v for t in tasks if t.in_place for v in t.writes}
-    commits = [
-        (storage[old.name], slot(new)) for old, new in graph.commits if new not in placed
-    ]
-    returns = [(storage[v.name], slot(v)) for v in graph.returns if v not in graph.input_values]
-    keep = {at for _, at in commits} | {at for _, at in returns} | {at for at, _ in fixed}
-    last: dict[int, int] = {}
-    for k, t in enumerate(tasks):
-        last.update((slots[v], k) for v in (*t.reads, *t.writes) if v in slots)
-    drops = [[at for at, when in last.items() if when == k and at not in keep] for k in
-             range(len(tasks))]  # fmt: skip
+    tasks = schedule.body + schedule.tail
+    calls = [t.make(slot) for t in tasks]
+    placed = {v for t in schedule.tail for e in t.eqns if e.op != "cast" for v in e.results}
+    shared = _views(graph)
+    returns = [(storage[v.name], slot(v)) for v in graph.returns]
+    # What may be a view of the state is copied before the state changes.
+    early = [slot(new) for _, new in graph.commits if new in shared]
+    commits = [(storage[old.name], slot(new)) for old, new in graph.commits if new not in placed]
+    keep = {at for _, at in (*commits, *returns)} | {at for at, _ in fixed}
+    drops = _last_uses(tasks, slots, keep)
+    program = list(zip(calls, drops, strict=True))
+    body, tail = program[: len(schedule.body)], calls[len(schedule.body) :]
     blank: Env = [None] * len(slots)
     for at, tensor in fixed:
         blank[at] = tensor
-    program = list(zip(calls, drops, strict=True))
 
+    @torch.no_grad()
     def run() -> None:
         env = blank.copy()
-        for call, dead in program:
+        for call, dead in body:
             call(env)
             for at in dead:  # freed as the step goes, so that its memory is still in cache
                 env[at] = None
         for tensor, at in returns:
-            tensor.copy_(env[at])
+            if env[at] is not tensor:
+                tensor.copy_(env[at])
+        for at in early:
+            env[at] = env[at].clone()
+        for call in tail:
+            call(env)
         for tensor, at in commits:
             tensor.copy_(env[at])
 
     return run
+
+
+def _last_uses(tasks: list[Task], slots: dict[Value, int], keep: set[int]) -> list[list[int]]:
+    """Per task the places whose value nobody reads any more."""
+    last: dict[int, int] = {}
+    for k, t in enumerate(tasks):
+        last.update((slots[v], k) for v in (*t.reads, *t.writes) if v in slots)
+    out: list[list[int]] = [[] for _ in tasks]
+    for at, k in last.items():
+        if at not in keep:
+            out[k].append(at)
+    return out

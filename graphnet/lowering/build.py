@@ -1,0 +1,322 @@
+"""Compiles every launch of a plan for a GPU that need not be there, and reports what came out.
+
+Binaries are cached on disk by everything that goes into them, and verified by SHA-256 when they
+are read. A build that finds all of them starts no worker and imports no Triton.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from graphnet.errors import CompileError, ConfigError
+from graphnet.lowering.codegen import Source, materialise, private_dir, write_whole
+from graphnet.lowering.cost import floor_us
+from graphnet.lowering.plan import Plan
+from graphnet.lowering.steps import Launch, bind
+
+_COUNTS = (
+    "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma", "cp_async",
+    "float_atomics", "compile_s", "name", "sha256",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch and its binary. `cached`: it was not compiled now. `floor_us`: on an H100."""
+
+    kernel: str
+    layers: tuple[str, ...]
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    flops: int
+    bytes: int
+    floor_us: float
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    tma: int
+    cp_async: int
+    float_atomics: int
+    compile_s: float
+    name: str
+    sha256: str
+    cached: bool
+    path: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a build made: one row per launch; launches that are alike share a binary."""
+
+    arch: str
+    precision: str
+    rows: tuple[Row, ...]
+    ptxas: str
+    triton: str
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def binaries(self) -> int:
+        return len({r.sha256 for r in self.rows})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in plain types, for JSON."""
+        return asdict(self) | {"binaries": self.binaries}
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.rows)} launches, {self.binaries} binaries for {self.arch},"
+            f" {self.precision}, triton {self.triton}, ptxas {self.ptxas},"
+            f" {self.seconds:.2f} s, peak {self.peak_bytes / 2**20:.1f} MiB"
+        )
+        lines = [
+            f"{'kernel':24} {'layers':20} {'grid':>12} {'warps':>5} {'regs':>4} {'spill':>5}"
+            f" {'shared':>7} {'wgmma':>5} {'async':>5} {'floor us':>8}"
+        ]
+        for r in self.rows:
+            grid = "x".join(map(str, r.grid))
+            lines.append(
+                f"{r.kernel:24} {', '.join(r.layers)[:20]:20} {grid:>12} {r.num_warps:>5}"
+                f" {r.registers:>4} {r.spill_bytes:>5} {r.shared_bytes:>7} {r.wgmma:>5}"
+                f" {r.cp_async:>5} {r.floor_us:>8.2f}"
+            )
+        return "\n".join([head, *lines])
+
+
+# ---- tools ----------------------------------------------------------------------------------
+
+
+@cache
+def _package(name: str) -> Path:
+    """Folder of a package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise CompileError(f"{name} is not installed", help=f"pip install {name}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@cache
+def ptxas() -> tuple[Path, str]:
+    """(path, version) of the assembler: what the user pinned, torch's own, else Triton's."""
+    pinned = os.environ.get("TRITON_PTXAS_PATH")
+    own = _package("torch") / "bin" / "ptxas"
+    bundled = _package("triton") / "backends" / "nvidia" / "bin" / "ptxas"
+    path = Path(pinned) if pinned else own if own.exists() else bundled
+    try:
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"the assembler {path} does not run: {error}") from error
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return path, found[1] if found else "unknown"
+
+
+@cache
+def kernels_hash() -> str:
+    """SHA-256 over the text of all templates."""
+    digest = hashlib.sha256()
+    for path in sorted(_package("graphnet.kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _arch(text: str) -> int:
+    found = re.fullmatch(r"sm_?(\d+)a?", text)
+    if not found:
+        raise ConfigError(f"unknown architecture {text!r}", help='for example "sm_90"')
+    return int(found[1])
+
+
+# ---- one launch -----------------------------------------------------------------------------
+
+
+def request(launch: Launch, arch: int) -> dict[str, Any]:
+    """A launch as the worker takes it: types of the pointers in place of names."""
+    args, constants, options = bind(launch)
+    return {
+        "module": launch.module,
+        "kernel": launch.kernel,
+        "args": [
+            [r.dtype for r in a] if isinstance(a, tuple) else None if a is None else a.dtype
+            for a in args
+        ],
+        "constants": {
+            k: {"epilogue": v.text} if isinstance(v, Source) else v for k, v in constants.items()
+        },
+        "options": options,
+        "grid": [1, 1, 1],  # no part of a binary
+        "arch": arch,
+    }
+
+
+def key_of(work: dict[str, Any]) -> str:
+    """SHA-256 of everything that decides the binary."""
+    parts = [work, kernels_hash(), importlib.metadata.version("triton"), ptxas()[1]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _cached(folder: Path, key: str) -> dict[str, Any] | None:
+    """The index entry of a key whose binary is whole."""
+    entry, binary = folder / f"{key}.json", folder / f"{key}.cubin"
+    try:
+        about = json.loads(entry.read_text())
+        whole = hashlib.sha256(binary.read_bytes()).hexdigest() == about["sha256"]
+        return about if whole and all(c in about for c in _COUNTS) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(folder: Path, key: str, answer: dict[str, Any]) -> dict[str, Any]:
+    write_whole(folder / f"{key}.cubin", base64.b64decode(answer["cubin"]))
+    write_whole(folder / f"{key}.ptx", answer["ptx"].encode())
+    about = {c: answer[c] for c in _COUNTS}
+    # The entry comes last: it vouches for the binary.
+    write_whole(folder / f"{key}.json", json.dumps(about, indent=1).encode())
+    return about
+
+
+# ---- workers --------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """The worker's: not interpreted, the assembler pinned, this package importable."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(_package("graphnet").parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    env["TRITON_PTXAS_PATH"] = str(ptxas()[0])
+    env["TRITON_CACHE_DIR"] = str(private_dir("triton"))
+    env["GRAPHNET_CACHE_DIR"] = str(private_dir("triton").parent)
+    env["TRITON_ALWAYS_COMPILE"] = "1"  # this cache is the one that verifies
+    return env
+
+
+class _Pool:
+    """Workers that take the next request when they have answered the last."""
+
+    def __init__(self, todo: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        self.todo = list(todo)
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.failures: list[str] = []
+        self.lock = threading.Lock()
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        count = min(os.cpu_count() or 1, len(self.todo))
+        threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if self.failures:
+            raise CompileError(f"a compile worker ended early: {self.failures[0]}")
+        return self.answers
+
+    def _next(self) -> tuple[str, dict[str, Any]] | None:
+        with self.lock:
+            return self.todo.pop(0) if self.todo else None
+
+    def _serve(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "graphnet.lowering.worker"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(),
+        )  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        said: list[str] = []
+        # Drained all along: a full pipe would stop the worker.
+        errors = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+        errors.start()
+        while (work := self._next()) is not None:
+            key, body = work
+            try:
+                process.stdin.write(json.dumps({"id": key, **body}) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:
+                line = ""
+            if not line:
+                process.wait()
+                errors.join(1)
+                self.failures.append("".join(said[-20:]) or f"exit code {process.returncode}")
+                return
+            self.answers[key] = json.loads(line)
+        process.stdin.close()
+        process.wait()
+
+
+def compile_launches(
+    launches: Sequence[Launch], arch: int = 90
+) -> tuple[list[tuple[str, dict[str, Any]]], set[str]]:
+    """((key, what is known of the binary) per launch, keys that were compiled now)."""
+    folder = private_dir("binaries")
+    work = [request(s, arch) for s in launches]
+    keys = [key_of(w) for w in work]
+    known = {k: _cached(folder, k) for k in dict.fromkeys(keys)}
+    missing = {k: w for k, w in zip(keys, work, strict=True) if known[k] is None}
+    # The longest compiles first: products, whose loops take the time.
+    heavy = lambda p: 0 if p[1]["kernel"].startswith(("conv", "matmul", "linear")) else 1
+    if missing:
+        answers = _Pool(sorted(missing.items(), key=heavy)).run()
+        for s, k in zip(launches, keys, strict=True):
+            if k in answers and "error" in answers[k]:
+                raise CompileError(
+                    f"{s.kernel} does not compile: {answers[k]['error']}",
+                    layer=", ".join(s.where.layers) or None, where=s.where.place or None,
+                )  # fmt: skip
+        known |= {k: _keep(folder, k, a) for k, a in answers.items()}
+    return [(k, known[k] or {}) for k in keys], set(missing)
+
+
+def build_plan(
+    plan: Plan, *, arch: str = "sm_90", precision: str = "fp32", out: Any = None
+) -> Report:
+    """Compiles the plan's launches; `out` receives binaries, PTX and generated files."""
+    start = time.perf_counter()
+    found, fresh = compile_launches(plan.launches, _arch(arch))
+    folder = private_dir("binaries")
+    rows = []
+    for s, (key, about) in zip(plan.launches, found, strict=True):
+        rows.append(
+            Row(
+                s.kernel, s.where.layers, s.grid, s.num_warps, s.num_stages, s.flops, s.bytes,
+                floor_us(s.flops, s.bytes, s.math), **{c: about[c] for c in _COUNTS},
+                cached=key not in fresh, path=str(folder / f"{key}.cubin"),
+            )
+        )  # fmt: skip
+    if out is not None:
+        _export(Path(out), plan, found, folder)
+    seconds = time.perf_counter() - start
+    version = importlib.metadata.version("triton")
+    return Report(arch, precision, tuple(rows), ptxas()[1], version, seconds, plan.peak_bytes)
+
+
+def _export(out: Path, plan: Plan, found: list[tuple[str, dict[str, Any]]], folder: Path) -> None:
+    """Numbered binaries beside the generated files and the plan."""
+    generated = out / "generated"
+    generated.mkdir(parents=True, exist_ok=True)
+    for k, (s, (key, _)) in enumerate(zip(plan.launches, found, strict=True)):
+        for suffix in ("cubin", "ptx"):
+            write_whole(
+                out / f"{k:02d}-{s.kernel}.{suffix}", (folder / f"{key}.{suffix}").read_bytes()
+            )
+        for source in s.epilogues:
+            materialise(source, generated)
+    write_whole(out / "plan.txt", str(plan).encode())

@@ -1,0 +1,285 @@
+"""Generated epilogues: the elementwise code of a launch as one jit function in a real file.
+
+The file is named by the SHA-256 of its text and holds one function at a fixed line, because
+Triton's cache key contains the line number. Names in it are `v0, v1, ...`: nothing that a user
+named enters the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from graphnet import config
+from graphnet.errors import CompileError, UnsupportedOpError
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.op import get_op
+from graphnet.ir.types import TensorType
+
+# The same lines above every function, whatever it uses.
+_HEADER = """\
+import triton
+import triton.language as tl
+
+from graphnet.kernels.common import cast_store, maximum_nan, tanh  # noqa: F401
+from graphnet.kernels.random import dropout_keep  # noqa: F401
+
+
+@triton.jit
+def epilogue(acc, aux, i0, i1, i2, i3, mask, args):
+"""
+_HELPERS = ("cast_store", "maximum_nan", "tanh", "dropout_keep")
+_WIDE = 1 << 31
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of one generated file; `sha` is the SHA-256 that names and verifies it."""
+
+    text: str
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        return f"e_{self.sha[:16]}"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A pointer argument: the buffer's name and its element type, as the IR prints it."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """A generated function with its pointers, in the order of its `args`.
+
+    inplace  (operand, result) pairs read and written at one index: they may share memory
+    """
+
+    source: Source
+    args: tuple[Ref, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    inplace: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index space of a kernel: its logical shape; `flat` when i0 alone counts storage."""
+
+    shape: tuple[int, ...]
+    flat: bool = False
+
+    def at(self, type: TensorType, origin: int = 0) -> str:
+        """The element offset of an operand, broadcast to the whole tile."""
+        if self.flat:
+            return "i0"
+        terms = [] if origin == 0 else [str(origin)]
+        strides = type.strides if type.shape else (0,)
+        wide = type.numel >= _WIDE
+        for d, stride in enumerate(strides):
+            coord = f"i{d}.to(tl.int64)" if wide and d == 0 else f"i{d}"
+            terms.append(coord if stride == 1 else f"{coord} * {stride}")
+        return " + ".join(terms)
+
+
+@dataclass
+class _Context:
+    """What `Op.emit` may ask for."""
+
+    shape: tuple[int, ...]
+    coords: tuple[str, ...] = ("i0", "i1", "i2", "i3")
+
+    def uses(self, name: str) -> None:
+        if name not in _HELPERS:
+            raise UnsupportedOpError(f"generated code has no helper {name!r}")
+
+
+@dataclass
+class Writer:
+    """Writes one epilogue: roots and operands in, equations, stores out."""
+
+    index: Index
+    name: Mapping[Value, str]
+    widen: bool = False  # the index lacks columns (a bias gradient): broadcast it over the tile
+    lines: list[str] = field(default_factory=list)
+    args: list[Ref] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    writes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    env: dict[Value, str] = field(default_factory=dict)
+    full: dict[str, TensorType] = field(default_factory=dict)
+    inplace: list[tuple[str, str]] = field(default_factory=list)
+    count: int = 0
+
+    def let(self, expression: str) -> str:
+        """Binds an expression to the next name."""
+        name = f"v{self.count}"
+        self.count += 1
+        self.lines.append(f"{name} = {expression}")
+        return name
+
+    def pointer(self, buffer: str, type: TensorType) -> str:
+        ref = Ref(buffer, type.dtype.name)
+        if ref not in self.args:
+            self.args.append(ref)
+        return f"args[{self.args.index(ref)}]"
+
+    def at(self, type: TensorType, origin: int = 0) -> str:
+        at = self.index.at(type, origin)
+        return f"{at} + tl.zeros_like(acc).to(tl.int32)" if self.widen else at
+
+    def _typed(self, load: str, type: TensorType) -> str:
+        return f"{load}.to(tl.float32)" if type.dtype.is_float else load
+
+    def load(self, v: Value) -> str:
+        """The value of an operand at the index, loaded once; scalars without a mask."""
+        if v in self.env:
+            return self.env[v]
+        buffer, type = self.name[v], v.type
+        pointer = self.pointer(buffer, type)
+        self.reads.append(buffer)
+        if type.shape == () and self.index.shape != ():
+            text = f"tl.load({pointer})"
+        elif type.shape == self.index.shape:
+            zero = "0.0" if type.dtype.is_float else "0"
+            text = f"tl.load({pointer} + {self.at(type)}, mask=mask, other={zero})"
+            self.full[buffer] = type
+        else:
+            raise UnsupportedOpError(
+                f"operand {v}: {type} does not fit the index {list(self.index.shape)}"
+            )
+        self.env[v] = self.let(self._typed(text, type))
+        return self.env[v]
+
+    def channel(self, v: Value) -> str:
+        """A vector over axis 1: a bias. It needs no mask over the rows."""
+        pointer = self.pointer(self.name[v], v.type)
+        self.reads.append(self.name[v])
+        load = f"tl.load({pointer} + i1, mask=i1 < {v.type.numel}, other=0.0)"
+        return self.let(self._typed(load, v.type))
+
+    def eqn(self, e: Eqn) -> None:
+        """The elementwise equation, on what was loaded or computed."""
+        context = _Context(self.index.shape)
+        expressions = get_op(e.op).emit([self.load(v) for v in e.inputs], e.attrs, context)
+        for v, text in zip(e.outputs, expressions, strict=True):
+            if v is not None:
+                self.env[v] = self.let(text)
+        self.notes.append(f"{e.op} -> {', '.join(str(v.type) for v in e.results)}")
+
+    def store(self, value: str, buffer: str, type: TensorType, origin: int = 0) -> None:
+        """Rounds once and stores; call after all loads."""
+        pointer = self.pointer(buffer, type)
+        self.lines.append(f"cast_store({pointer} + {self.at(type, origin)}, {value}, mask)")
+        self.writes.append(buffer)
+        if origin == 0:
+            self.inplace += [(old, buffer) for old, t in self.full.items() if t == type]
+
+    def finish(self, note: str) -> Epilogue:
+        body = "\n".join(f"    {line}" for line in self.lines or ["pass"])
+        notes = "\n".join(f"# {n}" for n in (note, *self.notes))
+        return Epilogue(
+            Source(f"{_HEADER}{body}\n\n\n{notes}\n"),
+            tuple(self.args), tuple(dict.fromkeys(self.reads)), tuple(self.writes),
+            tuple(dict.fromkeys(self.inplace)),
+        )  # fmt: skip
+
+
+def write_epilogue(
+    index: Index,
+    name: Mapping[Value, str],
+    roots: Mapping[Value, str],
+    eqns: Sequence[Eqn],
+    stores: Sequence[tuple[Value, Value]],
+    *,
+    note: str,
+    bias: Value | None = None,
+    widen: bool = False,
+) -> Epilogue:
+    """The composed epilogue of a kernel.
+
+    roots   anchor results and the expression that holds them ("acc", "aux")
+    stores  (inner value, outer value): what is written, with the outer value's layout
+    bias    vector over axis 1 that is added to the first root
+    """
+    w = Writer(index, name, widen)
+    w.env.update(roots)
+    if bias is not None:
+        first = next(iter(roots))
+        w.env[first] = w.let(f"{roots[first]} + {w.channel(bias)}")
+    for e in eqns:
+        w.eqn(e)
+    for inner, outer in stores:
+        w.store(w.env[inner], name[outer], outer.type)
+    return w.finish(note)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def private_dir(name: str) -> Path:
+    """A folder of the cache, made with mode 0700; CompileError if somebody else owns it."""
+    base = config.cache_dir()
+    path = base / name
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (base, path):
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            raise CompileError(
+                f"the cache {folder} belongs to another user", help="set GRAPHNET_CACHE_DIR"
+            )
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(partial, path)
+
+
+def materialise(source: Source, folder: Path | None = None) -> Path:
+    """The file of a source, written or repaired where its SHA-256 does not match."""
+    path = (folder or private_dir("generated")) / f"{source.name}.py"
+    data = source.text.encode()
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha:
+        write_whole(path, data)
+    return path
+
+
+_loaded: dict[tuple[str, str], ModuleType] = {}
+
+
+def load(source: Source, package: str = "graphnet_generated") -> Any:
+    """The jit function of a source; `package` keeps copies for different modes apart."""
+    key = (package, source.sha)
+    if key not in _loaded:
+        path = materialise(source)
+        spec = importlib.util.spec_from_file_location(f"{package}_{source.name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[spec.name]
+            raise
+        _loaded[key] = module
+    return _loaded[key].epilogue

@@ -1,0 +1,107 @@
+"""Data movement: views, slices, concatenation, layout changes. Strided copies, no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from graphnet.errors import UnsupportedOpError
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import ROW, TensorType
+from graphnet.lowering.codegen import Epilogue, Index, Writer
+from graphnet.lowering.steps import Fill, Launch, Step, make
+from graphnet.lowering.tuning import choose
+
+MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
+Name = Callable[[Value], str]
+
+
+def is_view(eqn: Eqn) -> bool:
+    """A reshape between row-major values, or a relayout to the same layout: the same memory."""
+    if eqn.op not in ("reshape", "relayout"):
+        return False
+    a, b = eqn.inputs[0].type, eqn.out.type
+    return a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
+
+
+def run_move(eqn: Eqn, name: Name) -> list[Step]:
+    """The steps of one of MOVES."""
+    if is_view(eqn):
+        return []
+    if eqn.op == "full":
+        return [Fill(name(eqn.out), eqn.attrs.value)]  # type: ignore[attr-defined]
+    out, into = eqn.out.type, name(eqn.out)
+    if eqn.op == "relayout":
+        return [_copy(eqn, name(eqn.inputs[0]), into, eqn.inputs[0].type, out, out.shape)]
+    if eqn.op == "reshape":
+        raise UnsupportedOpError(
+            f"reshape {eqn.inputs[0].type} to {out} is no view", help="relayout to row-major first"
+        )
+    axis = eqn.attrs.axis  # type: ignore[attr-defined]
+    if eqn.op == "concat":
+        steps, start = [], 0
+        for v in eqn.inputs:
+            origin = start * out.strides[axis]
+            steps.append(_copy(eqn, name(v), into, v.type, out, v.type.shape, target=origin))
+            start += v.type.shape[axis]
+        return list(steps)
+    source = eqn.inputs[0].type
+    start = eqn.attrs.start  # type: ignore[attr-defined]
+    if eqn.op == "slice":
+        origin = start * source.strides[axis]
+        return [_copy(eqn, name(eqn.inputs[0]), into, source, out, out.shape, source=origin)]
+    origin = start * out.strides[axis]
+    copy = _copy(eqn, name(eqn.inputs[0]), into, source, out, source.shape, target=origin)
+    return [Fill(into, 0.0), copy]
+
+
+def _copy(
+    eqn: Eqn, read: str, write: str, a: TensorType, b: TensorType, shape: tuple[int, ...],
+    *, source: int = 0, target: int = 0,
+) -> Launch:  # fmt: skip
+    """b[target + ...] = a[source + ...] over `shape`, each side with its own strides."""
+    if len(shape) > 4:
+        if a.layout != ROW or b.layout != ROW:
+            raise UnsupportedOpError(f"{eqn.op} over {len(shape)} dimensions in a layout")
+        a, b, shape = _merged(a, b, shape)
+    w = Writer(Index(shape), {})
+    pointer = w.pointer(read, a)
+    w.reads.append(read)
+    zero = "0.0" if a.dtype.is_float else "0"
+    value = w.let(f"tl.load({pointer} + {w.at(a, source)}, mask=mask, other={zero})")
+    w.store(value, write, b, target)
+    epi = w.finish(f"{eqn.op} {a} -> {b}")
+    return pointwise_launch(
+        epi, (*shape, 1, 1, 1, 1)[:4], b.layout.order == "nhwc", where=eqn.where,
+        bytes=prod(shape) * 2 * a.dtype.itemsize,
+    )  # fmt: skip
+
+
+def pointwise_launch(
+    epi: Epilogue, space: tuple[int, ...], nhwc: bool = False, **rest: Any
+) -> Launch:
+    """The `elementwise` kernel over an index space of four axes."""
+    c = choose("elementwise", (prod(space),))
+    constants: dict[str, Any] = {f"D{d}": s for d, s in enumerate(space)}
+    constants |= {"NHWC": nhwc, "BLOCK": c.BLOCK, "EPILOGUE": epi.source}
+    return make(
+        "elementwise", "elementwise", (epi.args,), constants, (-(-prod(space) // c.BLOCK),),
+        epilogues=(epi,), num_warps=c.num_warps, **rest,
+    )  # fmt: skip
+
+
+def _merged(
+    a: TensorType, b: TensorType, shape: tuple[int, ...]
+) -> tuple[TensorType, TensorType, tuple[int, ...]]:
+    """Row-major operands with equal inner axes joined, until four dimensions are left."""
+    sa, sb, s = list(a.shape), list(b.shape), list(shape)
+    at = len(s) - 2
+    while len(s) > 4 and at >= 0:
+        if sa[at + 1] == sb[at + 1] == s[at + 1]:
+            for sizes in (sa, sb, s):
+                sizes[at : at + 2] = [sizes[at] * sizes[at + 1]]
+        at -= 1
+    if len(s) > 4:
+        raise UnsupportedOpError(f"no copy over {list(shape)} of {a} and {b}")
+    return a.with_shape(tuple(sa)), b.with_shape(tuple(sb)), tuple(s)

@@ -1,0 +1,262 @@
+"""The plan: steps with their order, and where every value lies. Made once, before allocation.
+
+Values get buffers: a view shares its source's; what leaves the graph lies in its own storage; a
+committed result is written straight over the state where every reader of the old value can run
+before, else it is copied there at the end; everything else lies in the arena.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from graphnet.errors import GraphError
+from graphnet.ir.graph import Eqn, Graph, Value
+from graphnet.ir.types import DTYPES, TensorType
+from graphnet.lowering.launch import launches
+from graphnet.lowering.memory import Life, Slot, assign, reachability
+from graphnet.lowering.moves import is_view
+from graphnet.lowering.steps import Copy, Launch, Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A lowered graph.
+
+    steps     in an order that keeps all `edges`
+    edges     (step, later step): data, and reads before the value is overwritten
+    storage   buffer to the graph input or returned value whose storage it is
+    arena     buffer to its place; `types` gives element type and stored count of every buffer
+    """
+
+    graph: Graph
+    target: str
+    steps: tuple[Step, ...] = ()
+    edges: tuple[tuple[int, int], ...] = ()
+    storage: dict[str, str] = field(default_factory=dict)
+    arena: dict[str, Slot] = field(default_factory=dict)
+    arena_bytes: int = 0
+    types: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Launch))
+
+    @property
+    def state_bytes(self) -> int:
+        """Everything that outlives a step: parameters, slots, counters, derived copies."""
+        return sum(
+            i.value.type.bytes for i in self.graph.inputs if i.role not in ("data", "hyper")
+        )
+
+    @property
+    def io_bytes(self) -> int:
+        """Inputs, hyper-parameters and returned values."""
+        inputs = sum(i.value.type.bytes for i in self.graph.inputs if i.role in ("data", "hyper"))
+        own = set(self.graph.input_values)
+        return inputs + sum(v.type.bytes for v in set(self.graph.returns) - own)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The part of the arena's contents that no value of the graph needs: split reductions."""
+        return sum(size for s in self.launches for _, size in s.scratch)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Device memory of a step: state, inputs, outputs, and the arena with its workspaces."""
+        return self.state_bytes + self.io_bytes + self.arena_bytes
+
+    def largest(self, count: int = 5) -> list[tuple[str, int]]:
+        """(name, bytes) of the largest tensors, state included."""
+        sizes = {n: s.size for n, s in self.arena.items()}
+        sizes |= {i.value.name: i.value.type.bytes for i in self.graph.inputs}
+        return sorted(sizes.items(), key=lambda p: (-p[1], p[0]))[:count]
+
+    def __str__(self) -> str:
+        lines = [f"plan {self.graph.name}: {len(self.steps)} steps, arena {self.arena_bytes} B"]
+        lines += [f"  {k:3}  {s}" for k, s in enumerate(self.steps)]
+        lines += [f"  {n}: {s.offset}..{s.end}" for n, s in sorted(self.arena.items())]
+        return "\n".join(lines) + "\n"
+
+
+class _Planner:
+    """Buffers by SSA value first; which of them are one memory is decided after the steps."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.alias: dict[Value, Value] = {}
+        self.types: dict[str, TensorType] = {}
+        self.steps: list[Step] = []
+        self.place: dict[str, str] = {}  # buffer to the state buffer that it is written over
+        self.inputs = {i.value.name for i in graph.inputs}
+        for i in graph.inputs:
+            if not i.value.type.layout.is_default:
+                raise GraphError(f"input {i.value}: {i.value.type} is not row-major")
+            self.types[i.value.name] = i.value.type
+        for e in graph.eqns:
+            self._eqn(e)
+
+    def root(self, v: Value) -> str:
+        while v in self.alias:
+            v = self.alias[v]
+        return v.name
+
+    def _eqn(self, e: Eqn) -> None:
+        if is_view(e):
+            self.alias[e.out] = e.inputs[0]
+            return
+        for v in e.results:
+            self.types[v.name] = v.type
+        made = launches(e, self.root)
+        for s in made:
+            for name, size in s.scratch if isinstance(s, Launch) else ():
+                self.types[name] = TensorType(DTYPES["f32"], (size // 4,))
+        self.steps += made
+
+    # ---- what leaves the graph --------------------------------------------------------------
+
+    def leave(self) -> dict[str, str]:
+        """Gives returned and committed values their storage; adds copies where they need one."""
+        storage = {name: name for name in self.inputs}
+        committed = {old.name for old, _ in self.graph.commits}
+        keeps: list[Step] = []  # before any state is replaced
+        ends: list[Step] = []
+        for v in dict.fromkeys(self.graph.returns):
+            root = self.root(v)
+            if v.name in self.inputs:
+                continue
+            if root in storage or not self._same(root, v):
+                self.types[v.name] = v.type
+                storage[v.name] = v.name
+                ends += self._moved(root, v.name)
+            else:
+                storage[root] = v.name
+        for old, new in self.graph.commits:
+            root = self.root(new)
+            if root == old.name:
+                continue
+            if root in committed:  # state that another commit replaces: keep the old value
+                kept = f".old.{root}.{old.name}"
+                self.types[kept] = new.type
+                keeps.append(Copy(root, kept))
+                root = kept
+            elif root not in storage and self._same(root, old) and self._over(root, old.name):
+                self.place[root] = old.name
+                storage[root] = old.name
+                continue
+            ends.append(Copy(root, old.name))
+        self.steps += keeps + ends
+        self._start()
+        return storage
+
+    def _same(self, root: str, v: Value) -> bool:
+        """Whether the buffer can be the storage of `v`: row-major, of its type."""
+        a = self.types[root]
+        return a.layout.is_default and (a.dtype, a.numel) == (v.type.dtype, v.type.numel)
+
+    def _moved(self, root: str, name: str) -> list[Step]:
+        if not self.types[root].layout.is_default:
+            raise GraphError(f"%{name} leaves the graph in the layout {self.types[root].layout}")
+        return [Copy(root, name)]
+
+    def _over(self, new: str, old: str) -> bool:
+        """Whether `new` can be written over `old`: all others read the old value before."""
+        writers = [k for k, s in enumerate(self.steps) if new in s.writes]
+        for k in writers:
+            s = self.steps[k]
+            pairs = (*s.inplace, *s.starts_as) if isinstance(s, Launch) else ()
+            if old in s.reads and (old, new) not in pairs:
+                return False
+        trial = {**self.place, new: old}
+        return _order(len(self.steps), _edges(self.steps, trial)) is not None
+
+    def _start(self) -> None:
+        """Copies for kernels that work in place, where the result lies elsewhere."""
+        out: list[Step] = []
+        for s in self.steps:
+            if isinstance(s, Launch):
+                out += [Copy(o, n) for o, n in s.starts_as if self.place.get(n) != o]
+            out.append(s)
+        self.steps = out
+
+
+def _edges(steps: Sequence[Step], place: dict[str, str]) -> set[tuple[int, int]]:
+    """Data edges, writes of one buffer in order, and reads of state before it is overwritten."""
+    writers: dict[str, list[int]] = {}
+    readers: dict[str, list[int]] = {}
+    for k, s in enumerate(steps):
+        for name in s.writes:
+            writers.setdefault(name, []).append(k)
+        for name in s.reads:
+            readers.setdefault(name, []).append(k)
+    edges: set[tuple[int, int]] = set()
+    for name, made in writers.items():
+        edges.update(zip(made, made[1:], strict=False))
+        if name not in place.values():
+            # A buffer that no step writes first holds an input: a Copy over it ends its life.
+            copied = [k for k in made if _ends(steps[k], name, readers, made)]
+            for k in made:
+                edges.update((k, r) for r in readers.get(name, ()) if r != k and k not in copied)
+            for k in copied:
+                edges.update((r, k) for r in readers.get(name, ()) if r != k)
+    for new, old in place.items():
+        for w in writers[new]:
+            edges.update((r, w) for r in readers.get(old, ()) if r != w)
+    return edges
+
+
+def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int]) -> bool:
+    """Whether a step is the commit that copies a new value over an input."""
+    return isinstance(step, Copy) and step.target == name and len(made) == 1 and all(
+        r < made[0] for r in readers.get(name, ())
+    )  # fmt: skip
+
+
+def _order(count: int, edges: set[tuple[int, int]]) -> list[int] | None:
+    """The order nearest to the program's that keeps the edges; None for a cycle."""
+    after: list[list[int]] = [[] for _ in range(count)]
+    missing = [0] * count
+    for a, b in edges:
+        after[a].append(b)
+        missing[b] += 1
+    ready = [k for k in range(count) if not missing[k]]
+    heapq.heapify(ready)
+    out = []
+    while ready:
+        k = heapq.heappop(ready)
+        out.append(k)
+        for b in after[k]:
+            missing[b] -= 1
+            if not missing[b]:
+                heapq.heappush(ready, b)
+    return out if len(out) == count else None
+
+
+def make_plan(graph: Graph, target: str) -> Plan:
+    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory."""
+    if target == "cpu":
+        return Plan(graph, target)
+    planner = _Planner(graph)
+    storage = planner.leave()
+    program = planner.steps
+    edges = _edges(program, planner.place)
+    order = _order(len(program), edges)
+    if order is None:
+        raise GraphError(f"the steps of {graph.name} depend on each other in a circle")
+    at = {k: n for n, k in enumerate(order)}
+    steps = tuple(program[k] for k in order)
+    ordered = tuple(sorted((at[a], at[b]) for a, b in edges))
+    lives: dict[str, Life] = {}
+    for name, type in planner.types.items():
+        if name in storage:
+            continue
+        writers = tuple(k for k, s in enumerate(steps) if name in s.writes)
+        readers = tuple(k for k, s in enumerate(steps) if name in s.reads)
+        lives[name] = Life(type.bytes, writers, readers)
+    arena, size = assign(lives, reachability(len(steps), ordered))
+    types = {
+        n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
+    }  # fmt: skip
+    return Plan(graph, target, steps, ordered, storage, arena, size, types)

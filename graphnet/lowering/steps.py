@@ -1,0 +1,138 @@
+"""The steps of a plan: kernel launches, fills and copies of whole buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from graphnet.ir.graph import NOWHERE, Where
+from graphnet.lowering.codegen import Epilogue, Ref, Source
+
+Arg = Ref | tuple[Ref, ...] | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch on named buffers.
+
+    kernel      function of `module`, a module of graphnet.kernels
+    args        the pointer arguments in the kernel's order; a tuple is one argument
+    constants   the constexpr arguments; a Source stands for its generated function
+    scratch     (buffer, bytes) that only this equation's launches use
+    inplace     (operand, result) pairs that may share memory
+    starts_as   (operand, result) pairs where the kernel works in place: the result starts as a
+                copy of the operand unless they share memory
+    flops, bytes  of the equation, counted on its first launch; `math` is how products are formed
+    """
+
+    kernel: str
+    module: str
+    args: tuple[Arg, ...]
+    constants: tuple[tuple[str, Any], ...]
+    grid: tuple[int, int, int]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    num_warps: int = 4
+    num_stages: int = 2
+    scratch: tuple[tuple[str, int], ...] = ()
+    inplace: tuple[tuple[str, str], ...] = ()
+    starts_as: tuple[tuple[str, str], ...] = ()
+    flops: int = 0
+    bytes: int = 0
+    math: str = "ieee"
+    where: Where = field(default=NOWHERE, compare=False)
+
+    @property
+    def epilogues(self) -> tuple[Source, ...]:
+        """The generated files that the launch needs."""
+        return tuple(v for _, v in self.constants if isinstance(v, Source))
+
+    @property
+    def programs(self) -> int:
+        return prod(self.grid)
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.grid))
+        return f"{self.kernel}[{grid}] {', '.join(self.reads)} -> {', '.join(self.writes)}"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Every element of a buffer becomes `value`."""
+
+    buffer: str
+    value: float
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.buffer,)
+
+    def __str__(self) -> str:
+        return f"fill({self.value}) -> {self.buffer}"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A buffer of the same type and layout, byte by byte."""
+
+    source: str
+    target: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def __str__(self) -> str:
+        return f"copy {self.source} -> {self.target}"
+
+
+Step = Launch | Fill | Copy
+
+
+def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any]]:
+    """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
+
+    A Ref among the arguments stands for a pointer, a Source among the constexprs for its
+    function.
+    """
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return launch.args, dict(launch.constants), options
+
+
+def make(
+    kernel: str,
+    module: str,
+    args: tuple[Arg, ...],
+    constants: dict[str, Any],
+    grid: tuple[int, ...],
+    *,
+    reads: tuple[str, ...] = (),
+    writes: tuple[str, ...] = (),
+    epilogues: tuple[Epilogue | None, ...] = (),
+    **rest: Any,
+) -> Launch:
+    """A Launch with what its epilogues read, write and may do in place added."""
+    inplace: tuple[tuple[str, str], ...] = ()
+    for e in epilogues:
+        if e is not None:
+            reads, writes = (*reads, *e.reads), (*writes, *e.writes)
+            inplace += e.inplace
+    # What the anchor or two epilogues read is not read at one index only.
+    often = [r for r in reads if reads.count(r) > 1]
+    return Launch(
+        kernel, f"graphnet.kernels.{module}", args, tuple(constants.items()),
+        (*grid, 1, 1)[:3],  # type: ignore[arg-type]
+        tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes)),
+        inplace=tuple(p for p in inplace if p[0] not in often), **rest,
+    )  # fmt: skip

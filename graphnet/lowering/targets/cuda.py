@@ -1,0 +1,140 @@
+"""The cuda target: compiled launches, captured once in a CUDA graph and replayed.
+
+Everything a step touches has a fixed address: state and inputs in the caller's storage, the rest
+in one arena. So a step is one graph launch, and schedules change device scalars only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from graphnet.errors import BackendUnavailableError, CompileError, OutOfMemoryPlanError
+from graphnet.lowering import codegen
+from graphnet.lowering.build import ptxas
+from graphnet.lowering.codegen import Ref, Source
+from graphnet.lowering.plan import Plan
+from graphnet.lowering.steps import Copy, Fill, Launch, bind
+from graphnet.lowering.targets.interpret import Storage, buffers, contiguous
+
+Call = Callable[[], Any]
+
+
+def _require(plan: Plan) -> None:
+    """Refuses before anything is allocated: no GPU, an interpreted Triton, too little memory."""
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "target 'cuda' needs a GPU, and torch sees none",
+            help="use target='cpu', or gn.build(...) to compile kernels without a device",
+        )
+    if os.environ.get("TRITON_INTERPRET") not in (None, "", "0"):
+        raise BackendUnavailableError(
+            "TRITON_INTERPRET is set: Triton would not compile", help="unset TRITON_INTERPRET"
+        )
+    free, total = torch.cuda.mem_get_info()
+    # Memory that torch keeps but does not use can be handed out again.
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if plan.arena_bytes > free:
+        names = ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in plan.largest())
+        raise OutOfMemoryPlanError(
+            f"the step needs an arena of {plan.arena_bytes / 2**30:.2f} GiB (peak"
+            f" {plan.peak_bytes / 2**30:.2f}), {free / 2**30:.2f} of {total / 2**30:.2f} GiB are"
+            f" free; largest: {names}",
+            help="use a smaller batch",
+        )
+
+
+def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
+    """A launch as a call. Compiles it and loads its module now: capture must do neither."""
+    args, constants, options = bind(step)
+    real = [
+        tuple(tensor(r) for r in a) if isinstance(a, tuple) else None if a is None else tensor(a)
+        for a in args
+    ]
+    values = {k: codegen.load(v) if isinstance(v, Source) else v for k, v in constants.items()}
+    kernel = getattr(importlib.import_module(step.module), step.kernel)
+    try:
+        binary = kernel.warmup(*real, grid=step.grid, **values, **options)
+        binary._init_handles()
+    except Exception as error:
+        raise CompileError(
+            f"{step.kernel} does not compile or load: {type(error).__name__}: {error}",
+            layer=", ".join(step.where.layers) or None,
+            where=step.where.place or None,
+        ) from error
+    launch = kernel[step.grid]
+    return lambda: launch(*real, **values, **options)
+
+
+def _calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
+    out: list[Call] = []
+    ref = lambda name: Ref(name, plan.types[name][0])
+    for step in plan.steps:
+        if isinstance(step, Fill):
+            into, value = tensor(ref(step.buffer)), step.value
+            out.append(partial(into.fill_, value))
+        elif isinstance(step, Copy):
+            a, b = tensor(ref(step.source)), tensor(ref(step.target))
+            out.append(partial(b.copy_, a, non_blocking=True))
+        else:
+            out.append(_compiled(step, tensor))
+    return out
+
+
+def _pin_assembler() -> None:
+    """torch.compile changes the assembler inside a process; ours is chosen before we compile."""
+    import triton
+
+    os.environ["TRITON_PTXAS_PATH"] = str(ptxas()[0])
+    if "TRITON_CACHE_DIR" not in os.environ:
+        triton.knobs.cache.dir = str(codegen.private_dir("triton"))
+
+
+def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[], None]:
+    """The step as a callable over fixed storage, by name of input and of returned value.
+
+    capture  record the step in a CUDA graph; False launches step by step, for debugging
+    Nothing runs before the first call: capture records, so that no state is touched.
+    """
+    _require(plan)
+    _pin_assembler()
+    device = next((t.device for t in storage.values()), torch.device("cuda"))
+    with torch.cuda.device(device):
+        arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
+        held, moved = contiguous(plan, storage)
+        calls = _calls(plan, buffers(plan, held, arena))
+
+    def once() -> None:
+        for original, twin in moved:
+            twin.copy_(original)
+        for call in calls:
+            call()
+        for original, twin in moved:
+            original.copy_(twin)
+
+    if not capture:
+
+        @torch.no_grad()
+        def run() -> None:
+            with torch.cuda.device(device):
+                once()
+
+        return run
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(graph, stream=side):
+            once()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def replay(_keep: tuple = (arena, held)) -> None:
+        graph.replay()
+
+    return replay

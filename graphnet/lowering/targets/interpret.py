@@ -1,0 +1,215 @@
+"""The interpret target: the same kernels under Triton's interpreter, on the CPU.
+
+Triton decides at import whether functions are interpreted, and other packages import it early
+(torch.optim does). So the mode is scoped: inside it the knob is set and every jit function of the
+loaded triton modules is exchanged for an interpreted twin; outside, Triton is as it was. The
+kernels are loaded a second time under a package name of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from graphnet.errors import BackendUnavailableError
+from graphnet.ir.types import DTYPES
+from graphnet.lowering import codegen
+from graphnet.lowering.codegen import Ref, Source
+from graphnet.lowering.plan import Plan
+from graphnet.lowering.steps import Copy, Fill, Step, bind
+
+Storage = dict[str, torch.Tensor]
+_PACKAGE = "graphnet.interpreted_kernels"
+_KERNELS = "graphnet.kernels"
+_twins: dict[int, Any] = {}  # by id of the jit function, which its module keeps alive
+_depth = 0
+
+
+def _twin(function: Any) -> Any:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if id(function) not in _twins:
+        _twins[id(function)] = InterpretedFunction(function.fn)
+    return _twins[id(function)]
+
+
+def _exchange() -> list[tuple[ModuleType, str, Any]]:
+    """Puts interpreted twins in place; returns what stood there."""
+    from triton.runtime.jit import JITFunction
+
+    before = []
+    for name, module in list(sys.modules.items()):
+        if module is None or not (name == "triton" or name.startswith("triton.")):
+            continue
+        for key, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                before.append((module, key, value))
+                setattr(module, key, _twin(value))
+    return before
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Triton's interpreter mode, undone on the way out, the environment included."""
+    global _depth
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"target 'interpret' needs triton: {error}", help="pip install triton, or target='cpu'"
+        ) from error
+    if _depth:
+        yield
+        return
+    variable = os.environ.get("TRITON_INTERPRET")
+    knob = triton.knobs.runtime.interpret
+    triton.knobs.runtime.interpret = True
+    before = _exchange()
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        for module, key, value in before:
+            setattr(module, key, value)
+        triton.knobs.runtime.interpret = knob
+        # Setting the knob exports the variable: a child process would inherit it.
+        if variable is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+        else:
+            os.environ["TRITON_INTERPRET"] = variable
+
+
+def _kernels(module: str) -> ModuleType:
+    """The interpreted copy of a kernel module."""
+    if _PACKAGE not in sys.modules:
+        found = importlib.util.find_spec(_KERNELS)
+        assert found is not None and found.origin is not None
+        folder = str(Path(found.origin).parent)
+        spec = importlib.util.spec_from_file_location(
+            _PACKAGE, found.origin, submodule_search_locations=[folder]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[_PACKAGE] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module(module.replace(_KERNELS, _PACKAGE, 1))
+
+
+@contextmanager
+def _as_kernels() -> Iterator[None]:
+    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it."""
+    for name in ("common", "random"):
+        _kernels(f"{_KERNELS}.{name}")
+    own = {n: m for n, m in sys.modules.items() if n == _KERNELS or n.startswith(f"{_KERNELS}.")}
+    copies = {
+        n.replace(_PACKAGE, _KERNELS, 1): m
+        for n, m in sys.modules.items()
+        if n == _PACKAGE or n.startswith(f"{_PACKAGE}.")
+    }
+    for name in own:
+        del sys.modules[name]
+    sys.modules.update(copies)
+    try:
+        yield
+    finally:
+        for name in copies:
+            sys.modules.pop(name, None)
+        sys.modules.update(own)
+
+
+def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref], torch.Tensor]:
+    """Each buffer as a flat tensor: a view of the arena, or of what the caller stores."""
+
+    def tensor(ref: Ref) -> torch.Tensor:
+        dtype, count = plan.types[ref.name]
+        if ref.name in plan.storage:
+            return storage[plan.storage[ref.name]].view(-1)
+        slot = plan.arena[ref.name]
+        bytes = DTYPES[dtype].itemsize * count
+        return arena[slot.offset : slot.offset + bytes].view(DTYPES[dtype].torch)
+
+    return tensor
+
+
+def contiguous(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, ...]]]:
+    """Storage with contiguous twins where a tensor is not, and (tensor, twin) of those."""
+    names = set(plan.storage.values())
+    twins = {n: storage[n].contiguous() for n in names if not storage[n].is_contiguous()}
+    return {**storage, **twins}, [(storage[n], t) for n, t in twins.items()]
+
+
+def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Callable[[], Any]:
+    """A step as a call without arguments; launches must be called in interpreted mode."""
+    ref = lambda name: Ref(name, plan.types[name][0])
+    if isinstance(step, Fill):
+        into, value = tensor(ref(step.buffer)), step.value
+        return lambda: into.fill_(value)
+    if isinstance(step, Copy):
+        a, b = tensor(ref(step.source)), tensor(ref(step.target))
+        return lambda: b.copy_(a)
+    args, constants, options = bind(step)
+    real = [
+        tuple(tensor(r) for r in a) if isinstance(a, tuple) else None if a is None else tensor(a)
+        for a in args
+    ]
+    with _as_kernels():
+        values = {
+            k: codegen.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
+            for k, v in constants.items()
+        }
+    kernel = getattr(_kernels(step.module), step.kernel)
+    return lambda: kernel[step.grid](*real, **values, **options)
+
+
+def _poison(plan: Plan, arena: torch.Tensor) -> list[Callable[[], None]]:
+    """Per step: fills with NaN bits what it is the first to write, so that nothing else may
+    live there and nothing may be read before it is written."""
+    seen: set[str] = set()
+    out: list[Callable[[], None]] = []
+    for s in plan.steps:
+        first = [plan.arena[n] for n in s.writes if n in plan.arena and n not in seen]
+        seen.update(s.writes)
+
+        def fill(slots: list = first) -> None:
+            for slot in slots:
+                arena[slot.offset : slot.end] = 0xFF
+
+        out.append(fill)
+    return out
+
+
+def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[], None]:
+    """The step as a callable over fixed storage, by name of input and of returned value.
+
+    poison  fills every buffer with NaN bits before its first write, for tests
+    """
+    arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
+    held, moved = contiguous(plan, storage)
+    tensor = buffers(plan, held, arena)
+    with interpreted():
+        calls = [_call(s, tensor, plan) for s in plan.steps]
+    fills = _poison(plan, arena) if poison else []
+
+    @torch.no_grad()
+    def run() -> None:
+        for original, twin in moved:
+            twin.copy_(original)
+        with interpreted():
+            for k, call in enumerate(calls):
+                if fills:
+                    fills[k]()
+                call()
+        for original, twin in moved:
+            original.copy_(twin)
+
+    return run

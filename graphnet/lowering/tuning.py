@@ -1,0 +1,130 @@
+"""Launch configurations: a pure function of kind, shape and precision.
+
+The numbers are for sm_90 with 132 processors. Tiles are powers of two of at least 16, the least
+that `tl.dot` takes. Flattened loops get 4 warps: 8 are known to miscompile on Hopper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from graphnet.errors import ConfigError
+
+PROCESSORS = 132
+SHARED_BYTES = 232448
+UPDATE_ACCUMULATORS = 32  # a thread; a fused update spills above (measured)
+PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad")
+WGRADS = ("conv2d_wgrad", "linear_wgrad")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a product (BM, BN, BK, SPLIT) or of a pointwise kernel (BLOCK)."""
+
+    BM: int = 0
+    BN: int = 0
+    BK: int = 0
+    SPLIT: int = 1
+    BLOCK: int = 0
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def accumulators(self) -> int:
+        """fp32 accumulators a thread."""
+        return self.BM * self.BN // (32 * self.num_warps)
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the operand tiles of all stages take."""
+        return (self.BM + self.BN) * self.BK * itemsize * self.num_stages
+
+
+def next_power(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _tile(size: int, most: int, least: int = 16) -> int:
+    return max(least, min(most, next_power(size)))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _product(m: int, n: int, k: int, groups: int, precision: str) -> Config:
+    low = precision == "bf16"
+    most = 64 if precision == "ieee" else 128  # ieee products run on FMAs, and spill above
+    bm, bn = _tile(m, most), _tile(n, most)
+    # Too few tiles leave processors idle: smaller ones, rows first.
+    while _cdiv(m, bm) * _cdiv(n, bn) * groups < PROCESSORS and max(bm, bn) > 32:
+        bm, bn = (bm // 2, bn) if bm >= bn else (bm, bn // 2)
+    bk = _tile(k, 64 if low else 32)
+    return Config(bm, bn, bk, num_stages=2 if precision == "ieee" else 3)
+
+
+def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
+    bm, bn = _tile(m, 64), _tile(n, 64)
+    # ieee products hold their operand tiles in registers: BK=32 spills beside an update.
+    bk = _tile(k, {"bf16": 64, "tf32": 32}.get(precision, 16))
+    tiles = _cdiv(m, bm) * _cdiv(n, bn) * groups
+    # At least four steps of the loop a part, and no more parts than there are processors.
+    parts = min(PROCESSORS // tiles, k // (4 * bk)) if tiles < PROCESSORS else 1
+    split = 1 << (max(parts, 1).bit_length() - 1)
+    return Config(bm, bn, bk, split, num_stages=2 if precision == "ieee" else 3)
+
+
+def _loss(rows: int, classes: int) -> Config:
+    bn = next_power(classes)
+    if bn > 4096:
+        raise ConfigError(f"the loss kernel keeps a row in registers: {classes} classes, most 4096")
+    bm = _tile(rows, max(1, 2048 // bn), least=1)
+    programs = 1 if rows * bn <= 16384 else min(_cdiv(rows, bm), PROCESSORS)
+    return Config(bm, bn, SPLIT=programs)
+
+
+def _four(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    m, n, k, groups = shape
+    return m, n, k, groups
+
+
+def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config:
+    """The configuration of a kernel.
+
+    kind       an anchor op, "split_reduce" or "elementwise"
+    shape      (M, N, K, groups) of products; (rows, classes) of losses; (elements,) otherwise
+    precision  "ieee", "tf32" or "bf16"
+    """
+    if kind in PRODUCTS:
+        config = _product(*_four(shape), precision)
+    elif kind in WGRADS:
+        config = _wgrad(*_four(shape), precision)
+    elif kind in ("cross_entropy", "multi_margin"):
+        config = _loss(shape[0], shape[1])
+    elif kind == "split_reduce":
+        config = Config(BLOCK=_tile(shape[0], 256, 32))
+    else:
+        config = Config(BLOCK=_tile(shape[0], 1024, 32))
+    for kinds, changes in _forced:
+        if not kinds or kind in kinds:
+            config = replace(config, **changes)
+    return config
+
+
+_forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+
+
+@contextmanager
+def forced(*kinds: str, **changes: int) -> Iterator[None]:
+    """Overrides fields of every choice (of the given kinds). For tests and the tuner."""
+    unknown = set(changes) - {f.name for f in fields(Config)}
+    if unknown:
+        raise ConfigError(f"no configuration field {sorted(unknown)}")
+    _forced.append((kinds, changes))
+    try:
+        yield
+    finally:
+        _forced.pop()

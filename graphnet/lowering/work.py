@@ -1,0 +1,73 @@
+"""An equation taken apart into its anchors and the elementwise code around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import TensorType
+from graphnet.lowering.codegen import Epilogue, Index, Ref, write_epilogue
+
+
+@dataclass(frozen=True)
+class Work:
+    """An equation taken apart: anchors, the elementwise rest, and who is who outside.
+
+    name    buffer of every operand and result, inner or outer
+    stores  (inner value, outer value) of each result
+    """
+
+    eqn: Eqn
+    anchors: tuple[Eqn, ...]
+    rest: tuple[Eqn, ...]
+    name: Mapping[Value, str]
+    outer: Mapping[Value, Value]
+    stores: tuple[tuple[Value, Value], ...]
+
+    @property
+    def anchor(self) -> Eqn:
+        return self.anchors[0]
+
+    def type(self, v: Value) -> TensorType:
+        """The type of an operand, with the layout that it has outside."""
+        return self.outer.get(v, v).type
+
+    def ref(self, v: Value) -> Ref:
+        return Ref(self.name[v], v.type.dtype.name)
+
+    def epilogue(
+        self, root: Value, index: Index, *, held: str = "acc", also: Value | None = None, **kw: Any
+    ) -> Epilogue | None:
+        """The code and the stores that stem from one anchor result; None if there are none."""
+        roots = {root: held} | ({also: "aux"} if also is not None else {})
+        stems, eqns = set(roots), []
+        for e in self.rest:
+            if stems & set(e.inputs):
+                stems.update(e.results)
+                eqns.append(e)
+        stores = [(i, o) for i, o in self.stores if i in stems]
+        if not stores:
+            return None
+        note = f"{self.anchor.op} {' '.join(str(v.type) for v in self.anchor.inputs)}"
+        return write_epilogue(index, self.name, roots, eqns, stores, note=note, **kw)
+
+
+def take_apart(eqn: Eqn, name: Callable[[Value], str], families: Container[str]) -> Work:
+    """`families` are the ops that are anchors."""
+    eqns: tuple[Eqn, ...]
+    outer: dict[Value, Value]
+    if eqn.body is None:
+        eqns, outer, stores = (eqn,), {}, tuple((v, v) for v in eqn.results)
+    else:
+        eqns = eqn.body.eqns
+        outer = dict(zip(eqn.body.input_values, eqn.inputs, strict=True))
+        stores = tuple(
+            (i, o) for i, o in zip(eqn.body.returns, eqn.outputs, strict=True) if o is not None
+        )
+    names = {i: name(o) for i, o in outer.items()}
+    names |= {v: name(v) for v in (*eqn.inputs, *eqn.results)}
+    anchors = tuple(e for e in eqns if e.op in families)
+    rest = tuple(e for e in eqns if e.op not in families)
+    return Work(eqn, anchors, rest, names, outer, stores)

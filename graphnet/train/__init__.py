@@ -1,0 +1,1 @@
+"""Training runs: data, schedules, the trainer, checkpoints."""

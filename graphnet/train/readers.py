@@ -1,0 +1,228 @@
+"""The readers behind `data.load`: strict about files, and DataError is all that they raise."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from graphnet.errors import DataError
+from graphnet.train.data import Dataset, permutation
+
+_MAX_BYTES = 4 << 30  # a header may claim anything; no set that belongs in memory is larger
+_DIGITS = tuple("0123456789")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
+_SPLIT_SEED = 20_240_901  # of the digits' split; changing it changes every reported error
+
+
+# ---- MNIST -----------------------------------------------------------------------------------
+
+
+def mnist(folder: str, split: str) -> Dataset:
+    """The IDX files of one split, .gz or unpacked."""
+    stem = {"train": "train", "test": "t10k"}[split]
+    image_file = _find(Path(folder), f"{stem}-images-idx3-ubyte")
+    label_file = _find(Path(folder), f"{stem}-labels-idx1-ubyte")
+    images, labels = read_idx(image_file, ndim=3), read_idx(label_file, ndim=1)
+    if len(images) != len(labels):
+        raise DataError(
+            f"{image_file} holds {len(images)} images, {label_file} {len(labels)} labels",
+            help="take both files from one source",
+        )
+    if int(labels.max()) > 9:
+        raise DataError(f"{label_file}: label {int(labels.max())}, the largest of MNIST is 9")
+    return Dataset(
+        torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)),
+        _DIGITS, "mnist", (0.1307,), (0.3081,),
+    )  # fmt: skip
+
+
+def _find(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder", help="use mnist:DIR with MNIST's IDX files")
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder} has neither {name} nor {name}.gz", help="put MNIST's IDX files there"
+    )
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """A whole IDX file of unsigned bytes with `ndim` dimensions; DataError for anything else."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as packed:
+                return _parse_idx(path, packed, ndim)
+        with open(path, "rb") as file:
+            return _parse_idx(path, file, ndim)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is no whole gzip file: {error}", help=_AGAIN) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+_AGAIN = "fetch the file again and compare its size with the source's"
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def _parse_idx(path: Path, file: _Readable, ndim: int) -> np.ndarray:
+    head = file.read(4 + 4 * ndim)
+    magic = 0x0800 | ndim
+    if len(head) >= 4 and (found := struct.unpack(">I", head[:4])[0]) != magic:
+        raise DataError(
+            f"{path}: magic number 0x{found:08x}, expected 0x{magic:08x}",
+            help=f"it should be an IDX file of unsigned bytes with {ndim} dimensions",
+        )
+    if len(head) < 4 + 4 * ndim:
+        raise DataError(
+            f"{path}: the header has {len(head)} bytes, expected {4 + 4 * ndim}", help=_AGAIN
+        )
+    dims = struct.unpack(f">{ndim}I", head[4:])
+    size = 1
+    for d in dims:
+        size *= d
+    shape = "x".join(map(str, dims))
+    if ndim == 3 and dims[1:] != (28, 28):
+        raise DataError(f"{path}: images of {dims[1]}x{dims[2]}, MNIST's are 28x28")
+    if not 0 < size <= _MAX_BYTES:
+        raise DataError(f"{path}: the header claims {shape} bytes", help=_AGAIN)
+    # One byte more than claimed: it shows a longer file, and makes gzip check its CRC.
+    body = file.read(size + 1)
+    if len(body) != size:
+        found_text = f"{len(body)} bytes" if len(body) < size else f"more than {size} bytes"
+        raise DataError(
+            f"{path}: {found_text} behind the header, {shape} = {size} expected", help=_AGAIN
+        )
+    return np.frombuffer(bytearray(body), dtype=np.uint8).reshape(dims)
+
+
+# ---- digits and synthetic --------------------------------------------------------------------
+
+
+def digits(split: str) -> Dataset:
+    """scikit-learn's 1,797 digits, 8x8 upscaled to 28x28; a fixed fifth of each class is test."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    labels = torch.from_numpy(np.asarray(raw.target)).long()
+    small = torch.from_numpy(np.asarray(raw.images, dtype=np.float32) / 16).unsqueeze(1)
+    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear")
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for c in range(10):
+        rows = (labels == c).nonzero()[:, 0]
+        rows = rows[permutation(len(rows), _SPLIT_SEED, c)]
+        test[rows[: round(len(rows) / 5)]] = True
+    train = images[~test]
+    mean, std = float(train.mean()), float(train.std())
+    mine = test if split == "test" else ~test
+    return Dataset(images[mine], labels[mine], _DIGITS, "digits", (mean,), (std,))
+
+
+def synthetic(split: str, shape: Sequence[int] | None = None, classes: int = 10) -> Dataset:
+    """Seeded: each class is a coarse random pattern, each image that pattern under noise."""
+    c, h, w = shape or (1, 28, 28)
+    many = 2048 if c * h * w <= 1 << 14 else 256  # enough for batch 128 at AlexNet's sizes
+    count, stream = (many, 1) if split == "train" else (many // 4, 2)
+    patterns = np.random.Philox(key=[_SPLIT_SEED, 0]).random_raw(classes * c * 16)
+    coarse = torch.from_numpy((patterns >> np.uint64(40)).astype(np.float32) / (1 << 24))
+    coarse = coarse.reshape(classes, c, 4, 4)
+    clean = torch.nn.functional.interpolate(coarse, size=(h, w), mode="nearest")
+    bits = np.random.Philox(key=[_SPLIT_SEED, stream])
+    labels = torch.from_numpy((bits.random_raw(count) % np.uint64(classes)).astype(np.int64))
+    words = bits.random_raw(-(-count * c * h * w // 8))
+    noise = torch.from_numpy(words.view(np.uint8)[: count * c * h * w].copy())
+    images = torch.empty(count, c, h, w, dtype=torch.uint8)
+    for at in range(0, count, 64):  # in pieces: the fp32 images are four times the result
+        part = slice(at, min(at + 64, count))
+        size = part.stop - at
+        rough = noise[at * c * h * w : part.stop * c * h * w].reshape(size, c, h, w).float()
+        images[part] = (clean[labels[part]] * 127 + rough / 2).to(torch.uint8)
+    names = tuple(f"class{k}" for k in range(classes))
+    return Dataset(images, labels, names, "synthetic", (0.5,), (0.21,))
+
+
+# ---- folders of images -----------------------------------------------------------------------
+
+
+def imagefolder(folder: str, split: str, shape: Sequence[int] | None = None) -> Dataset:
+    """DIR/SPLIT/CLASS/*.jpg, cropped to the aspect ratio of `shape` and resized to it."""
+    c, h, w = shape or (3, 224, 224)
+    if c not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, the net takes {c}")
+    names = _classes(_split_folder(Path(folder), "train"))
+    home = _split_folder(Path(folder), split)
+    if (found := _classes(home)) != names:
+        odd = ", ".join(sorted(set(found) ^ set(names)))
+        raise DataError(
+            f"{home} has {len(found)} classes, train {len(names)}; only one has: {odd}",
+            help="give both splits the same class folders",
+        )
+    files: list[tuple[Path, int]] = []
+    for label, name in enumerate(names):
+        mine = sorted(p for p in (home / name).iterdir() if p.suffix.lower() in _SUFFIXES)
+        if not mine:
+            raise DataError(
+                f"class folder {home / name} holds 0 images, expected at least 1",
+                help=f"images end in {', '.join(_SUFFIXES)}",
+            )
+        files += [(p, label) for p in mine]
+    if (size := len(files) * c * h * w) > _MAX_BYTES:
+        raise DataError(
+            f"{home}: {len(files)} images of {c}x{h}x{w} are {size} bytes, at most {_MAX_BYTES}",
+            help="use smaller images or fewer of them",
+        )
+    images = torch.empty(len(files), c, h, w, dtype=torch.uint8)
+    for at, (path, _) in enumerate(files):
+        images[at] = read_image(path, (c, h, w))
+    labels = torch.tensor([label for _, label in files])
+    # ImageNet's constants; for one channel their means.
+    mean = (0.485, 0.456, 0.406) if c == 3 else (0.449,)
+    std = (0.229, 0.224, 0.225) if c == 3 else (0.226,)
+    return Dataset(images, labels, names, "imagefolder", mean, std)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    wanted = ("train",) if split == "train" else ("test", "val")
+    for name in wanted:
+        if (folder / name).is_dir():
+            return folder / name
+    raise DataError(
+        f"{folder} has no folder {' or '.join(wanted)}",
+        help="use imagefolder:DIR with DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg",
+    )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} holds 0 class folders, expected at least 1")
+    return tuple(names)
+
+
+def read_image(path: Path, shape: Sequence[int]) -> torch.Tensor:
+    """One image file as uint8 [C, H, W]; DataError where it cannot be read whole."""
+    from PIL import Image, ImageOps
+
+    c, h, w = shape
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path}: mode {image.mode}, expected 8 bits", help="convert it")
+            fitted = ImageOps.fit(image.convert("RGB" if c == 3 else "L"), (w, h))
+            pixels = np.array(fitted)  # a copy: Pillow's own buffer is read-only
+    except DataError:
+        raise
+    # Pillow's decoders raise many types on damaged files, SyntaxError and struct.error among them.
+    except Exception as error:
+        raise DataError(f"cannot read image {path}: {error}", help="remove or replace it") from None
+    return torch.from_numpy(pixels.reshape(h, w, c)).permute(2, 0, 1)

@@ -1,0 +1,175 @@
+"""Run folders: config.toml, metrics.jsonl, checkpoints/ and whatever a run leaves beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graphnet.errors import ConfigError, DataError, RunExistsError
+from graphnet.train.checkpoint import atomic_write, sync_folder
+
+CONFIG, METRICS = "config.toml", "metrics.jsonl"
+
+
+def create(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
+    """Makes a run folder that holds config.toml from its first moment on.
+
+    A temporary folder beside it is filled and renamed, so a crash leaves no half a run.
+    RunExistsError where something stands at `path` (an empty folder may).
+    """
+    path = Path(path)
+    text = toml(config).encode()
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        os.chmod(partial, 0o755)
+        atomic_write(partial / CONFIG, text)
+        # rename(2) itself refuses a folder that is not empty: two runs cannot both pass a check.
+        os.rename(partial, path)
+        partial = None
+        sync_folder(path.parent)
+    except OSError as error:
+        if path.exists():
+            what = "a run" if (path / CONFIG).exists() else "something that is no run"
+            raise RunExistsError(
+                f"{path} already exists and holds {what}",
+                help="add --resume to go on with it, or choose another --out",
+            ) from None
+        raise ConfigError(f"cannot make run folder {path}: {error.strerror or error}") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def read_config(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `create` was given; ConfigError where the folder is no run."""
+    path = Path(run) / CONFIG
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{run} is no run folder: {CONFIG}: {error.strerror or error}",
+            help="give the --out folder of a run",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from None
+
+
+def toml(config: Mapping[str, Any]) -> str:
+    """Flat values, lists of them and one level of tables, as TOML; None is left out."""
+    lines, tables = [], []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            rows = [f"{_key(k)} = {_value(k, v)}" for k, v in value.items() if v is not None]
+            tables.append("\n".join(["", f"[{_key(key)}]", *rows]))
+        elif value is not None:
+            lines.append(f"{_key(key)} = {_value(key, value)}")
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _key(key: str) -> str:
+    plain = key.replace("_", "").replace("-", "")
+    return key if plain.isascii() and plain.isalnum() else _value(key, key)
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)  # also inf and nan, which TOML knows by these names
+    if isinstance(value, str | os.PathLike):
+        # JSON's escapes are TOML's, but for DEL; ensure_ascii would write surrogate pairs.
+        return json.dumps(os.fspath(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(key, v) for v in value)}]"
+    raise ConfigError(f"{key} = {value!r} has no form in TOML", help="use str, int, float or bool")
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, one JSON object per line.
+
+    Opening it cuts off a last line that a crash tore, or the next record would be glued to it.
+    Values that are not finite become null: JSON has no NaN.
+    """
+
+    def __init__(self, run: str | os.PathLike[str]) -> None:
+        path = Path(run) / METRICS
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115 - it stays open for the whole run
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+        self._file.seek(0)
+        whole, _ = _whole_lines(path, self._file.read())
+        self._file.truncate(whole)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a record; it is with the operating system when this returns."""
+        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Makes the records durable and closes the file."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records; [] without a file. A torn last line is ignored, a torn other one DataError."""
+    path = Path(run) / METRICS
+    try:
+        return _whole_lines(path, path.read_bytes())[1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _whole_lines(path: Path, data: bytes) -> tuple[int, list[dict[str, Any]]]:
+    """(bytes of the whole lines, their records). What has no newline at its end is torn."""
+    lines = data.split(b"\n")[:-1]
+    records, size = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise DataError(
+                    f"{path}: line {number} of {len(lines)} is no JSON object",
+                    help="only the last line may be torn; restore or delete the file",
+                ) from None
+            break
+        records.append(record)
+        size += len(line) + 1
+    return size, records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

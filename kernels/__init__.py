@@ -1,0 +1,27 @@
+if not __name__.startswith("graphnet."):
+    raise ImportError("import it as graphnet.kernels; a bare `kernels` would be a second copy")
+__doc__ = """Triton templates. They need torch and Triton alone and know nothing of graphnet.
+
+A template computes fp32 tiles and hands them to one generated function,
+
+    EPILOGUE(acc, aux, i0, i1, i2, i3, mask, args)
+
+acc   the tile of the anchor's first result; aux that of its second, or 0
+i0-3  index tensors, broadcastable to acc, of each element's logical position: n, c, h, w of an
+      activation; o, i, r, s of a weight; row and column of a matrix; what is missing is 0
+mask  which elements exist
+args  a tuple of pointers, whose order only the generator knows
+
+It loads further operands, computes, rounds once and stores all results. So a template knows no
+output layout, no activation and no optimizer. Operands come with their strides, in elements, in
+logical order; shapes, strides and tile sizes are constexprs.
+
+conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
+gemm.py         the fully connected products
+pool.py         max, average and adaptive pooling, gradients by gathering
+loss.py         softmax cross-entropy and multiclass hinge, with their gradients
+elementwise.py  code without an anchor; the loss ring
+reduce.py       ordered second passes: split-K partials, sums
+random.py       Philox4x32-10
+common.py       casts, dots, index arithmetic
+"""

@@ -1,0 +1,100 @@
+"""Casts, dots and index arithmetic that every template uses.
+
+Triton's interpreter multiplies raw bf16 bits in `tl.dot` and truncates when it casts to bf16. Both
+are mended here and nowhere else: operands go to fp32 before the dot, and `round_bf16` rounds with
+integers, bit-equal to torch.
+"""
+
+import triton
+import triton.language as tl
+
+# How this copy of the modules was loaded; a mode never changes under a loaded copy.
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INT32_MAX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def round_bf16(x):
+    """fp32 rounded to the nearest bf16, ties to even; still fp32. NaN becomes the quiet NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    odd = (bits >> 16) & 1
+    kept = ((bits + 0x7FFF + odd) >> 16) << 16
+    return tl.where(x != x, float("nan"), kept.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def cast_store(ptr, value, mask):
+    """The one cast of a kernel: to the pointer's element type, at the store."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if INTERPRET and dtype == tl.bfloat16:
+        value = round_bf16(value.to(tl.float32))
+    tl.store(ptr, value.to(dtype), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32. PRECISION: "ieee", "tf32" or "bf16" (operands rounded to bf16)."""
+    if PRECISION == "bf16":
+        if INTERPRET:
+            if a.dtype != tl.bfloat16:
+                a = round_bf16(a.to(tl.float32))
+            if b.dtype != tl.bfloat16:
+                b = round_bf16(b.to(tl.float32))
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, input_precision="ieee")
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def maximum_nan(a, b):
+    """max(a, b); a NaN in either wins, as in torch."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) = 1 - 2 / (exp(2x) + 1), by |x| so that exp does not overflow; odd by sign.
+
+    For small |x| the difference cancels, so the series to x^7 takes over.
+    """
+    a = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    square = a * a
+    small = a * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    y = tl.where(a < 0.15, small, large)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def elements(TOTAL: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of this program's BLOCK of elements out of TOTAL.
+
+    int32, whose divisions are cheap, unless TOTAL or an operand of SPAN elements needs int64.
+    """
+    i = tl.program_id(0)
+    if TOTAL + SPAN + BLOCK > INT32_MAX:
+        i = i.to(tl.int64)
+    return i * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def unflatten(i, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, NHWC: tl.constexpr):
+    """Logical coordinates of the i-th element: row-major, or channels innermost."""
+    if NHWC:
+        i1 = i % D1
+        rest = i // D1
+        i3 = rest % D3
+        rest = rest // D3
+        return rest // D2, i1, rest % D2, i3
+    i3 = i % D3
+    rest = i // D3
+    i2 = rest % D2
+    rest = rest // D2
+    return rest // D1, rest % D1, i2, i3
+
+
+@triton.jit
+def filter_position(q, CG: tl.constexpr, S: tl.constexpr):
+    """(channel, r, s) of the q-th element of a filter flattened as (r, s, channel)."""
+    tap = q // CG
+    return q % CG, tap // S, tap % S

@@ -1,0 +1,96 @@
+"""Losses and their gradients from the same logits. Rows stay whole in registers: C up to 4,096.
+
+Each program takes a block of rows. With one program the mean loss is final; with several, each
+writes its sum to `work` and `mean_reduce` adds them in order.
+"""
+
+import triton
+import triton.language as tl
+
+
+def loss_grid(M, BM, PROGRAMS, **_):
+    return (PROGRAMS,)
+
+
+@triton.jit
+def _finish(total, live, loss, work, PROGRAMS: tl.constexpr):
+    if PROGRAMS == 1:
+        tl.store(loss, total / live)
+    else:
+        tl.store(work + tl.program_id(0), total)
+
+
+@triton.jit
+def cross_entropy(
+    logits, labels, live_ptr, loss, work, args,
+    M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
+    SMOOTHING: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Mean over the first `live` rows of -sum_j t_j log softmax(z)_j, and (softmax(z) - t)/live."""
+    live = tl.load(live_ptr).to(tl.float32)
+    cols = tl.arange(0, BN)
+    total = 0.0
+    ROWS: tl.constexpr = (M + PROGRAMS * BM - 1) // (PROGRAMS * BM) * BM
+    for start in range(0, ROWS, BM):
+        m = tl.program_id(0) * ROWS + start + tl.arange(0, BM)
+        inside = (m < M)[:, None] & (cols < C)[None, :]
+        alive = m < live
+        z = tl.load(
+            logits + m[:, None] * S0 + (cols * S1)[None, :], mask=inside, other=float("-inf")
+        ).to(tl.float32)
+        label = tl.load(labels + m, mask=m < M, other=0)
+        z = tl.where((m < M)[:, None], z, tl.where((cols < C)[None, :], 0.0, float("-inf")))
+        top = tl.max(z, 1)
+        e = tl.exp(z - top[:, None])
+        norm = tl.sum(e, 1)
+        hit = cols[None, :] == label[:, None]
+        if LOSS:
+            logp = z - top[:, None] - tl.log(norm)[:, None]
+            picked = tl.sum(tl.where(hit, logp, 0.0), 1) * (1.0 - SMOOTHING)
+            if SMOOTHING > 0:
+                spread = tl.sum(tl.where((cols < C)[None, :], logp, 0.0), 1)
+                picked += spread * (SMOOTHING / C)
+            total -= tl.sum(tl.where(alive, picked, 0.0))
+        if GRAD:
+            target = tl.where(hit, 1.0 - SMOOTHING, 0.0) + SMOOTHING / C
+            grad = (e / norm[:, None] - target) / live
+            grad = tl.where(alive[:, None], grad, 0.0)
+            EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)
+    if LOSS:
+        _finish(total, live, loss, work, PROGRAMS)
+
+
+@triton.jit
+def multi_margin(
+    logits, labels, live_ptr, loss, work, args,
+    M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
+    MARGIN: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Mean over live rows of (1/C) sum over j != y of max(0, z_j - z_y + MARGIN)."""
+    live = tl.load(live_ptr).to(tl.float32)
+    cols = tl.arange(0, BN)
+    total = 0.0
+    ROWS: tl.constexpr = (M + PROGRAMS * BM - 1) // (PROGRAMS * BM) * BM
+    for start in range(0, ROWS, BM):
+        m = tl.program_id(0) * ROWS + start + tl.arange(0, BM)
+        inside = (m < M)[:, None] & (cols < C)[None, :]
+        alive = m < live
+        z = tl.load(
+            logits + m[:, None] * S0 + (cols * S1)[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        label = tl.load(labels + m, mask=m < M, other=0)
+        hit = cols[None, :] == label[:, None]
+        right = tl.sum(tl.where(hit, z, 0.0), 1)
+        gap = z - right[:, None] + MARGIN
+        other = inside & (cols[None, :] != label[:, None]) & alive[:, None]
+        if LOSS:
+            total += tl.sum(tl.where(other & (gap > 0.0), gap, 0.0)) / C
+        if GRAD:
+            broken = tl.where(other & (gap > 0.0), 1.0, 0.0)
+            grad = tl.where(hit, -tl.sum(broken, 1)[:, None], broken) / (live * C)
+            grad = tl.where(alive[:, None], grad, 0.0)
+            EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)
+    if LOSS:
+        _finish(total, live, loss, work, PROGRAMS)

@@ -1,0 +1,118 @@
+"""Second passes, in a fixed order: what makes split reductions deterministic without atomics.
+
+The split protocol lives here. A weight gradient cuts its reduction into SPLIT parts; each part
+writes an fp32 tile to work[SPLIT, K, COLS], COLS being the filter (r, s, c) and, where wanted, one
+column for the bias; `split_reduce` adds the parts, first part first. With SPLIT 1 there is no
+workspace and `finish_tile` calls the epilogues at once.
+
+`split_reduce` reads SPLIT rows of one element a lane: BLOCK 256 with 4 warps, up to 1,024 where
+K x COLS fills the processors. Its update epilogue has few values a thread and never spills. It
+loads parts one after another, which at SPLIT above about 64 is latency-bound.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import INT32_MAX, filter_position
+
+
+def split_reduce_grid(K, CG, R, S, HAS_BIAS, BLOCK, **_):
+    return (triton.cdiv(K * (CG * R * S + int(HAS_BIAS)), BLOCK),)
+
+
+def channel_sum_grid(C, **_):
+    return (C,)
+
+
+@triton.jit
+def finish_tile(
+    acc, row, q, mask, part, work, args, args2,
+    K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, CRS: tl.constexpr, COLS: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS_HERE: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
+):  # fmt: skip
+    """Ends a weight-gradient tile of rows `row` and columns `q`: a partial, or the result.
+
+    BIAS_HERE says that column CRS, the bias gradient, may lie in this tile.
+    """
+    if SPLIT > 1:
+        at = (part * K + row).to(tl.int64)[:, None] * COLS + q[None, :]
+        tl.store(work + at, acc, mask=mask)
+    else:
+        c, r, s = filter_position(q, CG, S)
+        inner = mask & (q < CRS)[None, :]
+        EPILOGUE(acc, 0, row[:, None], c[None, :], r[None, :], s[None, :], inner, args)
+        if BIAS_HERE:
+            EPILOGUE2(acc, 0, row[:, None], 0, 0, 0, mask & (q == CRS)[None, :], args2)
+
+
+@triton.jit
+def finish_bias(
+    sums, row, mask, part, work, args2,
+    K: tl.constexpr, CRS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
+    EPILOGUE2: tl.constexpr,
+):  # fmt: skip
+    """Ends the bias column of a weight gradient, where it has a program of its own."""
+    if SPLIT > 1:
+        tl.store(work + (part * K + row).to(tl.int64) * COLS + CRS, sums, mask=mask)
+    else:
+        EPILOGUE2(sums[:, None], 0, row[:, None], 0, 0, 0, mask[:, None], args2)
+
+
+@triton.jit
+def split_reduce(
+    work, args, args2,
+    SPLIT: tl.constexpr, K: tl.constexpr, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
+):  # fmt: skip
+    """Adds the partials of work[SPLIT, K, (r, s, c) and the bias column], first part first."""
+    CRS: tl.constexpr = CG * R * S
+    COLS: tl.constexpr = CRS + HAS_BIAS
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < K * COLS
+    at = work + i
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(SPLIT):
+        acc += tl.load(at, mask=mask, other=0.0)
+        at += K * COLS
+    row = i // COLS
+    q = i % COLS
+    c, r, s = filter_position(q, CG, S)
+    EPILOGUE(acc, 0, row, c, r, s, mask & (q < CRS), args)
+    if HAS_BIAS:
+        EPILOGUE2(acc, 0, row, 0, 0, 0, mask & (q == CRS), args2)
+
+
+@triton.jit
+def mean_reduce(work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sum of work[COUNT] / live, by one program: a tree of fixed shape."""
+    i = tl.arange(0, BLOCK)
+    parts = tl.load(work + i, mask=i < COUNT, other=0.0)
+    tl.store(out, tl.sum(parts) / tl.load(live).to(tl.float32))
+
+
+@triton.jit
+def channel_sum(
+    x, args,
+    N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
+    BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The sum over n, h and w of each channel; acc is [1] at (channel, 0, 0, 0).
+
+    One program a channel: reads coalesce in NCHW alone, and few channels leave processors idle.
+    Only for what no weight gradient's column of ones covers.
+    """
+    c = tl.program_id(0)
+    base = x + c * XS1
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N * H * W, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        n = i // (H * W)
+        if N * XS0 > INT32_MAX:
+            n = n.to(tl.int64)
+        at = n * XS0 + (i // W) % H * XS2 + i % W * XS3
+        sums += tl.load(base + at, mask=i < N * H * W, other=0.0).to(tl.float32)
+    one = tl.arange(0, 1)
+    EPILOGUE(tl.sum(sums) + one * 0.0, 0, c + one, 0, 0, 0, one == 0, args)
