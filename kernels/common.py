@@ -40,9 +40,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
                 a = round_bf16(a.to(tl.float32))
             if b.dtype != tl.bfloat16:
                 b = round_bf16(b.to(tl.float32))
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, input_precision="ieee")
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, input_precision="ieee")
+    else:  # not after a return: what follows one is compiled all the same
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

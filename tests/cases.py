@@ -41,6 +41,10 @@ class Case:
     exact: bool = False
     wrt: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.attrs is NO_ATTRS:  # the op's own defaults
+            object.__setattr__(self, "attrs", get_op(self.op).attrs_type())
+
     @property
     def id(self) -> str:
         return f"{self.op}-{self.note}" if self.note else self.op
@@ -68,7 +72,6 @@ def fill(t: TensorType, g: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attrs(op: str, **fields: Any) -> Attrs:
-    """Attributes of an op, normalised."""
     return get_op(op).attrs_type(**fields)
 
 

@@ -147,13 +147,12 @@ def _wgrad(
     epi2 = None
     if db is not None:
         epi2 = work.epilogue(db, Index(db.type.shape), widen=True)
+    if epi is None:  # the weight is frozen, its bias is not
+        return [_channel_sum(work, dy)]
     has_bias = epi2 is not None
     columns += has_bias
     math = e.attrs.math  # type: ignore[attr-defined]
     c = choose(kernel, (rows // groups, columns, reduced, groups), math)
-    if epi is None:  # the weight is frozen, its bias is not
-        first = next(iter(work.stores))[1]
-        raise UnsupportedOpError(f"{kernel} without a weight gradient for {first}")
     constants |= {**_tiles(c), "SPLIT": c.SPLIT, "HAS_BIAS": has_bias, "PRECISION": math}
     per_group = _cdiv(rows // groups, c.BM), _cdiv(columns, c.BN)
     grid = (*per_group, groups * c.SPLIT)
@@ -185,6 +184,24 @@ def _wgrad(
         (_cdiv(rows * columns, r.BLOCK),), reads=(parts.name,), epilogues=(epi, epi2),
     )  # fmt: skip
     return [first_pass, second]
+
+
+def _channel_sum(work: Work, dy: Ref) -> Launch:
+    """The bias gradient alone."""
+    bias, type = work.anchor.outputs[1], work.type(work.anchor.inputs[1])
+    assert bias is not None
+    n, c, h, w = (*type.shape, 1, 1)[:4]
+    strides = (*type.strides, 0, 0)[:4]
+    block = choose("channel_sum", (n * h * w,)).BLOCK
+    epi = work.epilogue(bias, Index(bias.type.shape))
+    constants = {
+        "N": n, "C": c, "H": h, "W": w, **{f"XS{d}": s for d, s in enumerate(strides)},
+        "BLOCK": block, "EPILOGUE": _source(epi),
+    }  # fmt: skip
+    return make(
+        "channel_sum", "reduce", (dy, _args(epi)), constants, (c,), reads=(dy.name,),
+        epilogues=(epi,),
+    )  # fmt: skip
 
 
 # ---- fully connected ------------------------------------------------------------------------

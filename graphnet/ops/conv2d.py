@@ -84,10 +84,18 @@ class ConvAttrs(Attrs):
 class ConvDgradAttrs(ConvAttrs):
     input_size: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "input_size", pair(self.input_size))
+
 
 @dataclass(frozen=True)
 class ConvWgradAttrs(ConvAttrs):
     kernel: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "kernel", pair(self.kernel))
 
 
 def _check(attrs: ConvAttrs, x: Shape, w: Shape) -> tuple[int, int]:

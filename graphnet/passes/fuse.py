@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
+from graphnet.ir.op import get_op
 from graphnet.passes.rewrite import Match
 from graphnet.passes.templates import refusal
 
@@ -34,6 +36,11 @@ def _inline(eqn: Eqn, prefix: str) -> list[Eqn]:
     return out
 
 
+def _read(eqn: Eqn, used: set[Value]) -> tuple[Value | None, ...]:
+    optional = get_op(eqn.op).optional
+    return tuple(v if v in used or k not in optional else None for k, v in enumerate(eqn.outputs))
+
+
 def merge(producer: Eqn, consumer: Eqn, keep: set[Value]) -> Eqn:
     """One fused equation doing both. `keep` are the producer's results that are still read.
 
@@ -45,10 +52,7 @@ def merge(producer: Eqn, consumer: Eqn, keep: set[Value]) -> Eqn:
     results = tuple(v for v in producer.results if v in keep) + consumer.results
     # An optional result that only the outside would read, and does not, is not written.
     used = {v for e in eqns for v in e.inputs} | set(results)
-    eqns = [
-        Eqn(e.op, e.inputs, tuple(v if v in used else None for v in e.outputs), e.attrs)
-        for e in eqns
-    ]
+    eqns = [replace(e, outputs=_read(e, used)) for e in eqns]
     body = Graph("body", tuple(Input(v) for v in operands), tuple(eqns), results)
     where = Where()
     return Eqn("fused", operands, results, body=rename_body(body, operands), where=where)

@@ -145,6 +145,27 @@ def test_linear_with_dropout_and_its_gradients(split):
           return %dx, %dw, %db }""", tolerance=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        """graph g(%x: f32[3,2,6,5] data, %dy: f32[3,4,4,3] data, %b: f32[4] param, %lr: f32[] hyper,
+             %wd: f32[] hyper) {
+           %c: f32[4] = fused(%x, %dy, %b, %lr, %wd) {
+             %w, %g = conv2d_wgrad(%x, %dy) {kernel=(3,3)}; %c = sgd_update(%b, %g, %lr, %wd);
+             yield %c }
+           commit %b = %c
+           return %lr }""",
+        """graph g(%x: f32[5,7] data, %dy: f32[5,3] data) {
+           %b: f32[3] = fused(%x, %dy) { %w, %g = linear_wgrad(%x, %dy); yield %g }
+           return %b }""",
+    ],
+    ids=["conv2d", "linear"],
+)
+def test_the_bias_gradient_of_a_frozen_weight(text):
+    plan = check(text, tolerance=1e-5)
+    assert [s.kernel for s in plan.launches] == ["channel_sum"]
+
+
 def test_movement():
     plan = check("""graph g(%x: f32[2,6,3,5] data, %z: f32[2,2,3,5] data) {
       %a: f32[2,6,3,5]{nhwc} = relayout(%x) {layout='nhwc'}

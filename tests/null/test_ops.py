@@ -93,7 +93,9 @@ def test_cpu_twin_is_the_reference(case, last):
         args = [a.contiguous(memory_format=torch.channels_last) if a.ndim == 4 else a for a in args]
     for g, w in zip(op.cpu(case.attrs, *args), want, strict=True):
         assert g.dtype == (torch.float32 if w.is_floating_point() else w.dtype)
-        close(g.to(w.dtype), w, rtol=1e-5, atol=1e-5)
+        # A sum that cancels is as exact as its terms: the tolerance grows with the result.
+        scale = max(1.0, float(w.abs().max())) if w.is_floating_point() else 1.0
+        close(g.to(w.dtype), w, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(
