@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,11 @@ def build(
     """
     from graphnet.lowering.build import build_plan
 
+    start = time.perf_counter()
     low = lower(
         net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer, grads=grads
     )
-    return build_plan(low.plan, arch=arch, precision=precision, out=out)
+    return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 
 
 def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads: bool) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,27 @@ _COUNTS = (
     "float_atomics", "compile_s", "name", "sha256",
 )  # fmt: skip
 
+ARCHES = (80, 86, 89, 90, 100, 120)
+_REPORTED = (
+    "binary", "config", "registers", "spill_bytes", "shared_bytes", "wgmma", "tma", "cp_async",
+    "float_atomics",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:
-    """One launch and its binary. `cached`: it was not compiled now. `floor_us`: on an H100."""
+    """One launch and its binary.
+
+    binary     names the code: SHA-256 of everything that decides it (`key_of`)
+    config     tile sizes, warps and stages
+    cached     it was not compiled now; `compile_s` is what that took when it was
+    floor_us   on an H100
+    """
 
     kernel: str
     layers: tuple[str, ...]
+    binary: str
+    config: dict[str, int]
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
@@ -61,6 +75,12 @@ class Row:
     cached: bool
     path: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """The row in plain types, for JSON; a binary from the cache took no time to compile."""
+        about = {k: getattr(self, k) for k in _REPORTED}
+        seconds = 0.0 if self.cached else self.compile_s
+        return {"name": self.kernel, "layers": list(self.layers), **about, "compile_s": seconds}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -78,9 +98,17 @@ class Report:
     def binaries(self) -> int:
         return len({r.sha256 for r in self.rows})
 
+    @property
+    def cache_hits(self) -> int:
+        return sum(r.cached for r in self.rows)
+
     def as_dict(self) -> dict[str, Any]:
-        """The report in plain types, for JSON."""
-        return asdict(self) | {"binaries": self.binaries}
+        """The report in plain types, for JSON: what was asked of this build, and what it took."""
+        return {
+            "arch": self.arch, "precision": self.precision, "triton": self.triton,
+            "ptxas": self.ptxas, "kernels": [r.as_dict() for r in self.rows],
+            "total_s": round(self.seconds, 4), "cache_hits": self.cache_hits,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         head = (
@@ -140,10 +168,12 @@ def kernels_hash() -> str:
     return digest.hexdigest()
 
 
-def _arch(text: str) -> int:
-    found = re.fullmatch(r"sm_?(\d+)a?", text)
-    if not found:
-        raise ConfigError(f"unknown architecture {text!r}", help='for example "sm_90"')
+def arch_number(text: str) -> int:
+    """90 for "sm_90" or "sm_90a"; ConfigError for what Triton compiles nothing for."""
+    found = re.fullmatch(r"sm_(\d+)a?", text)
+    if not found or int(found[1]) not in ARCHES:
+        known = ", ".join(f"sm_{n}" for n in ARCHES)
+        raise ConfigError(f"unknown architecture {text!r}", help=f"one of {known}")
     return int(found[1])
 
 
@@ -167,6 +197,12 @@ def request(launch: Launch, arch: int) -> dict[str, Any]:
         "grid": [1, 1, 1],  # no part of a binary
         "arch": arch,
     }
+
+
+def _config(launch: Launch) -> dict[str, int]:
+    """What the tuner chose for a launch."""
+    sizes = {k: v for k, v in launch.constants if k in ("BM", "BN", "BK", "SPLIT", "BLOCK")}
+    return {**sizes, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
 def key_of(work: dict[str, Any]) -> str:
@@ -286,37 +322,62 @@ def compile_launches(
 
 
 def build_plan(
-    plan: Plan, *, arch: str = "sm_90", precision: str = "fp32", out: Any = None
+    plan: Plan,
+    *,
+    arch: str = "sm_90",
+    precision: str = "fp32",
+    out: Any = None,
+    start: float | None = None,
 ) -> Report:
-    """Compiles the plan's launches; `out` receives binaries, PTX and generated files."""
-    start = time.perf_counter()
-    found, fresh = compile_launches(plan.launches, _arch(arch))
+    """Compiles the plan's launches; `out` receives binaries, PTX and generated files.
+
+    The report's seconds count from `start`, a reading of `time.perf_counter`.
+    """
+    start = time.perf_counter() if start is None else start
+    number = arch_number(arch)
+    into = _receiving(out) if out is not None else None
+    found, fresh = compile_launches(plan.launches, number)
     folder = private_dir("binaries")
     rows = []
     for s, (key, about) in zip(plan.launches, found, strict=True):
         rows.append(
             Row(
-                s.kernel, s.where.layers, s.grid, s.num_warps, s.num_stages, s.flops, s.bytes,
-                floor_us(s.flops, s.bytes, s.math), **{c: about[c] for c in _COUNTS},
+                s.kernel, s.where.layers, key, _config(s), s.grid, s.num_warps, s.num_stages,
+                s.flops, s.bytes, floor_us(s.flops, s.bytes, s.math),
+                **{c: about[c] for c in _COUNTS},
                 cached=key not in fresh, path=str(folder / f"{key}.cubin"),
             )
         )  # fmt: skip
-    if out is not None:
-        _export(Path(out), plan, found, folder)
+    if into is not None:
+        _export(into, plan, found, folder)
     seconds = time.perf_counter() - start
     version = importlib.metadata.version("triton")
-    return Report(arch, precision, tuple(rows), ptxas()[1], version, seconds, plan.peak_bytes)
+    report = Report(
+        arch, precision, tuple(rows), ptxas()[1], version, seconds, plan.peak_bytes
+    )  # fmt: skip
+    if into is not None:
+        write_whole(into / "report.json", json.dumps(report.as_dict(), indent=1).encode())
+    return report
+
+
+def _receiving(out: Any) -> Path:
+    """The folder for the output, made before anything is compiled for it."""
+    try:
+        (Path(out) / "generated").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {out}: {error.strerror}", help="name another folder"
+        ) from error
+    return Path(out)
 
 
 def _export(out: Path, plan: Plan, found: list[tuple[str, dict[str, Any]]], folder: Path) -> None:
     """Numbered binaries beside the generated files and the plan."""
-    generated = out / "generated"
-    generated.mkdir(parents=True, exist_ok=True)
     for k, (s, (key, _)) in enumerate(zip(plan.launches, found, strict=True)):
         for suffix in ("cubin", "ptx"):
             write_whole(
                 out / f"{k:02d}-{s.kernel}.{suffix}", (folder / f"{key}.{suffix}").read_bytes()
             )
         for source in s.epilogues:
-            materialise(source, generated)
+            materialise(source, out / "generated")
     write_whole(out / "plan.txt", str(plan).encode())

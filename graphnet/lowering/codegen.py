@@ -233,10 +233,15 @@ def write_epilogue(
 
 
 def private_dir(name: str) -> Path:
-    """A folder of the cache, made with mode 0700; CompileError if somebody else owns it."""
+    """A folder of the cache, made with mode 0700; CompileError if it cannot be ours alone."""
     base = config.cache_dir()
     path = base / name
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise CompileError(
+            f"the cache {path} cannot be made: {error.strerror}", help="set GRAPHNET_CACHE_DIR"
+        ) from error
     for folder in (base, path):
         if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
             raise CompileError(

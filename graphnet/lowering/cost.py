@@ -1,10 +1,14 @@
-"""Ceilings of the GPUs that were measured, and the least time of a launch under them."""
+"""What a launch has to do, and the least time for it under the ceilings of a measured GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from graphnet.errors import ConfigError
+from graphnet.lowering.steps import Launch
+from graphnet.lowering.work import Work
+from graphnet.ops.fused import eqn_cost
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,41 @@ CEILINGS = {
 }
 
 
+def ceiling(gpu: str) -> Ceiling:
+    """The rates of a GPU, by name."""
+    if gpu not in CEILINGS:
+        raise ConfigError(f"no ceilings for GPU {gpu!r}", help=f"one of {', '.join(CEILINGS)}")
+    return CEILINGS[gpu]
+
+
+def limits_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> tuple[float, float]:
+    """Microseconds that the arithmetic takes at the least, and the memory traffic."""
+    rates = ceiling(gpu)
+    return 1e6 * flops / rates.flops(math), 1e6 * moved / rates.bandwidth
+
+
 def floor_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> float:
     """Microseconds below which no kernel can do this work: the larger of arithmetic and memory."""
-    if gpu not in CEILINGS:
-        raise ConfigError(f"no ceiling for {gpu!r}", help=f"known: {', '.join(CEILINGS)}")
-    ceiling = CEILINGS[gpu]
-    return 1e6 * max(flops / ceiling.flops(math), moved / ceiling.bandwidth)
+    return max(limits_us(flops, moved, math, gpu))
+
+
+def with_costs(work: Work, steps: list[Launch]) -> Iterator[Launch]:
+    """The launches of an equation, each with its own work: every buffer that it touches once,
+    workspaces included.
+
+    The anchor's arithmetic is the first launch's, elementwise code that of the launch which holds
+    it, and a second pass adds up what the first one left in the workspace.
+    """
+    e = work.eqn
+    sizes = {work.name[v]: v.type.bytes for v in (*e.inputs, *e.results)}
+    sizes |= {name: size for s in steps for name, size in s.scratch}
+    math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
+    holder = next((k for k, s in enumerate(steps) if s.epilogues), 0)
+    for k, s in enumerate(steps):
+        flops = sum(size // 4 for _, size in steps[0].scratch) if k else 0
+        flops += sum(eqn_cost(a).flops for a in work.anchors) if k == 0 else 0
+        flops += sum(eqn_cost(r).flops for r in work.rest) if k == holder else 0
+        moved = s.bytes or sum(sizes[b] for b in {*s.reads, *s.writes})
+        yield replace(
+            s, where=e.where, flops=flops, bytes=moved, math="ieee" if k else math
+        )  # fmt: skip

@@ -16,11 +16,11 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
 from graphnet.ir.types import TensorType
 from graphnet.lowering.codegen import Epilogue, Index, Ref, write_epilogue
+from graphnet.lowering.cost import with_costs
 from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
 from graphnet.lowering.steps import Launch, Step, make
 from graphnet.lowering.tuning import Config, choose, next_power
 from graphnet.lowering.work import Work, take_apart
-from graphnet.ops.fused import eqn_cost
 
 
 def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:
@@ -35,10 +35,7 @@ def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:
         steps = [_record(work)]
     else:
         steps = [_pointwise(work)]
-    cost = eqn_cost(eqn)
-    math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
-    first = replace(steps[0], flops=cost.flops, bytes=cost.bytes)
-    return [replace(s, where=eqn.where, math=math) for s in (first, *steps[1:])]
+    return list(with_costs(work, steps))
 
 
 def _check_layouts(eqn: Eqn) -> None:
@@ -354,9 +351,10 @@ def _record(work: Work) -> Launch:
     args = (Ref(ring1, "f32"), Ref(loss, "f32"), Ref(step1, "i64"))
     size = work.eqn.inputs[0].type.numel
     pairs = ((ring, ring1), (step, step1))
+    moved = 2 * (4 + 8)  # a loss and the counter, each read and written
     return make(
         "record_step", "elementwise", args, {"RING": size}, (1,),
-        reads=(ring, loss, step), writes=(ring1, step1), starts_as=pairs, num_warps=1,
+        reads=(ring, loss, step), writes=(ring1, step1), starts_as=pairs, bytes=moved, num_warps=1,
     )  # fmt: skip
 
 

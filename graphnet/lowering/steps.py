@@ -23,7 +23,8 @@ class Launch:
     inplace     (operand, result) pairs that may share memory
     starts_as   (operand, result) pairs where the kernel works in place: the result starts as a
                 copy of the operand unless they share memory
-    flops, bytes  of the equation, counted on its first launch; `math` is how products are formed
+    flops, bytes  its own work, each buffer that it touches counted once; `math` is how products
+                are formed
     """
 
     kernel: str
