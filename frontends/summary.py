@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module
@@ -32,6 +33,11 @@ class Summary:
     params: int
     trainable: int
     macs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The table in plain types, for JSON."""
+        about = asdict(self)
+        return {"model": about.pop("name"), "layers": about.pop("rows"), **about}
 
     def __str__(self) -> str:
         head = ("layer", "type", "output", "params", "MACs")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,22 +46,50 @@ _FAILED = (BackendUnavailableError, CompileError, NumericsError, OutOfMemoryPlan
 def load_model(spec: str) -> Any:
     """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it)."""
     from graphnet.frontends import models
+    from graphnet.frontends.dsl import Module
 
-    if ".py:" not in spec:
+    path, colon, attribute = spec.rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
+    if not path.endswith(".py"):
         return models.get(spec)
-    import importlib.util
-
-    path, _, attribute = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"model file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _run_file(Path(path))
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")
     found = getattr(module, attribute)
-    return found if hasattr(found, "state_dict") else found()
+    if not isinstance(found, Module) and callable(found):
+        with _blamed_on(f"{path}: {attribute}()"):
+            found = found()
+    if not isinstance(found, Module):
+        raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
+    return found
+
+
+def _run_file(path: Path) -> Any:
+    """The module of a user's file; as under `python FILE`, what lies beside it can be imported."""
+    import importlib.util
+
+    if not path.is_file():
+        raise ConfigError(f"model file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.absolute()))
+    with _blamed_on(str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _blamed_on(what: str) -> Iterator[None]:
+    """What a user's file raises is bad input, not a fault of this program."""
+    try:
+        yield
+    except GraphnetError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what} fails: {type(error).__name__}: {error}") from error
 
 
 def input_shape(net: Any, batch: int) -> tuple[int, ...]:
@@ -72,18 +102,12 @@ def input_shape(net: Any, batch: int) -> tuple[int, ...]:
     return (batch, *shape)
 
 
-def _lowered(model: str, batch: int, train: bool, precision: str, target: str) -> Any:
+def _training(wanted: bool) -> dict[str, Any]:
+    """The loss and the optimizer that `--train` stands for."""
     import graphnet as gn
-    from graphnet.api import lower
 
-    net = load_model(model)
-    extra: dict[str, Any] = {}
-    if train:
-        extra = {
-            "loss": gn.CrossEntropyLoss(),
-            "optimizer": gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4),
-        }
-    return net, lower(net, input_shape(net, batch), target=target, precision=precision, **extra)
+    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return {"loss": gn.CrossEntropyLoss(), "optimizer": sgd} if wanted else {}
 
 
 def _emit(data: Any) -> None:
@@ -146,11 +170,11 @@ def evaluate(
 def summary(model: Model, batch: Batch = 1, as_json: Json = False) -> None:
     """Layers, shapes, parameters and multiply-accumulates."""
     net = load_model(model)
-    shape = input_shape(net, batch)
+    table = net.summary(input_shape(net, batch))
     if as_json:
-        _emit(net.summary_rows(shape))
+        _emit({**table.as_dict(), "model": model})
     else:
-        typer.echo(net.summary(shape))
+        typer.echo(table)
 
 
 @app.command()
@@ -166,15 +190,21 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """The graph or the plan: one line per kernel with FLOPs, bytes, floor and bound."""
-    from graphnet.report import inspect_data, inspect_text
+    from graphnet.api import lower
+    from graphnet.report import check_choices, inspect_data, inspect_text, why_text
 
-    net, low = _lowered(model, batch, train, precision, target)
+    check_choices(stage, gpu)
+    net = load_model(model)
+    shape = input_shape(net, batch)
+    low = lower(net, shape, target=target, precision=precision, **_training(train))
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,
     }  # fmt: skip
     if as_json:
         _emit(inspect_data(net, low, facts))
+        if why:
+            typer.echo(why_text(low), err=True)
     else:
         typer.echo(inspect_text(net, low, facts, why=why))
 
@@ -193,15 +223,10 @@ def compile_(
     import graphnet as gn
 
     net = load_model(model)
-    extra: dict[str, Any] = {}
-    if train:
-        extra = {
-            "loss": gn.CrossEntropyLoss(),
-            "optimizer": gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4),
-        }
+    shape = input_shape(net, batch)
     report = gn.build(
-        net, input_shape(net, batch), precision=precision, arch=arch, out=out, **extra
-    )
+        net, shape, precision=precision, arch=arch, out=out, **_training(train)
+    )  # fmt: skip
     if as_json:
         _emit(report.as_dict())
     else:
@@ -211,7 +236,7 @@ def compile_(
 @app.command()
 def doctor() -> None:
     """What is installed, which targets work here, and the flags."""
-    from graphnet.report import doctor_text
+    from graphnet.doctor import doctor_text
 
     text, healthy = doctor_text()
     typer.echo(text)
@@ -221,16 +246,36 @@ def doctor() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        app(args=argv, prog_name="graphnet", standalone_mode=True)
-    except GraphnetError as error:
-        if config.debug() >= 1:
+        code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:
+        if _debugging():
             raise
-        typer.echo(f"graphnet: {type(error).__name__}: {error}", err=True)
-        sys.exit(1 if isinstance(error, _FAILED) else 2)
-    except KeyboardInterrupt:
-        typer.echo("graphnet: interrupted", err=True)
-        sys.exit(130)
+        # What typer says of a wrong option, without its panel.
+        usage = getattr(error, "format_message", None)
+        text = usage() if usage else _one_line(error)
+        typer.echo(f"graphnet: {text}", err=True)
+        bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
+        sys.exit(2 if bad_input else 1)
+
+
+def _debugging() -> bool:
+    try:
+        return config.debug() >= 1
+    except ConfigError:  # a wrong GRAPHNET_DEBUG must not hide the first error
+        return False
+
+
+def _one_line(error: Exception) -> str:
+    """The error on one line; what is not ours says how to see where it comes from."""
+    if isinstance(error, GraphnetError):
+        return f"{type(error).__name__}: " + "; ".join(map(str.strip, str(error).splitlines()))
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("graphnet."):
+        return f"{error}; run graphnet doctor"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{text}; GRAPHNET_DEBUG=1 shows where"
 
 
 if __name__ == "__main__":

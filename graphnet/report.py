@@ -1,0 +1,208 @@
+"""What `graphnet inspect` prints: every kernel of a program, with what it has to do at the least.
+
+A row is a launch of the plan. The cpu target has no launches, it runs the fused graph on torch's
+own kernels; there a row is an equation of that graph, and no binary has a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graphnet.api import Lowered
+from graphnet.errors import ConfigError
+from graphnet.frontends.dsl import Module
+from graphnet.ir.graph import Eqn, Graph
+from graphnet.ir.op import get_op
+from graphnet.lowering.build import key_of, request
+from graphnet.lowering.cost import ceiling, limits_us
+from graphnet.lowering.moves import is_view
+from graphnet.lowering.steps import Fill, Launch
+from graphnet.ops.fused import eqn_cost
+from graphnet.passes.templates import anchor_of
+
+STAGES = ("traced", "joint", "fused", "plan")
+_ARCH = 90  # of every GPU whose ceilings are known
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row: `kind` is the kernel family, `binary` names the code, `floor_us` on the given GPU."""
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    binary: str
+    flops: int
+    bytes: int
+    floor_us: float
+
+
+def check_choices(stage: str, gpu: str) -> None:
+    """ConfigError for a stage or a GPU that does not exist, before any work."""
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}", help=f"one of {', '.join(STAGES)}")
+    ceiling(gpu)
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
+    """Each row, and whether arithmetic or memory bounds it."""
+
+    def row(name: str, kind: str, layers: tuple[str, ...], binary: str, flops: int, moved: int,
+            math: str) -> tuple[Kernel, str]:  # fmt: skip
+        compute, memory = limits_us(flops, moved, math, gpu)
+        floor = round(max(compute, memory), 6)
+        bound = "compute" if compute > memory else "memory"
+        return Kernel(name, kind, layers, binary, flops, moved, floor), bound
+
+    if low.plan.target == "cpu":
+        for e in low.plan.graph.eqns:
+            if not is_view(e):
+                cost = eqn_cost(e)
+                yield row(*_named(e), e.where.layers, "", cost.flops, cost.bytes, _math(e))
+        return
+    for s in low.plan.launches:
+        family = s.module.rpartition(".")[2]
+        binary = key_of(request(s, _ARCH))
+        yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math)
+
+
+def _body(eqn: Eqn) -> Sequence[Eqn]:
+    return eqn.body.eqns if eqn.body is not None else (eqn,)
+
+
+def _named(eqn: Eqn) -> tuple[str, str]:
+    """(name, kind) of an equation: the ops that it fuses, and its anchor's kernel family."""
+    ops = dict.fromkeys(e.op for e in _body(eqn))
+    return "+".join(ops), get_op(anchor_of(eqn) or next(iter(ops))).kernel or "move"
+
+
+def _math(eqn: Eqn) -> str:
+    return next((m for e in _body(eqn) if (m := getattr(e.attrs, "math", None))), "ieee")
+
+
+def _graph(low: Lowered, stage: str) -> Graph:
+    return low.stages.graph("fused" if stage == "plan" else stage)
+
+
+def inspect_data(net: Module, low: Lowered, facts: dict[str, Any]) -> dict[str, Any]:
+    """The object of `inspect --json`. `facts` is what was asked for, model to stage.
+
+    `ops` counts the equations of the stage's graph (the plan's is the fused one); the kernels and
+    totals are the plan's, whatever the stage.
+    """
+    check_choices(facts["stage"], facts["gpu"])
+    rows = [k for k, _ in _kernels(low, facts["gpu"])]
+    return {
+        **facts,
+        "target": low.target,
+        "ops": dict(sorted(Counter(e.op for e in _graph(low, facts["stage"]).eqns).items())),
+        "kernels": [{**asdict(k), "layers": list(k.layers)} for k in rows],
+        "flops": sum(k.flops for k in rows),
+        "bytes": sum(k.bytes for k in rows),
+        "floor_us": round(sum(k.floor_us for k in rows), 6),
+        "peak_bytes": low.plan.peak_bytes,
+        "params": sum(p.numel() for p in net.parameters()),
+    }
+
+
+# ---- text -----------------------------------------------------------------------------------
+
+
+def inspect_text(net: Module, low: Lowered, facts: dict[str, Any], why: bool = False) -> str:
+    """The graph of a stage, or the plan as a table; then, where asked, what was not fused."""
+    check_choices(facts["stage"], facts["gpu"])
+    plan = facts["stage"] == "plan"
+    text = _table(net, low, facts) if plan else str(_graph(low, facts["stage"])).rstrip()
+    return f"{text}\n\n{why_text(low)}" if why else text
+
+
+def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
+    found = list(_kernels(low, facts["gpu"]))
+    rows = [k for k, _ in found]
+    head = ("", "kernel", "layers", "FLOPs", "bytes", "floor us", "bound")
+    cells = [
+        (str(n), k.name, ", ".join(k.layers) or "-", count(k.flops), count(k.bytes, "B"),
+         f"{k.floor_us:.2f}", bound)
+        for n, (k, bound) in enumerate(found)
+    ]  # fmt: skip
+    flops, moved = sum(k.flops for k in rows), sum(k.bytes for k in rows)
+    floor = f"{sum(k.floor_us for k in rows):.2f}"
+    total = ("", "total", "", count(flops), count(moved, "B"), floor, "")
+    width = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
+
+    def line(c: Sequence[str]) -> str:
+        left = (0, 3, 4, 5)  # numbers stand on the right
+        parts = (
+            v.rjust(w) if k in left else v.ljust(w)
+            for k, (v, w) in enumerate(zip(c, width, strict=True))
+        )
+        return "  ".join(parts).rstrip()
+
+    rule = "-" * max(len(line(c)) for c in (head, *cells))
+    what = "training step" if facts["train"] else "inference"
+    params = sum(p.numel() for p in net.parameters())
+    title = (
+        f"{facts['model']}, {what}, batch {facts['batch']}, {facts['precision']}, target "
+        f"{low.target}: {_steps(low, len(rows))}; floors of {facts['gpu']}"
+    )
+    return "\n".join(
+        [title, line(head), rule, *map(line, cells), rule, line(total), _memory(low, params)]
+    )  # fmt: skip
+
+
+def _steps(low: Lowered, rows: int) -> str:
+    if low.plan.target == "cpu":
+        return f"{rows} fused equations, no launches"
+    fills = sum(isinstance(s, Fill) for s in low.plan.steps)
+    copies = sum(not isinstance(s, Fill | Launch) for s in low.plan.steps)
+    extra = [f"{n} {what}" for n, what in ((fills, "fills"), (copies, "copies")) if n]
+    return ", ".join([f"{rows} launches", *extra])
+
+
+def _memory(low: Lowered, params: int) -> str:
+    plan = low.plan
+    parts = [("state", plan.state_bytes), ("inputs and outputs", plan.io_bytes)]
+    if plan.target != "cpu":
+        parts.insert(1, ("arena", plan.arena_bytes))
+    listed = " + ".join(f"{what} {count(n, 'B')}" for what, n in parts)
+    beside = "; torch allocates the rest" if plan.target == "cpu" else ""
+    return f"{params:,} parameters; peak {count(plan.peak_bytes, 'B')} = {listed}{beside}"
+
+
+def count(n: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix: 30.7 M, 2.81 MB."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if n < 999.5 or prefix == "T":
+            break
+        n /= 1000
+    digits = f"{n:.0f}" if prefix == "" or n >= 99.95 else f"{n:.1f}" if n >= 9.995 else f"{n:.2f}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def why_text(low: Lowered) -> str:
+    """What the rewrite rules refused: the rule, the value, its place, and the reason."""
+    refused = low.stages.log.refusals
+    if not refused:
+        return "not fused: the rules refused nothing"
+    lines = ["not fused:"]
+    for (rule, label), sentence in refused.items():
+        place = _place(low, label)
+        lines += [f"  {rule}", f"    at {label}{f', {place}' if place else ''}", f"    {sentence}"]
+    return "\n".join(lines)
+
+
+def _place(low: Lowered, label: str) -> str:
+    """The DSL place of the value that a refusal names."""
+    found = re.search(r"%\S+", label)
+    for graph in (low.stages.fused, low.stages.joint):
+        for e in graph.eqns:
+            if found and any(str(v) == found[0] for v in e.results):
+                return e.where.place
+    return ""
