@@ -16,6 +16,7 @@ from graphnet.errors import ConfigError
 PROCESSORS = 132
 SHARED_BYTES = 232448
 UPDATE_ACCUMULATORS = 32  # a thread; a fused update spills above (measured)
+LEAST_PART = 256  # of a split reduction
 PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad")
 WGRADS = ("conv2d_wgrad", "linear_wgrad")
 
@@ -71,8 +72,9 @@ def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     # ieee products hold their operand tiles in registers: BK=32 spills beside an update.
     bk = _tile(k, {"bf16": 64, "tf32": 32}.get(precision, 16))
     tiles = _cdiv(m, bm) * _cdiv(n, bn) * groups
-    # At least four steps of the loop a part, and no more parts than there are processors.
-    parts = min(PROCESSORS // tiles, k // (4 * bk)) if tiles < PROCESSORS else 1
+    # A part of fewer pixels or rows does not pay for the second launch; and there are no more
+    # parts than processors.
+    parts = min(PROCESSORS // tiles, k // LEAST_PART) if tiles < PROCESSORS else 1
     split = 1 << (max(parts, 1).bit_length() - 1)
     return Config(bm, bn, bk, split, num_stages=2 if precision == "ieee" else 3)
 
