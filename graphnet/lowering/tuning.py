@@ -112,8 +112,18 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
         config = Config(BLOCK=_tile(shape[0], 1024, 32))
     for kinds, changes in _forced:
         if not kinds or kind in kinds:
-            config = replace(config, **changes)
+            config = _cut(replace(config, **changes), kind, shape)
     return config
+
+
+def _cut(config: Config, kind: str, shape: tuple[int, ...]) -> Config:
+    """Forced tiles that are larger than the problem shrink to it."""
+    if kind not in (*PRODUCTS, *WGRADS):
+        return config
+    m, n, k, _ = shape
+    return replace(
+        config, BM=_tile(m, config.BM), BN=_tile(n, config.BN), BK=_tile(k, config.BK)
+    )
 
 
 _forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []

@@ -148,8 +148,8 @@ def test_linear_with_dropout_and_its_gradients(split):
 @pytest.mark.parametrize(
     "text",
     [
-        """graph g(%x: f32[3,2,6,5] data, %dy: f32[3,4,4,3] data, %b: f32[4] param, %lr: f32[] hyper,
-             %wd: f32[] hyper) {
+        """graph g(%x: f32[3,2,6,5] data, %dy: f32[3,4,4,3] data, %b: f32[4] param,
+             %lr: f32[] hyper, %wd: f32[] hyper) {
            %c: f32[4] = fused(%x, %dy, %b, %lr, %wd) {
              %w, %g = conv2d_wgrad(%x, %dy) {kernel=(3,3)}; %c = sgd_update(%b, %g, %lr, %wd);
              yield %c }
