@@ -6,17 +6,19 @@
       return %0
     }
 
-Types stand behind results; in a body they are derived. A comment is provenance and is skipped.
+Types stand behind results; in a body they are derived, and what it yields is stored as declared
+outside. A comment is provenance and is skipped.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from graphnet.errors import ParseError
-from graphnet.ir.graph import ROLES, Builder, Eqn, Graph, Input, Value
+from graphnet.ir.graph import ROLES, Builder, Eqn, Graph, Input, Value, substitute
 from graphnet.ir.op import Attrs, get_op
 from graphnet.ir.types import DTYPES, Layout, TensorType, parse_layout
 
@@ -243,7 +245,8 @@ class _Parser:
                 outs = (*outs[:k], Value(out.name, declared), *outs[k + 1 :])
             env[name] = outs[k]  # type: ignore[assignment]
         last = b.eqns[-1]
-        b.eqns[-1] = Eqn(last.op, last.inputs, tuple(outs), last.attrs, last.body)
+        body = last.body and _laid_out(last.body, outs)
+        b.eqns[-1] = Eqn(last.op, last.inputs, tuple(outs), last.attrs, body)
 
     def graph(self) -> Graph:
         self.take("graph")
@@ -278,6 +281,24 @@ class _Parser:
         self.take("}")
         self.take("end")
         return b.build(*returns)
+
+
+def _laid_out(body: Graph, outer: Sequence[Value | None]) -> Graph:
+    """The body with what it yields stored as declared outside: inside, types are not printed."""
+    env = {
+        inner: Value(inner.name, out.type)
+        for inner, out in zip(body.returns, outer, strict=True)
+        if out is not None
+    }
+    eqns = (
+        replace(
+            substitute(e, env),
+            outputs=tuple(None if v is None else env.get(v, v) for v in e.outputs),
+        )
+        for e in body.eqns
+    )
+    returns = tuple(env.get(v, v) for v in body.returns)
+    return replace(body, eqns=tuple(eqns), returns=returns)
 
 
 def parse(text: str) -> Graph:
