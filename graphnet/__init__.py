@@ -35,7 +35,7 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = ["__version__", *sorted([*_HOME, *_MODULES])]  # noqa: PLE0604
+__all__ = ["__version__", *sorted([*_HOME, *_MODULES])]
 
 # ruff: noqa: F401  the imports below are for type checkers; __getattr__ does the work
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ def critical_path(graph: Graph, weight: dict[int, float]) -> tuple[float, list[i
 def to_dot(graph: Graph) -> str:
     """Graphviz source of the graph."""
     net = to_networkx(graph)
-    quote = lambda s: '"' + str(s).replace("\\", "\\\\").replace('"', '\\"') + '"'  # noqa: E731
+    quote = lambda s: '"' + str(s).replace("\\", "\\\\").replace('"', '\\"') + '"'
     lines = [f"digraph {quote(graph.name)} {{", "  node [shape=box, fontname=monospace];"]
     for node, data in net.nodes(data=True):
         label = data.get("op") or data["label"]

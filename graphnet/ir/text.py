@@ -208,7 +208,8 @@ class _Parser:
         return env[name]
 
     def equation(self, b: Builder, env: dict[str, Value], *, typed: bool) -> None:
-        names, types = [], []
+        names: list[str] = []
+        types: list[TensorType | None] = []
         while True:
             if self.accept("_"):
                 names.append("_")

@@ -9,6 +9,7 @@ from graphnet.ops import (  # noqa: F401
     fused,
     linear,
     loss,
+    lrn,
     pool,
     shape,
     update,

@@ -55,6 +55,6 @@ def dropout_mask(
     sample = (step * batch + np.arange(shape[0], dtype=np.uint64))[:, None]
     element = np.arange(per_sample, dtype=np.uint64)[None, :]
     word, *_ = philox4x32(
-        element, sample & _LOW, sample >> np.uint64(32), np.uint64(stream), int(seed)
+        element, sample & _LOW, sample >> np.uint64(32), np.asarray(stream, np.uint64), int(seed)
     )
     return (word >= np.uint32(threshold(p))).reshape(shape)

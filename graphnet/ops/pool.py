@@ -182,8 +182,8 @@ class MaxPool2d(Op):
         dy, idx = cotangents[0], eqn.outputs[1]
         if dy is None or idx is None or not needs[0]:
             return (None,)
-        size = eqn.inputs[0].type.shape[2:]
-        attrs = PoolGradAttrs(**eqn.attrs.base(), input_size=size)  # type: ignore[attr-defined]
+        h, w = eqn.inputs[0].type.shape[2:]
+        attrs = PoolGradAttrs(**eqn.attrs.base(), input_size=(h, w))  # type: ignore[attr-defined]
         return (b.one("maxpool2d_grad", dy, idx, attrs=attrs),)
 
     def reference(self, attrs: PoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,7 +20,7 @@ class ReshapeAttrs(Attrs):
 
 
 class _Moves(Op):
-    kernel = "elementwise"
+    kernel: ClassVar[str | None] = "elementwise"
 
     def flops(
         self, attrs: Attrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]

@@ -29,7 +29,10 @@ def cse(graph: Graph) -> Graph:
         eqns.append(eqn)
     if len(eqns) == len(graph.eqns):
         return graph
-    swap = lambda v: env.get(v, v)  # noqa: E731
+
+    def swap(v: Value) -> Value:
+        return env.get(v, v)
+
     return replace(
         graph,
         eqns=tuple(eqns),

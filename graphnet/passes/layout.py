@@ -41,7 +41,7 @@ def layout(graph: Graph, target: str) -> Graph:
 
 
 def _relabel(eqn: Eqn, env: dict[Value, Value]) -> Eqn:
-    swap = lambda v: None if v is None else env.get(v, v)  # noqa: E731
+    swap = lambda v: None if v is None else env.get(v, v)
     body = eqn.body
     inputs = tuple(env.get(v, v) for v in eqn.inputs)
     if body is not None:

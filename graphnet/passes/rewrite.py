@@ -38,7 +38,7 @@ class P:
 
 @dataclass(frozen=True)
 class Match:
-    """`eqns[0]` is the root, each further one produces the value `edges[k]` the one before reads."""
+    """`eqns[0]` is the root, each further one makes the value `edges[k]` the one before reads."""
 
     graph: Graph
     eqns: tuple[Eqn, ...]

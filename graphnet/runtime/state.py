@@ -128,7 +128,7 @@ class State:
             if name not in self.params:
                 raise GraphError(f"the net has no parameter {name}")
             return self.params[name]
-        zeros = lambda: torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)  # noqa: E731
+        zeros = lambda: torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)
         if i.role == "derived":  # belongs to the device: rebuilt there, never moved
             have = self.entries.get(name)
             same = have is not None and have.global_shape == tuple(type.shape)

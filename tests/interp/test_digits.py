@@ -7,7 +7,7 @@ import torch
 
 from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
 from graphnet.ops.linear import Linear
-from tests.cases import attrs
+from tests.case import attrs
 from tests.twin import Twins, hold
 
 STEPS = 50

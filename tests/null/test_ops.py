@@ -17,7 +17,8 @@ from graphnet.ops.evaluate import evaluate, evaluate_step
 from graphnet.ops.loss import CrossEntropyLoss
 from graphnet.ops.philox import dropout_mask, philox4x32, stream_of, threshold
 from graphnet.ops.update import SGD
-from tests.cases import CASES, attrs, fill, philox_scalar
+from tests.case import attrs, fill
+from tests.cases import CASES, philox_scalar
 
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 with_gradient = pytest.mark.parametrize(

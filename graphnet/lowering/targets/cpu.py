@@ -247,6 +247,8 @@ class _Schedule:
 
     def _gradients(self, e: Eqn) -> list[Task]:
         """The gradients of one convolution, together where that is faster."""
+        wgrad: Eqn | None
+        dgrad: Eqn | None
         if e.op == "conv2d_dgrad":
             wgrad, dgrad = self._partner(e, e.inputs[0], "conv2d_wgrad", 1), e
         else:
