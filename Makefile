@@ -25,7 +25,7 @@ $(OLD)/.stamp: pyproject.toml constraints-triton36.txt
 	touch $@
 
 demo: $(VENV)/.stamp
-	$(BIN)/graphnet train lenet5 --data digits --epochs 12 --batch 64 --target auto --lr 0.05 \
+	$(BIN)/graphnet train lenet5 --data digits --epochs 30 --batch 32 --target auto --lr 0.05 \
 	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.stamp

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +22,7 @@ from graphnet.errors import (
     NumericsError,
     OutOfMemoryPlanError,
 )
+from graphnet.frontends.loading import input_shape, load_model
 
 app = typer.Typer(
     add_completion=False,
@@ -43,65 +42,6 @@ Train = Annotated[bool, typer.Option("--train", help="the training step instead 
 _FAILED = (BackendUnavailableError, CompileError, NumericsError, OutOfMemoryPlanError)
 
 
-def load_model(spec: str) -> Any:
-    """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it)."""
-    from graphnet.frontends import models
-    from graphnet.frontends.dsl import Module
-
-    path, colon, attribute = spec.rpartition(":")
-    if not colon and spec.endswith(".py"):
-        raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
-    if not path.endswith(".py"):
-        return models.get(spec)
-    module = _run_file(Path(path))
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{path} has no attribute {attribute!r}")
-    found = getattr(module, attribute)
-    if not isinstance(found, Module) and callable(found):
-        with _blamed_on(f"{path}: {attribute}()"):
-            found = found()
-    if not isinstance(found, Module):
-        raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
-    return found
-
-
-def _run_file(path: Path) -> Any:
-    """The module of a user's file; as under `python FILE`, what lies beside it can be imported."""
-    import importlib.util
-
-    if not path.is_file():
-        raise ConfigError(f"model file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.absolute()))
-    with _blamed_on(str(path)):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _blamed_on(what: str) -> Iterator[None]:
-    """What a user's file raises is bad input, not a fault of this program."""
-    try:
-        yield
-    except GraphnetError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{what} fails: {type(error).__name__}: {error}") from error
-
-
-def input_shape(net: Any, batch: int) -> tuple[int, ...]:
-    """(batch, C, H, W) of a net that knows what it takes."""
-    shape = getattr(net, "input_shape", None)
-    if shape is None:
-        raise ConfigError(
-            "the net does not say what it takes", help="set net.input_shape = (C, H, W)"
-        )
-    return (batch, *shape)
-
-
 def _training(wanted: bool) -> dict[str, Any]:
     """The loss and the optimizer that `--train` stands for."""
     import graphnet as gn
@@ -117,6 +57,7 @@ def _emit(data: Any) -> None:
 @app.command()
 def train(
     model: Model,
+    ctx: typer.Context,
     data: Annotated[str, typer.Option(help="mnist:DIR, digits, synthetic or imagefolder:DIR")],
     out: Annotated[Path, typer.Option(help="run folder to create")],
     epochs: Annotated[int, typer.Option(min=1)] = 3,
@@ -140,15 +81,26 @@ def train(
         lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
         schedule=schedule, seed=seed,
     )  # fmt: skip
-    result = run_training(settings, out, resume=resume, quiet=as_json)
+    given = {
+        name for name in ctx.params
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }  # fmt: skip
+    result = run_training(settings, out, resume=resume, quiet=as_json, given=given)
     if as_json:
         _emit(result)
+    elif result["top1_error"] is not None:
+        typer.echo(
+            f"{out}: {result['epochs']} epochs, test accuracy {100 - result['top1_error']:.2f} %"
+        )
+    if result["signal"]:
+        raise typer.Exit(128 + result["signal"])
 
 
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")],
     data: Annotated[str, typer.Option(help="as for train; default: the run's own")] = "",
+    model: Annotated[str, typer.Option(help="of a checkpoint that lies in no run")] = "",
     batch: Batch = 256,
     target: Target = "auto",
     as_json: Json = False,
@@ -156,7 +108,7 @@ def evaluate(
     """Test error of a trained model."""
     from graphnet.train.run import evaluate_run
 
-    result = evaluate_run(run, data or None, batch=batch, target=target)
+    result = evaluate_run(run, data or None, model=model or None, batch=batch, target=target)
     if as_json:
         _emit(result)
         return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,9 +15,22 @@ from graphnet.api import compile
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
 from graphnet.runtime.program import Evaluate, TrainStep
+from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.schedule import Schedule
 
-_DRAIN = 1024  # losses fetched at a time; the device keeps 4,096
+_DRAIN = 1024  # losses fetched at a time at most; the device keeps 4,096
+_DRAIN_S = 0.5  # seconds between two fetches, each of which waits for the device
+
+
+@dataclass
+class Partial:
+    """An epoch that is under way: what a run that is taken up again must know of it."""
+
+    batches: int = 0
+    rows: int = 0
+    loss: float = 0.0  # sum of rows * loss
+    seconds: float = 0.0
+    trained: bool = False  # only the evaluation is left
 
 
 class Callback:
@@ -27,8 +42,14 @@ class Callback:
     def on_step(self, trainer: Trainer, loss: torch.Tensor) -> None:
         """After each step; reading the loss waits for the device."""
 
+    def on_losses(self, trainer: Trainer, losses: Sequence[float]) -> None:
+        """The losses of the latest steps, fetched together about twice a second."""
+
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After each epoch and its evaluation: the place for checkpoints."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Stopped between two steps or in an evaluation: the place to save."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, also when an error ended the run."""
@@ -59,6 +80,9 @@ class Trainer:
         self.target, self.precision, self.seed = target, precision, seed
         self.epoch, self.step, self.stop = 0, 0, False
         self.history: list[dict[str, float]] = []
+        self.partial: Partial | None = None
+        self.data: Any = None
+        self._data_state: Mapping[str, Any] | None = None
         self.program: TrainStep | None = None
         self.evaluation: Evaluate | None = None
 
@@ -90,67 +114,107 @@ class Trainer:
         train = self._batches(train, batch, shuffle=True)
         val = None if val is None else self._batches(val, batch, shuffle=False)
         step = self.compile((batch, *_sample_shape(self.net, train)))
-        self.stop = False
+        self._place(train)
         try:
             for c in self.callbacks:
                 c.on_start(self)
             while self.epoch < epochs and not self.stop:
-                metrics = self._epoch(step, train)
+                metrics = self._epoch(step, train, val)
                 if metrics is None:
                     break
-                if val is not None:
-                    loss, accuracy = self.evaluate(val)
-                    metrics |= {"val_loss": loss, "val_accuracy": accuracy}
-                self.epoch += 1
+                self.epoch, self.partial = self.epoch + 1, None
                 self.history.append(metrics)
                 for c in self.callbacks:
                     c.on_epoch(self, metrics)
+            if self.stop:
+                for c in self.callbacks:
+                    c.on_stop(self)
         finally:
             for c in self.callbacks:
                 c.on_end(self)
+            self.stop = False
         return self.history
 
-    def _epoch(self, program: TrainStep, train: Any) -> dict[str, float] | None:
-        """One pass over the data: its metrics, or None where a callback stopped it midway."""
+    def _place(self, train: Any) -> None:
+        """Puts the data where a loaded `progress` left them."""
+        self.data = train
+        if self._data_state is not None and hasattr(train, "load_state"):
+            train.load_state(self._data_state)
+        self._data_state = None
+
+    def _epoch(self, program: TrainStep, train: Any, val: Any) -> dict[str, float] | None:
+        """The rest of the epoch and its evaluation: its metrics, None where it was stopped."""
+        now = self.partial = self.partial or Partial()
+        if not now.trained:
+            self._train(program, train, now)
+        if not now.trained:
+            return None
+        metrics = {
+            "epoch": self.epoch + 1, "step": self.step, "lr": program.optimizer.lr,
+            "train_loss": now.loss / now.rows, "seconds": now.seconds,
+            "images_per_s": now.rows / now.seconds,
+        }  # fmt: skip
+        if val is not None:
+            found = self._evaluate(val, interruptible=True)
+            if found is None:
+                return None
+            metrics |= {"val_loss": found[0], "val_accuracy": found[1]}
+        return metrics
+
+    def _train(self, program: TrainStep, train: Any, now: Partial) -> None:
+        """Trains to the end of the epoch, or until stopped."""
         if hasattr(train, "set_epoch"):
             train.set_epoch(self.epoch)
-        start, rows, total = time.perf_counter(), 0, 0.0
+        batches = iter(train)
+        if not hasattr(train, "state"):  # deterministic by its epoch, or not to be resumed
+            batches = itertools.islice(batches, now.batches, None)
         pending: list[tuple[int, torch.Tensor]] = []
-        for x, y in train:
-            if self.stop:
-                return None
+        start = drained = time.perf_counter()
+        every_step = program.device.type == "cpu"  # reading a loss costs nothing there
+        # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
+        while not self.stop:
+            batch = next(batches, None)
+            if batch is None:
+                now.trained = True
+                break
+            x, y = batch
             if self.schedule is not None:
                 program.optimizer.lr = self.schedule(self.step)
             loss = program(x, y)
             self.step += 1
-            rows += len(x)
+            now.batches += 1
+            now.rows += len(x)
             pending.append((len(x), loss))
-            if len(pending) == _DRAIN:
-                total += self._drain(pending)
+            if every_step:
+                self._finite(loss.item(), self.step - 1)
+            if len(pending) == _DRAIN or time.perf_counter() - drained > _DRAIN_S:
+                now.loss += self._drain(pending)
+                drained = time.perf_counter()
             for c in self.callbacks:
                 c.on_step(self, loss)
-        total += self._drain(pending)
-        if not rows:
+        now.loss += self._drain(pending)
+        now.seconds += time.perf_counter() - start
+        if now.trained and not now.rows:
             raise DataError("the training data holds no batch")
-        seconds = time.perf_counter() - start
-        return {
-            "epoch": self.epoch + 1, "step": self.step, "lr": program.optimizer.lr,
-            "train_loss": total / rows, "seconds": seconds, "images_per_s": rows / seconds,
-        }  # fmt: skip
+
+    def _finite(self, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"the loss is {value} at step {step}", help="lower the learning rate"
+            )
 
     def _drain(self, pending: list[tuple[int, torch.Tensor]]) -> float:
-        """Sum of rows * loss; empties the list."""
+        """Sum of rows * loss; empties the list and tells the callbacks."""
         if not pending:
             return 0.0
         losses = torch.stack([loss for _, loss in pending]).double().cpu().tolist()
         first = self.step - len(pending)
         for at, value in enumerate(losses):
-            if not math.isfinite(value):
-                raise NumericsError(
-                    f"the loss is {value} at step {first + at}", help="lower the learning rate"
-                )
+            self._finite(value, first + at)
         total = sum(n * v for (n, _), v in zip(pending, losses, strict=True))
         pending.clear()
+        for c in self.callbacks:
+            c.on_losses(self, losses)
         return total
 
     def evaluate(self, val: Any, batch: int = 128) -> tuple[float, float]:
@@ -158,16 +222,26 @@ class Trainer:
         val = self._batches(val, batch, shuffle=False)
         if self.evaluation is None:
             self.compile((batch, *_sample_shape(self.net, val)))
+        found = self._evaluate(val, interruptible=False)
+        assert found is not None
+        return found
+
+    def _evaluate(self, val: Any, *, interruptible: bool) -> tuple[float, float] | None:
         assert self.evaluation is not None
-        rows, total, right = 0, 0.0, 0
+        rows, mean = 0, RunningMean()
+        wrong = torch.zeros((), dtype=torch.int64, device=self.evaluation.device)
+        if hasattr(val, "set_epoch"):
+            val.set_epoch(0)
         for x, y in val:
+            if interruptible and self.stop:
+                return None
             loss, logits = self.evaluation(x, y)
             rows += len(x)
-            total += len(x) * float(loss)
-            right += int((logits.argmax(1).cpu() == y.cpu()).sum())
+            mean.add(loss, len(x))
+            wrong += topk_wrong(logits, y)
         if not rows:
             raise DataError("the evaluation data holds no batch")
-        return total / rows, right / rows
+        return mean.value(), 1 - int(wrong) / rows
 
     def _batches(self, data: Any, batch: int, *, shuffle: bool) -> Any:
         from graphnet.train.data import Batches, Dataset
@@ -184,6 +258,23 @@ class Trainer:
         )
 
     # ---- resuming ---------------------------------------------------------------------------
+
+    def progress(self) -> dict[str, Any]:
+        """As JSON: what `state_dict` does not hold - the epoch under way, place in the data."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": list(self.history),
+            "partial": None if self.partial is None else asdict(self.partial),
+            "data": self.data.state() if hasattr(self.data, "state") else None,
+        }
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """The inverse of `progress`; the next `fit` goes on exactly there."""
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.history = list(progress["history"])
+        self.partial = None if progress["partial"] is None else Partial(**progress["partial"])
+        self._data_state = progress["data"]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Optimizer state and progress; the net's own state_dict is saved beside it."""

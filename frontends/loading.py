@@ -1,0 +1,70 @@
+"""Models by name or from a user's file, as the command line takes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graphnet.errors import ConfigError, GraphnetError
+
+
+def load_model(spec: str) -> Any:
+    """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it)."""
+    from graphnet.frontends import models
+    from graphnet.frontends.dsl import Module
+
+    path, colon, attribute = spec.rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
+    if not path.endswith(".py"):
+        return models.get(spec)
+    module = _run_file(Path(path))
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{path} has no attribute {attribute!r}")
+    found = getattr(module, attribute)
+    if not isinstance(found, Module) and callable(found):
+        with _blamed_on(f"{path}: {attribute}()"):
+            found = found()
+    if not isinstance(found, Module):
+        raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
+    return found
+
+
+def _run_file(path: Path) -> Any:
+    """The module of a user's file; as under `python FILE`, what lies beside it can be imported."""
+    import importlib.util
+
+    if not path.is_file():
+        raise ConfigError(f"model file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"_model_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.absolute()))
+    with _blamed_on(str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _blamed_on(what: str) -> Iterator[None]:
+    """What a user's file raises is bad input, not a fault of this program."""
+    try:
+        yield
+    except GraphnetError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what} fails: {type(error).__name__}: {error}") from error
+
+
+def input_shape(net: Any, batch: int) -> tuple[int, ...]:
+    """(batch, C, H, W) of a net that knows what it takes."""
+    shape = getattr(net, "input_shape", None)
+    if shape is None:
+        raise ConfigError(
+            "the net does not say what it takes", help="set net.input_shape = (C, H, W)"
+        )
+    return (batch, *shape)

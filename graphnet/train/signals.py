@@ -1,0 +1,49 @@
+"""SIGINT, SIGTERM and SIGUSR1 ask for a stop; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+class StopSignals:
+    """While entered, a signal is noted in `received` and `stop(trainer)` carries it out.
+
+    The handler only sets a flag: the step that runs is finished, and whoever owns the run saves.
+    Elsewhere than in the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._trainer: Any = None
+        self._before: dict[int, Any] = {}
+
+    def watch(self, trainer: Any) -> None:
+        """From now on a signal, also one that came before, sets `trainer.stop`."""
+        self._trainer = trainer
+        if self.received:
+            trainer.stop = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if self._trainer is not None:
+            self._trainer.stop = True
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
