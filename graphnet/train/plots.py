@@ -61,5 +61,5 @@ def filters(path: Path, weight: torch.Tensor) -> None:
     for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
         if k < len(shown):
-            axes.imshow(shown[k].squeeze(-1), cmap="gray", interpolation="nearest")
+            axes.imshow(shown[k].squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
     _write(path, figure)

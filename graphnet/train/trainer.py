@@ -192,6 +192,8 @@ class Trainer:
                 drained = time.perf_counter()
             for c in self.callbacks:
                 c.on_step(self, loss)
+        if hasattr(train, "state") and train.state()["epoch"] > self.epoch:
+            now.trained = True  # stopped behind the last batch, before the end was asked for
         now.loss += self._drain(pending)
         now.seconds += time.perf_counter() - start
         if now.trained and not now.rows:
@@ -300,6 +302,8 @@ def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
     """Shape of one sample: what the net declares, else that of the first batch."""
     if net.input_shape is not None:
         return tuple(net.input_shape)
+    if hasattr(batches, "dataset"):  # drawing a batch would move its place
+        return tuple(batches.dataset.shape)
     for x, _ in batches:
         return tuple(x.shape[1:])
     raise DataError("the data holds no batch")

@@ -104,7 +104,7 @@ class StopInEval:
     def __iter__(self):
         if self.trainer.epoch == self.epoch:
             self.trainer.stop = True
-        return iter(Batches(self.data, self.batch, shuffle=False))
+        yield from Batches(self.data, self.batch, shuffle=False)
 
 
 def small_trainer(dropout=True):

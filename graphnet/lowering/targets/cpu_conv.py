@@ -1,7 +1,8 @@
 """Convolutions and max-pools of the cpu target: layouts, and the fusions that oneDNN leaves.
 
 Measured on two cores, fp32, batch 128, and the reason for each rule here:
-- A convolution is fastest channels-last, and its relu is free inside the primitive.
+- A convolution is fastest channels-last. Its relu runs behind it, in place, or behind its pool: the
+  primitive's own relu turns NaN into 0, and hides a net that has diverged.
 - The input gradient of a convolution with few input channels is faster row-major (LeNet-5 conv2:
   0.56 against 0.85 ms) although its weight gradient is not, so the two are split there.
 - A first layer with one to four input channels cannot fill vectors. `PhaseConv` gives it k*k times
@@ -55,7 +56,6 @@ def conv(eqn: Eqn, relu: Eqn | None, x: Value) -> Task:
     stride, dilation, groups = list(attrs.stride), list(attrs.dilation), attrs.groups
     out = (relu or eqn).out
     dtype = out.type.dtype.torch
-    fused = relu is not None and _pointwise is not None and only_f32(*eqn.inputs, out)
     reads = (x, *eqn.inputs[1:])
 
     def make(slot: Slot) -> Call:
@@ -64,9 +64,6 @@ def conv(eqn: Eqn, relu: Eqn | None, x: Value) -> Task:
         def call(env: Env) -> None:
             x, w, *rest = (env[i] for i in ins)
             b, w = (rest[0].to(x.dtype) if rest else None), channels_last(w)
-            if fused:
-                env[at] = _pointwise(x, w, b, pad, stride, dilation, groups, "relu", [], "")
-                return
             y = torch.conv2d(x, w, b, stride, pad, dilation, groups)
             env[at] = (y.relu_() if relu is not None else y).to(dtype)
 
@@ -199,7 +196,7 @@ class PhaseConv:
 
     @property
     def hidden(self) -> Value:
-        """The activations by phase, [N, k * O, PH, PW]."""
+        """The convolution by phase, before the relu: [N, k * O, PH, PW]."""
         n, o = self.conv.out.type.shape[:2]
         shape = (n, o * self.phases, *self.pool.out.type.shape[2:])
         return Value(f".phase.{self.pool.out.name}", self.conv.out.type.with_shape(shape))
@@ -240,7 +237,7 @@ class PhaseConv:
         big, places = self._spread()
         o, k = self.conv.inputs[1].type.shape[0], self.phases
         bias = torch.zeros(k, o)
-        flat, attrs, act = bias.view(-1), self._attrs(), "relu" if self.relu else "none"
+        flat, attrs, relu = bias.view(-1), self._attrs(), self.relu is not None
         pad = [attrs.padding[0], attrs.padding[2]]
         hidden, out, reads = self.hidden, self.pool.out, self.conv.inputs
         stride, shape = list(attrs.stride), out.type.shape
@@ -253,9 +250,10 @@ class PhaseConv:
                 places.copy_(w)
                 if rest:
                     bias.copy_(rest[0])
-                h = _pointwise(x, big, flat, pad, stride, [1, 1], 1, act, [], "").contiguous()
+                h = _pointwise(x, big, flat, pad, stride, [1, 1], 1, "none", [], "").contiguous()
                 env[ih] = h
-                env[iy] = h.view(shape[0], k, *shape[1:]).amax(1)
+                y = h.view(shape[0], k, *shape[1:]).amax(1)
+                env[iy] = y.relu_() if relu else y  # the relu of a maximum is that of its parts
 
             return call
 
@@ -265,7 +263,8 @@ class PhaseConv:
     def backward(self, grad: Eqn, wgrad: Eqn) -> Task:
         """Routes the pooled gradient to the first phase that holds the maximum, then the weight's.
 
-        Two subtractions and one threshold per phase: masks of bytes take ten times as long.
+        Where the relu cut the maximum off, the gradient that comes in is 0 already. Two
+        subtractions and one threshold per phase: masks of bytes take ten times as long.
         """
         k, (n, o, *size) = self.phases, self.pool.out.type.shape
         big, _ = self._spread()
