@@ -178,9 +178,7 @@ class Module:
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
         """A snapshot of all parameters: fp32 tensors on the CPU under torch's keys."""
-        return OrderedDict(
-            (key, p.data.detach().to("cpu", copy=True)) for key, p in self._keys()
-        )
+        return OrderedDict((key, p.data.detach().to("cpu", copy=True)) for key, p in self._keys())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Copies tensors in, by key; compiled programs see them at their next call.

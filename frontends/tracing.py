@@ -14,9 +14,7 @@ from graphnet.ir.types import TensorType, f32, i32, i64
 _SPATIAL = ("conv2d", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
 
 
-def trace(
-    net: Module, shape: Sequence[int], *, loss: Any = None, training: bool = False
-) -> Graph:
+def trace(net: Module, shape: Sequence[int], *, loss: Any = None, training: bool = False) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
     Returns logits; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in

@@ -1,7 +1,7 @@
 """The GRAPHNET_* flags: an environment variable and a context manager each.
 
-    with config.override(DEBUG="2"):
-        ...
+with config.override(DEBUG="2"):
+    ...
 """
 
 from __future__ import annotations

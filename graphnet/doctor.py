@@ -194,9 +194,7 @@ def _arguments() -> tuple[Any, ...]:
 
     net = gn.Sequential(gn.Conv2d(1, 2, 3), gn.ReLU(), gn.Flatten(), gn.Linear(8, 3))
     torch_rng = torch.Generator().manual_seed(0)
-    values = {
-        k: torch.randn(v.shape, generator=torch_rng) / 4 for k, v in net.state_dict().items()
-    }
+    values = {k: torch.randn(v.shape, generator=torch_rng) / 4 for k, v in net.state_dict().items()}
     net.load_state_dict(values)
     x = torch.randn(2, 1, 4, 4, generator=torch_rng)
     return net, x, torch.tensor([0, 2]), gn.CrossEntropyLoss(), gn.SGD(lr=0.1)

@@ -63,9 +63,7 @@ def conv2d_forward(
         ih = h0[:, None] + (r * DH)[None, :]
         iw = w0[:, None] + (s * DW)[None, :]
         ok = live[:, None] & (q < CRS)[None, :] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        a = tl.load(
-            rows[:, None] + ih * XS2 + iw * XS3 + (c * XS1)[None, :], mask=ok, other=0.0
-        )
+        a = tl.load(rows[:, None] + ih * XS2 + iw * XS3 + (c * XS1)[None, :], mask=ok, other=0.0)
         b = tl.load(
             cols[None, :] + (c * WS1 + r * WS2 + s * WS3)[:, None],
             mask=(q < CRS)[:, None] & (k < KG)[None, :],
@@ -73,9 +71,7 @@ def conv2d_forward(
         )
         acc = dot(a, b, acc, PRECISION)
     mask = live[:, None] & (k < KG)[None, :]
-    EPILOGUE(
-        acc, 0, n[:, None], (g * KG + k)[None, :], oh[:, None], ow[:, None], mask, args
-    )
+    EPILOGUE(acc, 0, n[:, None], (g * KG + k)[None, :], oh[:, None], ow[:, None], mask, args)
 
 
 @triton.jit
@@ -117,9 +113,7 @@ def conv2d_dgrad(
         oh = th // SH
         ow = tw // SW
         ok = ok & (oh < OH) & (ow < OW)
-        a = tl.load(
-            rows[:, None] + oh * DS2 + ow * DS3 + (k * DS1)[None, :], mask=ok, other=0.0
-        )
+        a = tl.load(rows[:, None] + oh * DS2 + ow * DS3 + (k * DS1)[None, :], mask=ok, other=0.0)
         b = tl.load(
             cols[None, :] + (k * WS0 + r * WS2 + s * WS3)[:, None],
             mask=(q < KRS)[:, None] & (c < CG)[None, :],
@@ -127,9 +121,7 @@ def conv2d_dgrad(
         )
         acc = dot(a, b, acc, PRECISION)
     mask = live[:, None] & (c < CG)[None, :]
-    EPILOGUE(
-        acc, 0, n[:, None], (g * CG + c)[None, :], ih[:, None], iw[:, None], mask, args
-    )
+    EPILOGUE(acc, 0, n[:, None], (g * CG + c)[None, :], ih[:, None], iw[:, None], mask, args)
 
 
 @triton.jit
@@ -181,9 +173,7 @@ def conv2d_wgrad(
         ih = (oh * SH)[:, None] + hr[None, :]
         iw = (ow * SW)[:, None] + ws[None, :]
         ok = live[:, None] & (q < CRS)[None, :] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        b = tl.load(
-            filters[None, :] + (n * XS0)[:, None] + ih * XS2 + iw * XS3, mask=ok, other=0.0
-        )
+        b = tl.load(filters[None, :] + (n * XS0)[:, None] + ih * XS2 + iw * XS3, mask=ok, other=0.0)
         if HAS_BIAS:
             b = tl.where((q == CRS)[None, :] & live[:, None], 1.0, b)
         acc = dot(a, b, acc, PRECISION)

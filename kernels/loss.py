@@ -77,9 +77,9 @@ def multi_margin(
         m = tl.program_id(0) * ROWS + start + tl.arange(0, BM)
         inside = (m < M)[:, None] & (cols < C)[None, :]
         alive = m < live
-        z = tl.load(
-            logits + m[:, None] * S0 + (cols * S1)[None, :], mask=inside, other=0.0
-        ).to(tl.float32)
+        z = tl.load(logits + m[:, None] * S0 + (cols * S1)[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         label = tl.load(labels + m, mask=m < M, other=0)
         hit = cols[None, :] == label[:, None]
         right = tl.sum(tl.where(hit, z, 0.0), 1)

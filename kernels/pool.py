@@ -70,9 +70,9 @@ def maxpool2d_grad(
             ow = tw // SW
             ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
             ok = ok & (th % SH == 0) & (tw % SW == 0)
-            place = tl.load(
-                index + n * IS0 + c * IS1 + oh * IS2 + ow * IS3, mask=ok, other=255
-            ).to(tl.int32)
+            place = tl.load(index + n * IS0 + c * IS1 + oh * IS2 + ow * IS3, mask=ok, other=255).to(
+                tl.int32
+            )
             mine = ok & (place == r * KW + s)
             at = dy + n * DS0 + c * DS1 + oh * DS2 + ow * DS3
             acc += tl.load(at, mask=mine, other=0.0).to(tl.float32)

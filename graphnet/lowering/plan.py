@@ -47,9 +47,7 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Everything that outlives a step: parameters, slots, counters, derived copies."""
-        return sum(
-            i.value.type.bytes for i in self.graph.inputs if i.role not in ("data", "hyper")
-        )
+        return sum(i.value.type.bytes for i in self.graph.inputs if i.role not in ("data", "hyper"))
 
     @property
     def io_bytes(self) -> int:

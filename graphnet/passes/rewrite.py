@@ -202,9 +202,7 @@ def _replace(graph: Graph, m: Match, new: list[Eqn], rule: Rule) -> Graph:
     defined = {v for e in new for v in e.results}
     # A matched equation stays where somebody outside reads it and the rule does not replace it.
     inside = set(map(id, m.eqns))
-    wanted = m.graph.escaping() | {
-        v for e in graph.eqns if id(e) not in inside for v in e.inputs
-    }
+    wanted = m.graph.escaping() | {v for e in graph.eqns if id(e) not in inside for v in e.inputs}
     gone = {id(e) for e in m.eqns if e is m.root or not (set(e.results) - defined) & wanted}
     stamped = [replace(e, where=where.merged(e.where, rule.name)) for e in new]
     eqns: list[Eqn] = []

@@ -89,9 +89,7 @@ def refusal(body: Graph) -> str | None:
     return None
 
 
-def _follows(
-    e: Eqn, body: Graph, anchors: list[Eqn], main: Eqn, template: Template
-) -> str | None:
+def _follows(e: Eqn, body: Graph, anchors: list[Eqn], main: Eqn, template: Template) -> str | None:
     """An elementwise equation must run on the index of the anchor result that it stems from."""
     sources = _anchor_results(e, body, anchors)
     if not sources:

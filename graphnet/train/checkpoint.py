@@ -259,8 +259,8 @@ def _read(path: Path, most: int | None = None) -> bytes:
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_read(path, _MAX_MANIFEST))
-        sound = (
-            isinstance(manifest, dict) and manifest["manifest_sha256"] == _sha(_canonical(manifest))
+        sound = isinstance(manifest, dict) and manifest["manifest_sha256"] == _sha(
+            _canonical(manifest)
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no whole manifest: {error!r}", help=_HELP) from None
@@ -311,9 +311,7 @@ def load_latest(run: str | os.PathLike[str]) -> Checkpoint | None:
             failures.append(error.message)
             continue
         if failures:
-            warnings.warn(
-                f"took {found.path.name}: {failures[0]}", CheckpointWarning, stacklevel=2
-            )
+            warnings.warn(f"took {found.path.name}: {failures[0]}", CheckpointWarning, stacklevel=2)
         return found
     if not failures:
         return None

@@ -42,9 +42,7 @@ def topk_error(
     return {k: int(topk_wrong(logits, labels, k)) / len(labels) for k in ks}
 
 
-def confusion_matrix(
-    predicted: torch.Tensor, labels: torch.Tensor, classes: int
-) -> torch.Tensor:
+def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """int64[classes, classes]: row = label, column = prediction; both are int[N]."""
     if predicted.ndim != 1 or predicted.shape != labels.shape:
         raise ShapeError(

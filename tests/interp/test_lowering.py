@@ -104,9 +104,9 @@ def test_fused_update_is_in_place_and_waits_for_the_last_reader(split):
 
 def test_a_reader_behind_the_update_makes_the_planner_copy():
     # What is read after the update needs both the old and the new weight.
-    text = UPDATE.replace(
-        "  commit", "  %s: f32[4,3,3,3] = add(%w, %w1)\n  commit"
-    ).replace("return %dx", "return %dx, %s")
+    text = UPDATE.replace("  commit", "  %s: f32[4,3,3,3] = add(%w, %w1)\n  commit").replace(
+        "return %dx", "return %dx, %s"
+    )
     plan = check(text, tolerance=1e-4)
     assert any(isinstance(s, Copy) and s.target == "w" for s in plan.steps)
 

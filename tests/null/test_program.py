@@ -156,9 +156,7 @@ def dropout_net():
 
 def test_dropout_masks_are_the_public_ones():
     net = dropout_net()
-    step = gn.compile(
-        net, (4, 3, 2, 2), target="cpu", loss=LOSS, optimizer=gn.SGD(lr=0.1), seed=7
-    )
+    step = gn.compile(net, (4, 3, 2, 2), target="cpu", loss=LOSS, optimizer=gn.SGD(lr=0.1), seed=7)
     x, y = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     for at in range(2):
         mask = torch.from_numpy(gn.random.dropout_mask(7, at, x.shape, 0.5, "drop1"))
