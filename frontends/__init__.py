@@ -1,3 +1,3 @@
 if not __name__.startswith("graphnet."):
-    raise ImportError("import graphnet.frontends instead")  # noqa: E701
+    raise ImportError("import graphnet.frontends instead")
 """What people write nets in: the DSL, the models, the importers."""
