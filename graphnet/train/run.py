@@ -139,7 +139,7 @@ def _result(
     settings: RunConfig, out: Path, history: list[dict[str, Any]], step: int, signal: int
 ) -> dict[str, Any]:
     last = history[-1] if history else {}
-    error = 100 * (1 - last["val_accuracy"]) if "val_accuracy" in last else None
+    error = round(100 * (1 - last["val_accuracy"]), 6) if "val_accuracy" in last else None
     return {
         "run": str(out), "model": settings.model, "data": settings.data,
         "epochs": len(history), "steps": step, "signal": signal,

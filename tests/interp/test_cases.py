@@ -8,15 +8,13 @@ import torch
 
 from graphnet import config
 from graphnet.errors import UnsupportedOpError
-from graphnet.ir.graph import Builder, Graph
+from graphnet.ir.graph import Graph
 from graphnet.ir.op import get_op
-from graphnet.ir.text import parse
 from graphnet.lowering.plan import make_plan
-from graphnet.lowering.targets import interpret
 from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
-from graphnet.ops.evaluate import evaluate_step, to_double
 from tests.case import Case, attrs, f, fill
 from tests.cases import CASES
+from tests.poisoned import graph_of, run
 
 NO_KERNEL = {"lrn", "lrn_grad"}  # the cpu target alone runs them so far
 
@@ -25,37 +23,6 @@ NO_KERNEL = {"lrn", "lrn_grad"}  # the cpu target alone runs them so far
 def own_cache(tmp_path_factory):
     with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
         yield
-
-
-def run(graph: Graph, operands: list[torch.Tensor], exact: bool = False) -> None:
-    """One poisoned run against the float64 oracle."""
-    plan = make_plan(graph, "interpret")
-    storage = {i.value.name: t.clone() for i, t in zip(graph.inputs, operands, strict=True)}
-    returned, _ = evaluate_step(graph, to_double(storage))
-    for v in graph.returns:
-        dtype = v.type.dtype.torch
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-        storage.setdefault(v.name, torch.full(v.type.shape, poison, dtype=dtype))
-    interpret.prepare(plan, storage, poison=True)()
-    for v, want in zip(graph.returns, returned, strict=True):
-        got = storage[v.name]
-        if exact or not got.is_floating_point():
-            assert torch.equal(got.to(want.dtype), want), v
-            continue
-        error = (got.double() - want).abs().max() if got.numel() else torch.zeros(())
-        # A sum that cancels is as exact as its terms.
-        assert error <= 2e-5 * max(1.0, float(want.abs().max())), (v, float(error))
-
-
-def graph_of(case: Case) -> Graph:
-    b = Builder("g")
-    ins = [b.input(f"i{k}", t) for k, t in enumerate(case.ins)]
-    outs = b.emit(case.op, ins, case.attrs)
-    if case.op == "relayout":  # a result leaves a graph row-major
-        outs = b.emit("relu", outs)
-    graph = b.build(*outs)
-    assert parse(str(graph)) == graph
-    return graph
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

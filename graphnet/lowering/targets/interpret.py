@@ -57,16 +57,33 @@ def _exchange() -> list[tuple[ModuleType, str, Any]]:
     return before
 
 
+def problem() -> str | None:
+    """Why Triton's interpreter does not work here; None where it does."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"target 'interpret' needs triton: {error}"
+    import numpy
+
+    def version(module: Any) -> tuple[int, ...]:
+        return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} breaks with numpy "
+            f"{numpy.__version__}: numpy 2.4 no longer makes scalars of one-element arrays"
+        )
+    return None
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Triton's interpreter mode, undone on the way out, the environment included."""
     global _depth
-    try:
-        import triton
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"target 'interpret' needs triton: {error}", help="pip install triton, or target='cpu'"
-        ) from error
+    if (why := problem()) is not None:
+        raise BackendUnavailableError(why, help="triton>=3.7 or numpy<2.4; or target='cpu'")
+    import triton
+
     if _depth:
         yield
         return

@@ -1,0 +1,82 @@
+"""The torch.nn twin of a net: the same layers, the same weights, the same state_dict keys."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from graphnet.errors import UnsupportedOpError
+from graphnet.frontends import dsl, layers
+
+
+class VanillaDropout(nn.Module):
+    """Dropout that scales in inference instead of in training."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Any) -> Any:
+        kept = 1.0 - self.p
+        return nn.functional.dropout(x, self.p) * kept if self.training else x * kept
+
+
+def _conv(m: Any) -> nn.Module:
+    return nn.Conv2d(
+        m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups,
+        bias=m.bias is not None,
+    )  # fmt: skip
+
+
+def _lrn(m: Any) -> nn.Module:
+    # torch's alpha is divided by the size; in mode "sum" the net's is not.
+    alpha = m.alpha * (m.size if m.alpha_mode == "sum" else 1)
+    return nn.LocalResponseNorm(m.size, alpha, m.beta, m.k)
+
+
+def _avg(m: Any) -> nn.Module:
+    return nn.AvgPool2d(
+        m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    )
+
+
+_TWINS: dict[str, Callable[[Any], nn.Module]] = {
+    "Conv2d": _conv,
+    "Linear": lambda m: nn.Linear(m.in_features, m.out_features, bias=m.bias is not None),
+    "MaxPool2d": lambda m: nn.MaxPool2d(
+        m.kernel_size, m.stride, m.padding, m.dilation, ceil_mode=m.ceil_mode
+    ),
+    "AvgPool2d": _avg,
+    "AdaptiveAvgPool2d": lambda m: nn.AdaptiveAvgPool2d(m.output_size),
+    "LocalResponseNorm": _lrn,
+    "Dropout": lambda m: nn.Dropout(m.p) if m.mode == "inverted" else VanillaDropout(m.p),
+    "Flatten": lambda m: nn.Flatten(m.start_dim, m.end_dim),
+    "ReLU": lambda m: nn.ReLU(inplace=True),
+    "Tanh": lambda m: nn.Tanh(),
+    "Sigmoid": lambda m: nn.Sigmoid(),
+}
+
+
+def _build(m: dsl.Module) -> nn.Module:
+    if type(m) is dsl.Sequential:
+        return nn.Sequential(OrderedDict((key, _build(child)) for key, child in m._own(dsl.Module)))
+    name = type(m).__name__
+    if type(m).__module__ != layers.__name__ or name not in _TWINS:
+        raise UnsupportedOpError(
+            f"no torch twin for {name}: only layers in gn.Sequential have one",
+            help="benchmark a Sequential net",
+        )
+    return _TWINS[name](m)
+
+
+def torch_twin(net: dsl.Module) -> nn.Module:
+    """A torch.nn.Module that computes what `net` does, with a copy of its weights.
+
+    UnsupportedOpError for a net that is not built of Sequentials and layers.
+    """
+    made = _build(net)
+    made.load_state_dict(net.state_dict())
+    return made

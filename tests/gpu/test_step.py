@@ -1,0 +1,72 @@
+"""LeNet-5's fused step on the GPU: right, captured as uncaptured, same seed same bits."""
+
+import pytest
+import torch
+
+import graphnet as gn
+from graphnet.lowering.targets import cuda
+from tests.twin import Twins, batch_of, hold
+
+SHAPE = (64, 1, 28, 28)
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def test_fifty_steps_teacher_forced():
+    hold(Twins("cuda", 64, lr=0.05).teacher_forced(50))
+
+
+def test_fifty_steps_free_running():
+    Twins("cuda", 64, lr=0.01).free_running(50)
+
+
+def trained(precision="fp32", steps=5, capture=True, monkeypatch=None):
+    if not capture:
+        real = cuda.prepare
+        monkeypatch.setattr(cuda, "prepare", lambda p, s: real(p, s, capture=False))
+    torch.manual_seed(0)
+    net = gn.models.lenet5()
+    step = gn.compile(
+        net, SHAPE, target="cuda", precision=precision, loss=gn.CrossEntropyLoss(),
+        optimizer=gn.SGD(**SGD),
+    )  # fmt: skip
+    losses = [float(step(*batch_of(k, 64))) for k in range(steps)]
+    return losses, net.state_dict()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_captured_steps_are_bit_equal_to_uncaptured_ones(precision, monkeypatch):
+    losses, state = trained(precision)
+    again, twin = trained(precision, capture=False, monkeypatch=monkeypatch)
+    assert losses == again and all(torch.equal(state[k], twin[k]) for k in state)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_the_same_seed_gives_the_same_bits(precision):
+    runs = [trained(precision, steps=20) for _ in range(3)]
+    for losses, state in runs[1:]:
+        assert losses == runs[0][0]
+        assert all(torch.equal(state[k], runs[0][1][k]) for k in state)
+
+
+@pytest.mark.parametrize("precision, rtol", [("tf32", 2e-2), ("bf16", 6e-2)])
+def test_lower_precision_follows_fp32(precision, rtol):
+    want, got = trained(steps=30)[0], trained(precision, steps=30)[0]
+    assert got == pytest.approx(want, rel=rtol)
+
+
+def test_replay_does_no_work_on_the_host():
+    torch.manual_seed(0)
+    net = gn.models.lenet5()
+    step = gn.compile(net, SHAPE, target="cuda", loss=gn.CrossEntropyLoss(),
+                      optimizer=gn.SGD(**SGD))  # fmt: skip
+    x, y = (t.cuda() for t in batch_of(0, 64))
+    with torch.cuda.device(0):
+        for _ in range(3):
+            step(x, y)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")  # a hidden synchronisation raises
+        try:
+            losses = [step(x, y) for _ in range(5)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(torch.stack(losses)).tolist())
