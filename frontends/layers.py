@@ -15,6 +15,7 @@ import torch
 from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
 from graphnet.frontends.dsl import Module, Parameter
 from graphnet.frontends.symbolic import Symbol, active_tracer, flatten
+from graphnet.ops.lrn import LrnAttrs
 
 Pair = int | tuple[int, int]
 
@@ -276,6 +277,35 @@ class AdaptiveAvgPool2d(Module):
 
     def extra_repr(self) -> str:
         return f"output_size={self.output_size}"
+
+
+class LocalResponseNorm(Module):
+    """x_c (k + a sum x_j^2)^-beta over `size` neighbouring channels j of c (Krizhevsky 2012).
+
+    a is alpha / size in alpha_mode "mean" (torch, Caffe) and alpha in "sum" (the paper).
+    """
+
+    kind: ClassVar[str] = "norm"
+
+    def __init__(
+        self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *,
+        alpha_mode: str = "mean", name: str = "",
+    ) -> None:  # fmt: skip
+        # The op's attributes check them, here and not only when the net is traced.
+        LrnAttrs(size, alpha, beta, k, alpha_mode)
+        self.size, self.alpha, self.beta, self.k = size, float(alpha), float(beta), float(k)
+        self.alpha_mode = alpha_mode
+        self.name = name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return x.tracer.emit(
+            "lrn", [x], size=self.size, alpha=self.alpha, beta=self.beta, k=self.k,
+            alpha_mode=self.alpha_mode,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        mode = ', alpha_mode="sum"' if self.alpha_mode == "sum" else ""
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}{mode}"
 
 
 class Dropout(Module):

@@ -14,8 +14,8 @@ _NAMES = {
     "graphnet.api": ("build", "check_gradients", "compile", "load", "save"),
     "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
-        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "Linear", "MaxPool2d",
-        "ReLU", "Sigmoid", "Tanh",
+        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "Linear",
+        "LocalResponseNorm", "MaxPool2d", "ReLU", "Sigmoid", "Tanh",
     ),
     "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
     "graphnet.frontends.tracing": ("trace",),
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Dropout,
         Flatten,
         Linear,
+        LocalResponseNorm,
         MaxPool2d,
         ReLU,
         Sigmoid,

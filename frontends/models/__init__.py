@@ -7,9 +7,17 @@ from typing import Any
 
 from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module
+from graphnet.frontends.models.alexnet import alexnet, alexnet_2012, alexnet_owt, caffenet
 from graphnet.frontends.models.lenet import caffe_lenet, lenet5
 
-MODELS: dict[str, Callable[..., Module]] = {"caffe_lenet": caffe_lenet, "lenet5": lenet5}
+MODELS: dict[str, Callable[..., Module]] = {
+    "alexnet": alexnet,
+    "alexnet_2012": alexnet_2012,
+    "alexnet_owt": alexnet_owt,
+    "caffe_lenet": caffe_lenet,
+    "caffenet": caffenet,
+    "lenet5": lenet5,
+}
 
 
 def get(name: str, **options: Any) -> Module:
@@ -23,4 +31,4 @@ def get(name: str, **options: Any) -> Module:
     return make(**options)
 
 
-__all__ = ["MODELS", "caffe_lenet", "get", "lenet5"]
+__all__ = ["MODELS", "get", *MODELS]
