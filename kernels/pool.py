@@ -18,6 +18,56 @@ def backward_grid(N, C, H, W, BLOCK, **_):
 
 
 @triton.jit
+def window_max(
+    base, oh, ow, live,
+    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
+):  # fmt: skip
+    """(maximum, row-major place of the first one) of the windows of output pixels (oh, ow).
+
+    `base` points at pixel (0, 0) of each element's image and channel. NaN wins.
+    """
+    best = tl.full(base.shape, float("-inf"), tl.float32)
+    place = tl.zeros(base.shape, tl.int32)
+    for r in tl.static_range(KH):
+        for s in tl.static_range(KW):
+            ih = oh * SH - PT + r * DH
+            iw = ow * SW - PL + s * DW
+            ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            v = tl.load(base + (ih * XS2 + iw * XS3), mask=ok, other=float("-inf")).to(tl.float32)
+            better = (v > best) | (v != v)
+            best = tl.where(better, v, best)
+            place = tl.where(better, r * KW + s, place)
+    return best, place
+
+
+@triton.jit
+def window_grad(
+    dy, index, ih, iw, live,
+    OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, DS2: tl.constexpr, DS3: tl.constexpr,
+    IS2: tl.constexpr, IS3: tl.constexpr,
+):  # fmt: skip
+    """The sum of dy over the windows whose index names input pixel (ih, iw); `dy` and `index`
+    point at output pixel (0, 0) of each element's image and channel."""
+    acc = tl.zeros(dy.shape, tl.float32)
+    for r in tl.static_range(KH):
+        for s in tl.static_range(KW):
+            th = ih + PT - r * DH
+            tw = iw + PL - s * DW
+            oh = th // SH
+            ow = tw // SW
+            ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
+            ok = ok & (th % SH == 0) & (tw % SW == 0)
+            place = tl.load(index + (oh * IS2 + ow * IS3), mask=ok, other=255).to(tl.int32)
+            mine = ok & (place == r * KW + s)
+            acc += tl.load(dy + (oh * DS2 + ow * DS3), mask=mine, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def maxpool2d(
     x, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -31,18 +81,9 @@ def maxpool2d(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < N * C * OH * OW
     n, c, oh, ow = unflatten(i, C, OH, OW, NHWC)
-    base = x + n * XS0 + c * XS1
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    place = tl.zeros((BLOCK,), tl.int32)
-    for r in tl.static_range(KH):
-        for s in tl.static_range(KW):
-            ih = oh * SH - PT + r * DH
-            iw = ow * SW - PL + s * DW
-            ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            v = tl.load(base + ih * XS2 + iw * XS3, mask=ok, other=float("-inf")).to(tl.float32)
-            better = (v > best) | (v != v)
-            best = tl.where(better, v, best)
-            place = tl.where(better, r * KW + s, place)
+    best, place = window_max(
+        x + n * XS0 + c * XS1, oh, ow, live, H, W, KH, KW, SH, SW, PT, PL, DH, DW, XS2, XS3
+    )
     EPILOGUE(best, place, n, c, oh, ow, live, args)
 
 
@@ -61,21 +102,10 @@ def maxpool2d_grad(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < N * C * H * W
     n, c, ih, iw = unflatten(i, C, H, W, NHWC)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for r in tl.static_range(KH):
-        for s in tl.static_range(KW):
-            th = ih + PT - r * DH
-            tw = iw + PL - s * DW
-            oh = th // SH
-            ow = tw // SW
-            ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
-            ok = ok & (th % SH == 0) & (tw % SW == 0)
-            place = tl.load(index + n * IS0 + c * IS1 + oh * IS2 + ow * IS3, mask=ok, other=255).to(
-                tl.int32
-            )
-            mine = ok & (place == r * KW + s)
-            at = dy + n * DS0 + c * DS1 + oh * DS2 + ow * DS3
-            acc += tl.load(at, mask=mine, other=0.0).to(tl.float32)
+    acc = window_grad(
+        dy + n * DS0 + c * DS1, index + n * IS0 + c * IS1, ih, iw, live,
+        OH, OW, KH, KW, SH, SW, PT, PL, DH, DW, DS2, DS3, IS2, IS3,
+    )  # fmt: skip
     EPILOGUE(acc, 0, n, c, ih, iw, live, args)
 
 

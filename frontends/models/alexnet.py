@@ -31,7 +31,9 @@ def _init(net: Sequential, init: str) -> None:
     if init not in _INITS:
         raise ConfigError(f"unknown init {init!r}", help=f"one of {', '.join(_INITS)}")
     start = _INITS[init]
-    for key, p in net.named_parameters() if start is not None else ():
+    if start is None:
+        return
+    for key, p in net.named_parameters():
         layer, kind = key.split(".")
         with torch.no_grad():
             if kind == "weight":

@@ -193,3 +193,15 @@ def test_gradient_check():
     report = gn.check_gradients(gn.models.lenet5(), (2, 1, 28, 28))
     assert report.ok and len(report.rows) == 10
     assert gn.check_gradients(dropout_net(), (4, 3, 2, 2)).ok
+
+
+def test_a_convolution_that_ends_torch_itself_runs(tmp_path):
+    """Channels-last, torch 2.13 ends in a segmentation fault for this one."""
+    net = gn.Sequential(
+        gn.Conv2d(4, 12, 1), gn.Conv2d(12, 1, (2, 1), stride=2, padding=1, dilation=2),
+        gn.Flatten(), gn.Linear(2, 3),
+    )  # fmt: skip
+    g = gn.compile(net, (5, 4, 2, 1), target="cpu", loss=gn.CrossEntropyLoss(), grads=True)
+    for _ in range(20):
+        loss, grads = g(torch.randn(5, 4, 2, 1), torch.tensor([0, 1, 2, 0, 1]))
+        assert bool(torch.isfinite(loss)) and len(grads) == 6

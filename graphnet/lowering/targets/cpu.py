@@ -141,7 +141,7 @@ class _Schedule:
             for v in dict.fromkeys(e.inputs):
                 self.readers.setdefault(v, []).append(e)
         self.done: set[int] = set()
-        self.twins: dict[Value, Value] = {}
+        self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
         tail = self._tail()
         self.body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
@@ -228,12 +228,14 @@ class _Schedule:
     def _only(self, v: Value, op: str) -> bool:
         return all(r.op == op for r in self.readers.get(v, []))
 
-    def _twin(self, v: Value, tasks: list[Task]) -> Value:
-        """The channels-last twin of a value, made by a task of its own when first asked for."""
-        if v not in self.twins:
-            self.twins[v] = Value(f".last.{v.name}", v.type)
-            tasks.append(cpu_conv.relay(v, self.twins[v]))
-        return self.twins[v]
+    def _twin(self, v: Value, tasks: list[Task], e: Eqn) -> Value:
+        """The twin of a value in the layout that the convolution wants, made when first asked."""
+        form = cpu_conv.form_of(e.attrs)
+        if (v, form) not in self.twins:
+            twin = Value(f".laid{len(self.twins)}.{v.name}", v.type)
+            self.twins[v, form] = twin
+            tasks.append(cpu_conv.relay(v, twin, form))
+        return self.twins[v, form]
 
     def _conv(self, e: Eqn) -> list[Task]:
         phase = cpu_conv.phase_conv(e, self.read_by)
@@ -242,7 +244,7 @@ class _Schedule:
         behind = self.read_by(e.out)
         relu = behind[0] if len(behind) == 1 and behind[0].op == "relu" else None
         tasks: list[Task] = []
-        x = self._twin(e.inputs[0], tasks)
+        x = self._twin(e.inputs[0], tasks, e)
         return [*tasks, cpu_conv.conv(e, relu, x)]
 
     def _gradients(self, e: Eqn) -> list[Task]:
@@ -261,7 +263,7 @@ class _Schedule:
             assert dgrad is not None
             return [cpu_conv.conv_dgrad(dgrad) if cpu_conv.splits(dgrad) else generic(dgrad)]
         tasks: list[Task] = []
-        x, dy = (self._twin(v, tasks) for v in wgrad.inputs)
+        x, dy = (self._twin(v, tasks, wgrad) for v in wgrad.inputs)
         return [*tasks, cpu_conv.conv_backward(wgrad, dgrad, x, dy)]
 
     def _partner(self, e: Eqn, dy: Value, op: str, at: int) -> Eqn | None:

@@ -5,6 +5,8 @@ Measured on two cores, fp32, batch 128, and the reason for each rule here:
   primitive's own relu turns NaN into 0, and hides a net that has diverged.
 - The input gradient of a convolution with few input channels is faster row-major (LeNet-5 conv2:
   0.56 against 0.85 ms) although its weight gradient is not, so the two are split there.
+- With a dilation everything is row-major: channels-last, torch 2.13's convolution ends in a
+  segmentation fault where a width of 1 meets stride, padding and dilation (found by random nets).
 - A first layer with one to four input channels cannot fill vectors. `PhaseConv` gives it k*k times
   the output channels at a k*k coarser stride, so that each pixel of a pooling window is a channel
   group of its own: the product gets faster (0.53 to 0.37 ms), and the pool becomes a maximum over
@@ -35,14 +37,22 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def relay(v: Value, to: Value) -> Task:
-    """`to` is `v` channels-last, made once for all its readers."""
+Form = Callable[[torch.Tensor], torch.Tensor]
+
+
+def form_of(attrs: Any) -> Form:
+    """The layout that a convolution's operands get."""
+    return channels_last if attrs.dilation == (1, 1) else torch.Tensor.contiguous
+
+
+def relay(v: Value, to: Value, form: Form) -> Task:
+    """`to` is `v` in another form, made once for all its readers."""
 
     def make(slot: Slot) -> Call:
         i, o = slot(v), slot(to)
 
         def call(env: Env) -> None:
-            env[o] = channels_last(env[i])
+            env[o] = form(env[i])
 
         return call
 
@@ -50,8 +60,9 @@ def relay(v: Value, to: Value) -> Task:
 
 
 def conv(eqn: Eqn, relu: Eqn | None, x: Value) -> Task:
-    """Convolution of `x`, the channels-last twin of its operand, with the relu behind it."""
+    """Convolution of `x`, the laid-out twin of its operand, with the relu behind it."""
     attrs: ConvAttrs = eqn.attrs  # type: ignore[assignment]
+    form = form_of(attrs)
     pad = [attrs.padding[0], attrs.padding[2]]
     stride, dilation, groups = list(attrs.stride), list(attrs.dilation), attrs.groups
     out = (relu or eqn).out
@@ -63,7 +74,7 @@ def conv(eqn: Eqn, relu: Eqn | None, x: Value) -> Task:
 
         def call(env: Env) -> None:
             x, w, *rest = (env[i] for i in ins)
-            b, w = (rest[0].to(x.dtype) if rest else None), channels_last(w)
+            b, w = (rest[0].to(x.dtype) if rest else None), form(w)
             y = torch.conv2d(x, w, b, stride, pad, dilation, groups)
             env[at] = (y.relu_() if relu is not None else y).to(dtype)
 
@@ -81,7 +92,8 @@ def _backward(attrs: Any, out_channels: int, mask: list[bool]) -> Callable[..., 
 
 def splits(dgrad: Eqn) -> bool:
     """Whether the input gradient runs alone and row-major."""
-    return dgrad.out.type.shape[1] < _FEW and only_f32(*dgrad.inputs, dgrad.out)
+    few = dgrad.out.type.shape[1] < _FEW and only_f32(*dgrad.inputs, dgrad.out)
+    return few or dgrad.attrs.dilation != (1, 1)  # type: ignore[attr-defined]
 
 
 def conv_dgrad(eqn: Eqn) -> Task:
@@ -106,15 +118,16 @@ def conv_dgrad(eqn: Eqn) -> Task:
 def conv_backward(wgrad: Eqn, dgrad: Eqn | None, x: Value, dy: Value) -> Task:
     """The weight's, bias's and, with `dgrad`, input's gradient in one call that shares dy.
 
-    x and dy are the channels-last twins of the operands.
+    x and dy are the laid-out twins of the operands.
     """
     attrs: Any = wgrad.attrs
+    form = form_of(attrs)
     w = dgrad.inputs[1] if dgrad is not None else None
     dw, db = wgrad.outputs
     dx = dgrad.out if dgrad is not None else None
     shape = (dy.type.shape[1], x.type.shape[1] // attrs.groups, *attrs.kernel)
     # Without a dgrad only the weight's shape matters.
-    blank = torch.empty(shape, dtype=x.type.dtype.torch).to(memory_format=torch.channels_last)
+    blank = form(torch.empty(shape, dtype=x.type.dtype.torch))
     backward = _backward(attrs, shape[0], [v is not None for v in (dx, dw, db)])
     results = [(k, v) for k, v in enumerate((dx, dw, db)) if v is not None]
 
@@ -123,7 +136,7 @@ def conv_backward(wgrad: Eqn, dgrad: Eqn | None, x: Value, dy: Value) -> Task:
         outs = [(k, slot(v), v.type.dtype.torch) for k, v in results]
 
         def call(env: Env) -> None:
-            got = backward(env[idy], env[ix], blank if iw is None else channels_last(env[iw]))
+            got = backward(env[idy], env[ix], blank if iw is None else form(env[iw]))
             for k, at, dtype in outs:
                 env[at] = got[k].to(dtype)
 
