@@ -23,6 +23,17 @@ def round_bf16(x):
 
 
 @triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp32 that went through DTYPE, "bf16" or "f32"."""
+    if DTYPE == "bf16":
+        if INTERPRET:
+            value = round_bf16(value)
+        else:
+            value = value.to(tl.bfloat16).to(tl.float32)
+    return value
+
+
+@triton.jit
 def cast_store(ptr, value, mask):
     """The one cast of a kernel: to the pointer's element type, at the store."""
     dtype: tl.constexpr = ptr.dtype.element_ty

@@ -16,7 +16,7 @@ stores visible to it.
 import triton
 import triton.language as tl
 
-from .common import INT32_MAX, cast_store
+from .common import INT32_MAX, cast_store, rounded
 from .pool import window_grad, window_max
 
 
@@ -65,8 +65,10 @@ def power(s, BETA: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, c, live, C: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr,
-               HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+def normalised(
+    x, c, live, C: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+):  # fmt: skip
     """x s^-BETA at the pointers `x`."""
     v = tl.load(x, mask=live & (c < C), other=0.0).to(tl.float32)
     return v * power(scale(x, c, live, C, XS1, LOW, HIGH, K, A), BETA)
@@ -174,7 +176,7 @@ def lrn_maxpool2d(
         iw = ow * SW - PL + tap % KW * DW
         ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         v = normalised(base + (ih * XS2 + iw * XS3), c, ok, C, XS1, LOW, HIGH, K, A, BETA)
-        v = v.to(ROUND).to(tl.float32)  # ties are those of the image that is not written
+        v = rounded(v, ROUND)  # ties are those of the image that is not written
         better = ok & ((v > best) | (v != v))
         best = tl.where(better, v, best)
         place = tl.where(better, tap, place)

@@ -190,7 +190,9 @@ class Writer:
         if origin == 0:
             self.inplace += [(old, buffer) for old, t in self.full.items() if t == type]
 
-    def finish(self, note: str) -> Epilogue:
+    def finish(self, note: str, returns: str | None = None) -> Epilogue:
+        if returns is not None:
+            self.lines.append(f"return {returns}")
         body = "\n".join(f"    {line}" for line in self.lines or ["pass"])
         notes = "\n".join(f"# {n}" for n in (note, *self.notes))
         return Epilogue(
@@ -210,12 +212,14 @@ def write_epilogue(
     note: str,
     bias: Value | None = None,
     widen: bool = False,
+    returns: Value | None = None,
 ) -> Epilogue:
     """The composed epilogue of a kernel.
 
     roots   anchor results and the expression that holds them ("acc", "aux")
     stores  (inner value, outer value): what is written, with the outer value's layout
     bias    vector over axis 1 that is added to the first root
+    returns  the value that the function gives back to the kernel (fp32), where it goes on
     """
     w = Writer(index, name, widen)
     w.env.update(roots)
@@ -226,7 +230,7 @@ def write_epilogue(
         w.eqn(e)
     for inner, outer in stores:
         w.store(w.env[inner], name[outer], outer.type)
-    return w.finish(note)
+    return w.finish(note, w.env[returns] if returns is not None else None)
 
 
 # ---- files ----------------------------------------------------------------------------------

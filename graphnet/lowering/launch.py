@@ -14,13 +14,13 @@ from typing import Any
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
-from graphnet.ir.types import TensorType
 from graphnet.lowering.codegen import Epilogue, Index, Ref, write_epilogue
 from graphnet.lowering.cost import with_costs
+from graphnet.lowering.launch_pool import POOLS
 from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
-from graphnet.lowering.steps import Launch, Step, make
-from graphnet.lowering.tuning import Config, choose, next_power
-from graphnet.lowering.work import Work, take_apart
+from graphnet.lowering.steps import Launch, Step, arguments, make, source
+from graphnet.lowering.tuning import Config, cdiv, choose, next_power
+from graphnet.lowering.work import Work, strides, take_apart
 
 
 def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:
@@ -42,22 +42,6 @@ def _check_layouts(eqn: Eqn) -> None:
     for v in (*eqn.inputs, *eqn.results):
         if v.type.layout.flat is not None or v.type.layout.s2d:
             raise UnsupportedOpError(f"no kernel takes the layout of {v}: {v.type}")
-
-
-def _strides(prefix: str, type: TensorType) -> dict[str, int]:
-    return {f"{prefix}S{d}": s for d, s in enumerate(type.strides)}
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _args(e: Epilogue | None) -> tuple[Ref, ...] | None:
-    return e.args if e is not None else None
-
-
-def _source(e: Epilogue | None) -> Any:
-    return e.source if e is not None else None
 
 
 # ---- convolution ----------------------------------------------------------------------------
@@ -86,8 +70,8 @@ def _conv2d(work: Work) -> list[Launch]:
     epi = work.epilogue(e.out, Index(y), bias=bias)
     constants = {
         **_geometry(x, w, y, a),
-        **_strides("X", work.type(e.inputs[0])), **_strides("W", work.type(e.inputs[1])),
-        **_tiles(c), "PRECISION": math, "EPILOGUE": _source(epi),
+        **strides("X", work.type(e.inputs[0])), **strides("W", work.type(e.inputs[1])),
+        **_tiles(c), "PRECISION": math, "EPILOGUE": source(epi),
     }  # fmt: skip
     return [_product(work, "conv2d_forward", "conv", c, constants, (m, n, g), epi)]
 
@@ -97,9 +81,9 @@ def _product(
     size: tuple[int, int, int], epi: Epilogue | None,
 ) -> Launch:  # fmt: skip
     a, b = (work.ref(v) for v in work.anchor.inputs[:2])
-    grid = (_cdiv(size[0], c.BM), _cdiv(size[1], c.BN), size[2])
+    grid = (cdiv(size[0], c.BM), cdiv(size[1], c.BN), size[2])
     return make(
-        kernel, module, (a, b, _args(epi)), constants, grid, reads=(a.name, b.name),
+        kernel, module, (a, b, arguments(epi)), constants, grid, reads=(a.name, b.name),
         epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
@@ -113,8 +97,8 @@ def _conv2d_dgrad(work: Work) -> list[Launch]:
     epi = work.epilogue(e.out, Index(x))
     constants = {
         **_geometry(x, w, dy, a),
-        **_strides("D", work.type(e.inputs[0])), **_strides("W", work.type(e.inputs[1])),
-        **_tiles(c), "PRECISION": math, "EPILOGUE": _source(epi),
+        **strides("D", work.type(e.inputs[0])), **strides("W", work.type(e.inputs[1])),
+        **_tiles(c), "PRECISION": math, "EPILOGUE": source(epi),
     }  # fmt: skip
     return [_product(work, "conv2d_dgrad", "conv", c, constants, (m, n, g), epi)]
 
@@ -125,7 +109,7 @@ def _conv2d_wgrad(work: Work) -> list[Launch]:
     w, g = e.out.type.shape, a.groups  # type: ignore[attr-defined]
     constants = {
         **_geometry(x, w, dy, a),
-        **_strides("X", work.type(e.inputs[0])), **_strides("D", work.type(e.inputs[1])),
+        **strides("X", work.type(e.inputs[0])), **strides("D", work.type(e.inputs[1])),
     }  # fmt: skip
     pixels = dy[0] * dy[2] * dy[3]
     return _wgrad(work, "conv2d_wgrad", "conv", constants, w, pixels, g)
@@ -151,14 +135,14 @@ def _wgrad(
     math = e.attrs.math  # type: ignore[attr-defined]
     c = choose(kernel, (rows // groups, columns, reduced, groups), math)
     constants |= {**_tiles(c), "SPLIT": c.SPLIT, "HAS_BIAS": has_bias, "PRECISION": math}
-    per_group = _cdiv(rows // groups, c.BM), _cdiv(columns, c.BN)
+    per_group = cdiv(rows // groups, c.BM), cdiv(columns, c.BN)
     grid = (*per_group, groups * c.SPLIT)
     options: dict[str, Any] = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     if c.SPLIT == 1:
-        constants |= {"EPILOGUE": _source(epi), "EPILOGUE2": _source(epi2)}
+        constants |= {"EPILOGUE": source(epi), "EPILOGUE2": source(epi2)}
         return [
             make(
-                kernel, module, (x, dy, None, _args(epi), _args(epi2)), constants, grid,
+                kernel, module, (x, dy, None, arguments(epi), arguments(epi2)), constants, grid,
                 reads=(x.name, dy.name), epilogues=(epi, epi2), **options,
             )
         ]  # fmt: skip
@@ -173,12 +157,12 @@ def _wgrad(
     # A linear weight [K, C] is a filter of size 1 x 1.
     reduce = {
         "SPLIT": c.SPLIT, "K": rows, "CG": shape[0], "R": shape[1], "S": shape[2],
-        "HAS_BIAS": has_bias, "BLOCK": r.BLOCK, "EPILOGUE": _source(epi),
-        "EPILOGUE2": _source(epi2),
+        "HAS_BIAS": has_bias, "BLOCK": r.BLOCK, "EPILOGUE": source(epi),
+        "EPILOGUE2": source(epi2),
     }  # fmt: skip
     second = make(
-        "split_reduce", "reduce", (parts, _args(epi), _args(epi2)), reduce,
-        (_cdiv(rows * columns, r.BLOCK),), reads=(parts.name,), epilogues=(epi, epi2),
+        "split_reduce", "reduce", (parts, arguments(epi), arguments(epi2)), reduce,
+        (cdiv(rows * columns, r.BLOCK),), reads=(parts.name,), epilogues=(epi, epi2),
     )  # fmt: skip
     return [first_pass, second]
 
@@ -193,10 +177,10 @@ def _channel_sum(work: Work, dy: Ref) -> Launch:
     epi = work.epilogue(bias, Index(bias.type.shape))
     constants = {
         "N": n, "C": c, "H": h, "W": w, **{f"XS{d}": s for d, s in enumerate(strides)},
-        "BLOCK": block, "EPILOGUE": _source(epi),
+        "BLOCK": block, "EPILOGUE": source(epi),
     }  # fmt: skip
     return make(
-        "channel_sum", "reduce", (dy, _args(epi)), constants, (c,), reads=(dy.name,),
+        "channel_sum", "reduce", (dy, arguments(epi)), constants, (c,), reads=(dy.name,),
         epilogues=(epi,),
     )  # fmt: skip
 
@@ -215,7 +199,7 @@ def _matmul(work: Work, transposed: bool, bias: Value | None) -> list[Launch]:
     b = (b[1], b[0]) if transposed else b
     constants = {
         "M": m, "N": n, "K": k, "AS0": a[0], "AS1": a[1], "BS0": b[0], "BS1": b[1], **_tiles(c),
-        "PRECISION": math, "EPILOGUE": _source(epi),
+        "PRECISION": math, "EPILOGUE": source(epi),
     }  # fmt: skip
     return [_product(work, "matmul", "gemm", c, constants, (m, n, 1), epi)]
 
@@ -234,47 +218,10 @@ def _linear_wgrad(work: Work) -> list[Launch]:
     n, c = x.type.shape
     constants = {
         "N": n, "C": c, "K": dy.type.shape[1],
-        **_strides("X", work.type(x)), **_strides("D", work.type(dy)),
+        **strides("X", work.type(x)), **strides("D", work.type(dy)),
     }  # fmt: skip
     w = work.anchor.out.type.shape
     return _wgrad(work, "linear_wgrad", "gemm", constants, w, n, 1)
-
-
-# ---- pooling --------------------------------------------------------------------------------
-
-
-def _pool(work: Work) -> list[Launch]:
-    """All eight: forward runs over the output's pixels, a gradient over the input's."""
-    e, a = work.anchor, work.anchor.attrs
-    backward = e.op.endswith("_grad")
-    first, out = e.inputs[0].type.shape, e.out.type.shape
-    (h, w), (oh, ow) = (out[2:], first[2:]) if backward else (first[2:], out[2:])
-    constants: dict[str, Any] = {"N": out[0], "C": out[1], "H": h, "W": w, "OH": oh, "OW": ow}
-    if not e.op.startswith("adaptive"):
-        (kh, kw), (sh, sw), (t, b, le, r) = a.kernel, a.stride, a.padding  # type: ignore[attr-defined]
-        constants |= {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PT": t, "PL": le}
-        if e.op.startswith("max"):
-            constants |= {"DH": a.dilation[0], "DW": a.dilation[1]}  # type: ignore[attr-defined]
-        else:
-            constants |= {
-                "PB": b, "PR": r, "COUNT_PAD": a.count_include_pad,  # type: ignore[attr-defined]
-                "DIVISOR": a.divisor_override,  # type: ignore[attr-defined]
-            }  # fmt: skip
-    operands = list(zip("DI" if backward else "X", e.inputs, strict=False))
-    for prefix, v in operands:
-        constants |= _strides(prefix, work.type(v))
-    c = choose(e.op, (prod(out),))
-    index = e.outputs[1] if len(e.outputs) > 1 else None
-    epi = work.epilogue(e.out, Index(out), also=index)
-    nhwc = work.stores[0][1].type.layout.order == "nhwc"
-    constants |= {"NHWC": nhwc, "BLOCK": c.BLOCK, "EPILOGUE": _source(epi)}
-    refs = tuple(work.ref(v) for _, v in operands)
-    return [
-        make(
-            e.op, "pool", (*refs, _args(epi)), constants, (_cdiv(prod(out), c.BLOCK),),
-            reads=tuple(r.name for r in refs), epilogues=(epi,), num_warps=c.num_warps,
-        )
-    ]  # fmt: skip
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -300,13 +247,14 @@ def _loss(work: Work) -> list[Launch]:
     )
     constants = {
         "M": m, "C": n, "S0": s0, "S1": s1, "BM": c.BM, "BN": c.BN, "PROGRAMS": c.SPLIT, **own,
-        "LOSS": out is not None, "GRAD": epi is not None, "EPILOGUE": _source(epi),
+        "LOSS": out is not None, "GRAD": epi is not None, "EPILOGUE": source(epi),
     }  # fmt: skip
     loss = work.ref(out) if out is not None else None
     sums = Ref(f".sums{work.eqn.results[0]}", "f32") if loss is not None and c.SPLIT > 1 else None
     written = sums or loss
     first = make(
-        kernel, "loss", (logits, labels, live, None if sums else loss, sums, _args(epi)), constants,
+        kernel, "loss",
+        (logits, labels, live, None if sums else loss, sums, arguments(epi)), constants,
         (c.SPLIT,), reads=(logits.name, labels.name, live.name),
         writes=(written.name,) if written else (), epilogues=(epi,),
         scratch=((sums.name, 4 * c.SPLIT),) if sums else (),
@@ -363,10 +311,7 @@ _FAMILIES: dict[str, Callable[[Work], list[Launch]]] = {
     "linear": _linear, "linear_dgrad": _linear_dgrad, "linear_wgrad": _linear_wgrad,
     "cross_entropy": _loss, "cross_entropy_grad": _loss,
     "multi_margin": _loss, "multi_margin_grad": _loss,
-    **{
-        f"{p}{g}": _pool
-        for p in ("maxpool2d", "avgpool2d", "adaptive_avgpool2d") for g in ("", "_grad")
-    },
+    **POOLS,
 }  # fmt: skip
 
 

@@ -109,8 +109,8 @@ class _Planner:
             self.types[v.name] = v.type
         made = launches(e, self.root)
         for s in made:
-            for name, size in s.scratch if isinstance(s, Launch) else ():
-                self.types[name] = TensorType(DTYPES["f32"], (size // 4,))
+            if isinstance(s, Launch):
+                self.types |= _scratch(s)
         self.steps += made
 
     # ---- what leaves the graph --------------------------------------------------------------
@@ -178,6 +178,15 @@ class _Planner:
                 out += [Copy(o, n) for o, n in s.starts_as if self.place.get(n) != o]
             out.append(s)
         self.steps = out
+
+
+def _scratch(s: Launch) -> dict[str, TensorType]:
+    """The private buffers of a launch, typed as its pointers to them are."""
+    refs = [r for a in s.args for r in (a if isinstance(a, tuple) else (a,)) if r is not None]
+    dtypes = {r.name: DTYPES[r.dtype] for r in refs}
+    return {
+        name: TensorType(dtypes[name], (size // dtypes[name].itemsize,)) for name, size in s.scratch
+    }
 
 
 def _edges(steps: Sequence[Step], place: dict[str, str]) -> set[tuple[int, int]]:

@@ -99,6 +99,15 @@ class Copy:
 Step = Launch | Fill | Copy
 
 
+def arguments(e: Epilogue | None) -> tuple[Ref, ...] | None:
+    """The pointers of a generated function, as one argument of the kernel."""
+    return e.args if e is not None else None
+
+
+def source(e: Epilogue | None) -> Source | None:
+    return e.source if e is not None else None
+
+
 def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any]]:
     """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
 

@@ -19,11 +19,15 @@ UPDATE_ACCUMULATORS = 32  # a thread; a fused update spills above (measured)
 LEAST_PART = 256  # of a split reduction
 PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad")
 WGRADS = ("conv2d_wgrad", "linear_wgrad")
+NORMS = ("lrn", "lrn_grad")  # also fused with a pool
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a product (BM, BN, BK, SPLIT) or of a pointwise kernel (BLOCK)."""
+    """Tile sizes of a product (BM, BN, BK, SPLIT) or of a pointwise kernel (BLOCK).
+
+    Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
+    """
 
     BM: int = 0
     BN: int = 0
@@ -52,7 +56,8 @@ def _tile(size: int, most: int, least: int = 16) -> int:
     return max(least, min(most, next_power(size)))
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -61,7 +66,7 @@ def _product(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     most = 64 if precision == "ieee" else 128  # ieee products run on FMAs, and spill above
     bm, bn = _tile(m, most), _tile(n, most)
     # Too few tiles leave processors idle: smaller ones, rows first.
-    while _cdiv(m, bm) * _cdiv(n, bn) * groups < PROCESSORS and max(bm, bn) > 32:
+    while cdiv(m, bm) * cdiv(n, bn) * groups < PROCESSORS and max(bm, bn) > 32:
         bm, bn = (bm // 2, bn) if bm >= bn else (bm, bn // 2)
     bk = _tile(k, 64 if low else 32)
     return Config(bm, bn, bk, num_stages=2 if precision == "ieee" else 3)
@@ -72,7 +77,7 @@ def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     # ieee products hold their operand tiles in registers: BK=32 spills beside an update. bf16 at
     # BK=64 spills 8 to 16 bytes in LeNet's first convolution (Triton 3.6 and 3.7), none at 32.
     bk = _tile(k, 16 if precision == "ieee" else 32)
-    tiles = _cdiv(m, bm) * _cdiv(n, bn) * groups
+    tiles = cdiv(m, bm) * cdiv(n, bn) * groups
     # A part of fewer pixels or rows does not pay for the second launch; and there are no more
     # parts than processors.
     parts = min(PROCESSORS // tiles, k // LEAST_PART) if tiles < PROCESSORS else 1
@@ -85,8 +90,13 @@ def _loss(rows: int, classes: int) -> Config:
     if bn > 4096:
         raise ConfigError(f"the loss kernel keeps a row in registers: {classes} classes, most 4096")
     bm = _tile(rows, max(1, 2048 // bn), least=1)
-    programs = 1 if rows * bn <= 16384 else min(_cdiv(rows, bm), PROCESSORS)
+    programs = 1 if rows * bn <= 16384 else min(cdiv(rows, bm), PROCESSORS)
     return Config(bm, bn, SPLIT=programs)
+
+
+def _norm(pixels: int, channels: int) -> Config:
+    bn = next_power(channels)
+    return Config(_tile(pixels, max(1, 1024 // bn), least=1), bn, BK=8, SPLIT=4 * PROCESSORS)
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -98,7 +108,8 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
     """The configuration of a kernel.
 
     kind       an anchor op, "split_reduce" or "elementwise"
-    shape      (M, N, K, groups) of products; (rows, classes) of losses; (elements,) otherwise
+    shape      (M, N, K, groups) of products; (rows, classes) of losses; (pixels, channels) of
+               normalization; (elements,) otherwise
     precision  "ieee", "tf32" or "bf16"
     """
     if kind in PRODUCTS:
@@ -107,6 +118,8 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
         config = _wgrad(*_four(shape), precision)
     elif kind in ("cross_entropy", "multi_margin"):
         config = _loss(shape[0], shape[1])
+    elif kind in NORMS:
+        config = _norm(shape[0], shape[1])
     elif kind == "split_reduce":
         config = Config(BLOCK=_tile(shape[0], 256, 32))
     else:

@@ -11,6 +11,11 @@ from graphnet.ir.types import TensorType
 from graphnet.lowering.codegen import Epilogue, Index, Ref, write_epilogue
 
 
+def strides(prefix: str, type: TensorType) -> dict[str, int]:
+    """The constexprs that say how an operand lies: XS0, XS1, ..."""
+    return {f"{prefix}S{d}": s for d, s in enumerate(type.strides)}
+
+
 @dataclass(frozen=True)
 class Work:
     """An equation taken apart: anchors, the elementwise rest, and who is who outside.
@@ -50,8 +55,25 @@ class Work:
         stores = [(i, o) for i, o in self.stores if i in stems]
         if not stores:
             return None
-        note = f"{self.anchor.op} {' '.join(str(v.type) for v in self.anchor.inputs)}"
-        return write_epilogue(index, self.name, roots, eqns, stores, note=note, **kw)
+        return write_epilogue(index, self.name, roots, eqns, stores, note=self.note, **kw)
+
+    @property
+    def note(self) -> str:
+        return f"{self.anchor.op} {' '.join(str(v.type) for v in self.anchor.inputs)}"
+
+    def middle(self, root: Value, wanted: Value, index: Index) -> Epilogue:
+        """The code between two anchors: from the first one's result to the second's operand."""
+        made = {v: e for e in self.rest for v in e.results}
+        needed, todo = set(), [wanted]
+        while todo:
+            v = todo.pop()
+            if v in made and made[v] not in needed:
+                needed.add(made[v])
+                todo.extend(made[v].inputs)
+        eqns = [e for e in self.rest if e in needed]
+        return write_epilogue(
+            index, self.name, {root: "acc"}, eqns, (), note=self.note, returns=wanted
+        )
 
 
 def take_apart(eqn: Eqn, name: Callable[[Value], str], families: Container[str]) -> Work:

@@ -11,9 +11,10 @@ from graphnet.passes.rewrite import Match, P, Rule
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 ACTIVATION_GRADS = ("relu_grad", "tanh_grad", "sigmoid_grad")
-FORWARD = ("conv2d", "linear", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
+FORWARD = ("conv2d", "linear", "maxpool2d", "lrn", "avgpool2d", "adaptive_avgpool2d")
 BACKWARD = (
-    "conv2d_dgrad", "linear_dgrad", "maxpool2d_grad", "avgpool2d_grad", "adaptive_avgpool2d_grad",
+    "conv2d_dgrad", "linear_dgrad", "maxpool2d_grad", "lrn_grad", "avgpool2d_grad",
+    "adaptive_avgpool2d_grad",
 )  # fmt: skip
 LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
 POINTWISE = (*ACTIVATIONS, *ACTIVATION_GRADS, "add", "mul", "cast", "dropout")

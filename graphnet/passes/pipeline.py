@@ -14,6 +14,7 @@ from graphnet.passes.autodiff import autodiff
 from graphnet.passes.dce import cse, dce
 from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
 from graphnet.passes.fuse_loss import fuse_pairs
+from graphnet.passes.fuse_lrn import RULES as NORMS
 from graphnet.passes.fuse_update import COPIES, RULES
 from graphnet.passes.layout import layout
 from graphnet.passes.precision import precision
@@ -60,7 +61,7 @@ def run(
         ("moves", "joint", "joint", rules(MOVES)),
         ("clean", "joint", "joint", lambda g: dce(cse(g))),
         ("fuse_pairs", "joint", "fused", lambda g: fuse_pairs(g, log)),
-        ("fuse_epilogues", "fused", "fused", rules(EPILOGUES)),
+        ("fuse_epilogues", "fused", "fused", rules(EPILOGUES, NORMS)),
         ("fuse_updates", "fused", "fused", rules(RULES)),
         ("fuse_copies", "fused", "fused", rules(COPIES)),
         ("fuse_chains", "fused", "fused", rules(CHAINS)),

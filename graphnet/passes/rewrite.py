@@ -64,7 +64,7 @@ class Rule:
     """One rewrite.
 
     name     its equation, e.g. `relu(conv2d(x,w,b)) => fused`
-    pattern  what it looks for; the root is named by plain ops
+    pattern  what it looks for
     guard    the reason why it does not apply, or None
     build    the equations that replace the match; together they define every result that the
              match had and the rest of the graph reads
@@ -169,7 +169,8 @@ def _one(graph: Graph, rules: list[Rule], log: Log) -> Graph:
         for op in rule.pattern.ops:
             by_root.setdefault(op, []).append(rule)
     for root in reversed(graph.eqns):
-        for rule in by_root.get(root.op, ()):
+        named = {root.op, f"anchor:{anchor_of(root)}"}
+        for rule in (r for name in sorted(named) for r in by_root.get(name, ())):
             for eqns, edges in _find(rule, root, producers):
                 m = Match(graph, eqns, edges, producers, readers)
                 why = rule.guard(m) or _illegal(rule, m) or _closes_cycle(m)

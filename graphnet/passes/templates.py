@@ -15,11 +15,14 @@ from graphnet.ir.op import get_op
 @dataclass(frozen=True)
 class Template:
     """A kernel family. `pair` ops may stand with the anchor when they read the same operands;
-    `updates` lets a parameter update follow; `keeps` lets the anchor's own result leave too."""
+    `then` is an op that the same kernel can run on the anchor's result, as its operand `then_at`;
+    `updates` lets a parameter update follow."""
 
     anchor: str
     pair: str | None = None
     updates: bool = False
+    then: str | None = None
+    then_at: int = 0
 
 
 TEMPLATES = {
@@ -31,8 +34,10 @@ TEMPLATES = {
         Template("linear"),
         Template("linear_dgrad"),
         Template("linear_wgrad", updates=True),
-        Template("maxpool2d"),
-        Template("maxpool2d_grad"),
+        Template("maxpool2d", then="lrn"),
+        Template("maxpool2d_grad", then="lrn_grad", then_at=1),
+        Template("lrn", then="maxpool2d"),
+        Template("lrn_grad", then="maxpool2d_grad"),
         Template("avgpool2d"),
         Template("avgpool2d_grad"),
         Template("adaptive_avgpool2d"),
@@ -74,6 +79,8 @@ def refusal(body: Graph) -> str | None:
     template = TEMPLATES.get(first.op)
     if template is None:
         return f"no kernel family has {first.op} as its anchor"
+    if len(anchors) == 2 and anchors[1].op == template.then:
+        return _chain(body, anchors[0], anchors[1], template)
     allowed = [first.op] + ([template.pair] if template.pair else [])
     names = [e.op for e in anchors]
     if names != allowed[: len(names)]:
@@ -86,6 +93,36 @@ def refusal(body: Graph) -> str | None:
     for e in body.eqns:
         if e not in anchors and (problem := _follows(e, body, anchors, main, template)):
             return problem
+    return None
+
+
+def _chain(body: Graph, first: Eqn, second: Eqn, template: Template) -> str | None:
+    """Two anchors, one after the other, with elementwise code between them and behind."""
+    operand, forward = second.inputs[template.then_at], not first.op.endswith("_grad")
+    made = body.producers()
+    if forward and operand != first.out:
+        return f"{second.op} does not read the result of {first.op} itself"
+    if any(v in set(first.results) for k, v in enumerate(second.inputs) if k != template.then_at):
+        return f"{second.op} reads {first.op} more than once"
+    between: set[Value] = set()
+    todo = [operand]
+    while todo:
+        v = todo.pop()
+        if v in made and made[v] is not first:
+            between.add(v)
+            todo.extend(made[v].inputs)
+    inner = between if forward and first.op == "maxpool2d" else between | {first.out}
+    if kept := sorted(str(v) for v in inner & set(body.returns)):
+        return f"{', '.join(kept)} between {first.op} and {second.op} is read elsewhere"
+    for e in body.eqns:
+        if e is first or e is second:
+            continue
+        where = first if e.out in between else second
+        sources = _anchor_results(e, body, [first, second])
+        if sources != {where.out}:
+            return f"{e.op} does not read the result of {where.op} alone"
+        if e.out.type.shape != where.out.type.shape or is_update(e.op):
+            return f"{e.op} yields {e.out.type}, the kernel runs over {where.out.type}"
     return None
 
 

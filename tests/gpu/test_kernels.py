@@ -7,7 +7,7 @@ from graphnet import config
 from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
 from tests.case import attrs, f
 from tests.cases import CASES
-from tests.interp.test_cases import CONVS, EDGES, NO_KERNEL, drawn
+from tests.interp.test_cases import CONVS, EDGES, drawn
 from tests.poisoned import graph_of, run
 
 
@@ -17,7 +17,7 @@ def own_cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op not in NO_KERNEL], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_kernels_are_the_reference(case):
     run(graph_of(case), case.operands(torch.float32), case.exact, "cuda")
 

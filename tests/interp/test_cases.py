@@ -7,16 +7,12 @@ import pytest
 import torch
 
 from graphnet import config
-from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Graph
 from graphnet.ir.op import get_op
-from graphnet.lowering.plan import make_plan
 from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
 from tests.case import Case, attrs, f, fill
 from tests.cases import CASES
 from tests.poisoned import graph_of, run
-
-NO_KERNEL = {"lrn", "lrn_grad"}  # the cpu target alone runs them so far
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,10 +24,6 @@ def own_cache(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_kernels_are_the_reference(case):
     graph = graph_of(case)
-    if case.op in NO_KERNEL:
-        with pytest.raises(UnsupportedOpError):
-            make_plan(graph, "interpret")
-        return
     run(graph, case.operands(torch.float32), case.exact)
 
 
