@@ -17,7 +17,10 @@ output layout, no activation and no optimizer. Operands come with their strides,
 logical order; shapes, strides and tile sizes are constexprs.
 
 conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
+conv_taps.py    the same for channels-last images with many channels, tap by tap
+pack.py         space-to-depth
 gemm.py         the fully connected products
+lrn.py          local response normalization, alone and fused with a max-pool
 pool.py         max, average and adaptive pooling, gradients by gathering
 loss.py         softmax cross-entropy and multiclass hinge, with their gradients
 elementwise.py  code without an anchor; the loss ring

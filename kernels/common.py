@@ -108,7 +108,13 @@ def unflatten(i, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, NHWC: tl.
 
 
 @triton.jit
-def filter_position(q, CG: tl.constexpr, S: tl.constexpr):
-    """(channel, r, s) of the q-th element of a filter flattened as (r, s, channel)."""
-    tap = q // CG
-    return q % CG, tap // S, tap % S
+def filter_position(q, CG: tl.constexpr, S: tl.constexpr, B: tl.constexpr = 1):
+    """(channel, r, s) of the q-th element of a filter flattened as (r, s, channel).
+
+    With space-to-depth by B, as (r // B, s // B, r % B, s % B, channel): then r and s may lie
+    beyond the filter.
+    """
+    tap = q // (B * B * CG)
+    sub = q // CG % (B * B)
+    ACROSS: tl.constexpr = (S + B - 1) // B
+    return q % CG, tap // ACROSS * B + sub // B, tap % ACROSS * B + sub % B

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import dot
+from .reduce import finish_tile
 
 
 def forward_grid(N, C, H, W, K, OH, OW, G, BM, BN, **_):
@@ -179,13 +180,7 @@ def conv2d_wgrad(
         acc = dot(a, b, acc, PRECISION)
     row = g * KG + k
     mask = (k < KG)[:, None] & (q < COLS)[None, :]
-    if SPLIT > 1:
-        at = (part * K + row).to(tl.int64)[:, None] * COLS + q[None, :]
-        tl.store(work + at, acc, mask=mask)
-    else:
-        EPILOGUE(
-            acc, 0, row[:, None], c[None, :], r[None, :], s[None, :],
-            mask & (q < CRS)[None, :], args,
-        )  # fmt: skip
-        if HAS_BIAS:
-            EPILOGUE2(acc, 0, row[:, None], 0, 0, 0, mask & (q == CRS)[None, :], args2)
+    finish_tile(
+        acc, row, q, mask, part, work, args, args2,
+        K, CG, R, S, 1, CRS, COLS, SPLIT, HAS_BIAS, EPILOGUE, EPILOGUE2,
+    )  # fmt: skip

@@ -113,5 +113,5 @@ def linear_wgrad(
         mask = rows[:, None] & (q < COLS)[None, :]
         finish_tile(
             acc, k, q, mask, part, work, args, args2,
-            K, C, 1, C, COLS, SPLIT, BESIDE, EPILOGUE, EPILOGUE2,
+            K, C, 1, 1, 1, C, COLS, SPLIT, BESIDE, EPILOGUE, EPILOGUE2,
         )  # fmt: skip

@@ -16,8 +16,9 @@ import triton.language as tl
 from .common import INT32_MAX, filter_position
 
 
-def split_reduce_grid(K, CG, R, S, HAS_BIAS, BLOCK, **_):
-    return (triton.cdiv(K * (CG * R * S + int(HAS_BIAS)), BLOCK),)
+def split_reduce_grid(K, CG, R, S, B, HAS_BIAS, BLOCK, **_):
+    blocks = triton.cdiv(R, B) * triton.cdiv(S, B) * B * B
+    return (triton.cdiv(K * (CG * blocks + int(HAS_BIAS)), BLOCK),)
 
 
 def channel_sum_grid(C, **_):
@@ -27,8 +28,8 @@ def channel_sum_grid(C, **_):
 @triton.jit
 def finish_tile(
     acc, row, q, mask, part, work, args, args2,
-    K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, CRS: tl.constexpr, COLS: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS_HERE: tl.constexpr,
+    K: tl.constexpr, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    CRS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr, BIAS_HERE: tl.constexpr,
     EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
 ):  # fmt: skip
     """Ends a weight-gradient tile of rows `row` and columns `q`: a partial, or the result.
@@ -39,8 +40,8 @@ def finish_tile(
         at = (part * K + row).to(tl.int64)[:, None] * COLS + q[None, :]
         tl.store(work + at, acc, mask=mask)
     else:
-        c, r, s = filter_position(q, CG, S)
-        inner = mask & (q < CRS)[None, :]
+        c, r, s = filter_position(q, CG, S, B)
+        inner = mask & ((q < CRS) & (r < R) & (s < S))[None, :]
         EPILOGUE(acc, 0, row[:, None], c[None, :], r[None, :], s[None, :], inner, args)
         if BIAS_HERE:
             EPILOGUE2(acc, 0, row[:, None], 0, 0, 0, mask & (q == CRS)[None, :], args2)
@@ -63,11 +64,11 @@ def finish_bias(
 def split_reduce(
     work, args, args2,
     SPLIT: tl.constexpr, K: tl.constexpr, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    B: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials of work[SPLIT, K, (r, s, c) and the bias column], first part first."""
-    CRS: tl.constexpr = CG * R * S
+    CRS: tl.constexpr = (R + B - 1) // B * ((S + B - 1) // B) * (B * B * CG)
     COLS: tl.constexpr = CRS + HAS_BIAS
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < K * COLS
@@ -78,8 +79,8 @@ def split_reduce(
         at += K * COLS
     row = i // COLS
     q = i % COLS
-    c, r, s = filter_position(q, CG, S)
-    EPILOGUE(acc, 0, row, c, r, s, mask & (q < CRS), args)
+    c, r, s = filter_position(q, CG, S, B)
+    EPILOGUE(acc, 0, row, c, r, s, mask & (q < CRS) & (r < R) & (s < S), args)
     if HAS_BIAS:
         EPILOGUE2(acc, 0, row, 0, 0, 0, mask & (q == CRS), args2)
 

@@ -88,6 +88,11 @@ class Index:
         """The element offset of an operand, broadcast to the whole tile."""
         if self.flat:
             return "i0"
+        if type.layout.s2d:
+            _, rows, cols, inner = type.layout.stored(type.shape)
+            b, c = type.layout.s2d, type.shape[1]
+            block = f"(i0 * {rows} + i2 // {b}) * {cols} + i3 // {b}"
+            return f"({block}) * {inner} + (i2 % {b} * {b} + i3 % {b}) * {c} + i1"
         terms = [] if origin == 0 else [str(origin)]
         strides = type.strides if type.shape else (0,)
         wide = type.numel >= _WIDE

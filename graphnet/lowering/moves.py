@@ -9,9 +9,10 @@ from typing import Any
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import ROW, TensorType
-from graphnet.lowering.codegen import Epilogue, Index, Writer
+from graphnet.lowering.codegen import Epilogue, Index, Ref, Writer
 from graphnet.lowering.steps import Fill, Launch, Step, make
 from graphnet.lowering.tuning import choose
+from graphnet.lowering.work import strides
 
 MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
 Name = Callable[[Value], str]
@@ -25,8 +26,32 @@ def is_view(eqn: Eqn) -> bool:
     return a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
 
 
+def is_move(eqn: Eqn) -> bool:
+    """One of MOVES, or a cast that packs an image on its way."""
+    return eqn.op in MOVES or (eqn.op == "cast" and bool(eqn.out.type.layout.s2d))
+
+
+def _pack(eqn: Eqn, name: Name) -> Launch:
+    """Space-to-depth, with a cast."""
+    (x,) = eqn.inputs
+    out, layout = eqn.out.type, eqn.out.type.layout
+    n, c, h, w = out.shape
+    total = layout.numel(out.shape)
+    block = choose("elementwise", (total,)).BLOCK
+    constants = {
+        "N": n, "C": c, "H": h, "W": w, **strides("X", x.type), "B": layout.s2d, "BLOCK": block
+    }  # fmt: skip
+    refs = (Ref(name(x), x.type.dtype.name), Ref(name(eqn.out), out.dtype.name))
+    return make(
+        "space_to_depth", "pack", refs, constants, (-(-total // block),), reads=(refs[0].name,),
+        writes=(refs[1].name,), bytes=x.type.bytes + out.bytes, where=eqn.where,
+    )  # fmt: skip
+
+
 def run_move(eqn: Eqn, name: Name) -> list[Step]:
-    """The steps of one of MOVES."""
+    """The steps of one of MOVES, or of a packing cast."""
+    if eqn.out.type.layout.s2d:
+        return [_pack(eqn, name)]
     if is_view(eqn):
         return []
     if eqn.op == "full":

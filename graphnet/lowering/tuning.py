@@ -17,8 +17,9 @@ PROCESSORS = 132
 SHARED_BYTES = 232448
 UPDATE_ACCUMULATORS = 32  # a thread; a fused update spills above (measured)
 LEAST_PART = 256  # of a split reduction
-PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad")
-WGRADS = ("conv2d_wgrad", "linear_wgrad")
+TAPS = ("conv2d_taps", "conv2d_wgrad_taps")
+PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad", "conv2d_taps")
+WGRADS = ("conv2d_wgrad", "linear_wgrad", "conv2d_wgrad_taps")
 NORMS = ("lrn", "lrn_grad")  # also fused with a pool
 
 
@@ -26,12 +27,15 @@ NORMS = ("lrn", "lrn_grad")  # also fused with a pool
 class Config:
     """Tile sizes of a product (BM, BN, BK, SPLIT) or of a pointwise kernel (BLOCK).
 
+    BT is the width of a product's second accumulator, 0 for none.
+
     Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
     """
 
     BM: int = 0
     BN: int = 0
     BK: int = 0
+    BT: int = 0
     SPLIT: int = 1
     BLOCK: int = 0
     num_warps: int = 4
@@ -40,11 +44,11 @@ class Config:
     @property
     def accumulators(self) -> int:
         """fp32 accumulators a thread."""
-        return self.BM * self.BN // (32 * self.num_warps)
+        return self.BM * (self.BN + self.BT) // (32 * self.num_warps)
 
     def shared_bytes(self, itemsize: int) -> int:
         """What the operand tiles of all stages take."""
-        return (self.BM + self.BN) * self.BK * itemsize * self.num_stages
+        return (self.BM + self.BN + self.BT) * self.BK * itemsize * self.num_stages
 
 
 def next_power(n: int) -> int:
@@ -85,6 +89,48 @@ def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     return Config(bm, bn, bk, split, num_stages=2 if precision == "ieee" else 3)
 
 
+def _columns(n: int, most: int) -> tuple[int, int]:
+    """(BN, BT) for n columns: three quarters of a power of two become a half and a quarter."""
+    tile = _tile(n, most)
+    return (tile // 2, tile // 4) if n * 4 == tile * 3 and tile >= 64 else (tile, 0)
+
+
+def _depth(k: int, most: int) -> int:
+    """The deepest block of a reduction over k channels that wastes at most an eighth."""
+    bk = _tile(k, most)
+    while bk > 16 and 8 * (cdiv(k, bk) * bk - k) > k:
+        bk //= 2
+    return bk
+
+
+def _taps(m: int, n: int, k: int, groups: int, precision: str) -> Config:
+    """k is the channels of one tap."""
+    if precision == "ieee":
+        return _product(m, n, k, groups, precision)
+    low = precision == "bf16"
+    bm = _tile(m, 128 if low else 64)
+    bn, bt = _columns(n, 128)
+    while cdiv(m, bm) * cdiv(n, bn + bt) * groups < PROCESSORS and bm > 64:
+        bm //= 2
+    bk = _depth(k, 64 if low else 32)
+    return Config(bm, bn, bk, bt, num_stages=3 if bk >= 64 else 4)
+
+
+def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
+    """m output channels, n channels of a tap, k pixels; `columns` is taps times groups."""
+    if precision == "ieee":
+        c = _wgrad(m, n, k, columns, precision)
+        return replace(c, SPLIT=1) if c.SPLIT == 1 else c
+    bm = _tile(m, 128)
+    bn, bt = _columns(n, 128 if precision == "bf16" else 64)
+    tiles = cdiv(m, bm) * cdiv(n, bn + bt) * columns
+    # Two waves of tiles; the update is done by the second pass, which the first one needs for its
+    # large accumulators anyway.
+    parts = max(2, min(2 * PROCESSORS // tiles, k // (4 * LEAST_PART)))
+    split = 1 << (parts.bit_length() - 1)
+    return Config(bm, bn, 32, bt, split, num_stages=4 if precision == "bf16" else 3)
+
+
 def _loss(rows: int, classes: int) -> Config:
     bn = next_power(classes)
     if bn > 4096:
@@ -108,11 +154,16 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
     """The configuration of a kernel.
 
     kind       an anchor op, "split_reduce" or "elementwise"
-    shape      (M, N, K, groups) of products; (rows, classes) of losses; (pixels, channels) of
+    shape      (M, N, K, groups) of products, K and N being those of one tap where the kernel goes
+               by taps, and groups the taps of all groups in a weight gradient; (rows, classes) of losses; (pixels, channels) of
                normalization; (elements,) otherwise
     precision  "ieee", "tf32" or "bf16"
     """
-    if kind in PRODUCTS:
+    if kind == "conv2d_taps":
+        config = _taps(*_four(shape), precision)
+    elif kind == "conv2d_wgrad_taps":
+        config = _wgrad_taps(*_four(shape), precision)
+    elif kind in PRODUCTS:
         config = _product(*_four(shape), precision)
     elif kind in WGRADS:
         config = _wgrad(*_four(shape), precision)
@@ -135,7 +186,10 @@ def _cut(config: Config, kind: str, shape: tuple[int, ...]) -> Config:
     if kind not in (*PRODUCTS, *WGRADS):
         return config
     m, n, k, _ = shape
-    return replace(config, BM=_tile(m, config.BM), BN=_tile(n, config.BN), BK=_tile(k, config.BK))
+    return replace(
+        config, BM=_tile(m, config.BM), BN=_tile(n, config.BN), BK=_tile(k, config.BK),
+        BT=config.BT if n > config.BN else 0,
+    )  # fmt: skip
 
 
 _forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []
