@@ -152,6 +152,21 @@ class Layout:
     def bytes(self, shape: Shape, dtype: DType) -> int:
         return self.numel(shape) * dtype.itemsize
 
+    def write(self, source: torch.Tensor, storage: torch.Tensor) -> None:
+        """Copies a tensor into flat storage that has this layout; pad positions are left alone."""
+        shape = tuple(source.shape)
+        if not self.s2d:
+            storage.as_strided(shape, self.strides(shape), self.guard(shape)).copy_(source)
+            return
+        b, (n, c, _, _) = self.s2d, shape
+        _, rows, cols, _ = self.stored(shape)
+        blocks = storage.view(n, rows, cols, b, b, c).permute(0, 5, 1, 3, 2, 4)
+        # Row i of the image is row i % b of block i // b.
+        for i in range(b):
+            for j in range(b):
+                part = source[:, :, i::b, j::b]
+                blocks[:, :, : part.shape[2], i, : part.shape[3], j].copy_(part)
+
 
 ROW = Layout()
 NHWC = Layout("nhwc")

@@ -18,7 +18,7 @@ from graphnet.lowering.cost import with_costs
 from graphnet.lowering.launch_conv import CONVS
 from graphnet.lowering.launch_gemm import LINEARS
 from graphnet.lowering.launch_pool import POOLS
-from graphnet.lowering.moves import MOVES, is_move, pointwise_launch, run_move
+from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
 from graphnet.lowering.steps import Launch, Step, arguments, make, source
 from graphnet.lowering.tuning import choose, next_power
 from graphnet.lowering.work import Work, take_apart
@@ -26,7 +26,7 @@ from graphnet.lowering.work import Work, take_apart
 
 def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:
     """The steps that compute an equation; none for a view. `name` gives each value's buffer."""
-    if is_move(eqn):
+    if eqn.op in MOVES:
         return run_move(eqn, name)
     _check_layouts(eqn)
     work = take_apart(eqn, name, _FAMILIES)

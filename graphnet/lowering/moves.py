@@ -26,13 +26,8 @@ def is_view(eqn: Eqn) -> bool:
     return a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
 
 
-def is_move(eqn: Eqn) -> bool:
-    """One of MOVES, or a cast that packs an image on its way."""
-    return eqn.op in MOVES or (eqn.op == "cast" and bool(eqn.out.type.layout.s2d))
-
-
 def _pack(eqn: Eqn, name: Name) -> Launch:
-    """Space-to-depth, with a cast."""
+    """Space-to-depth."""
     (x,) = eqn.inputs
     out, layout = eqn.out.type, eqn.out.type.layout
     n, c, h, w = out.shape
@@ -49,7 +44,7 @@ def _pack(eqn: Eqn, name: Name) -> Launch:
 
 
 def run_move(eqn: Eqn, name: Name) -> list[Step]:
-    """The steps of one of MOVES, or of a packing cast."""
+    """The steps of one of MOVES."""
     if eqn.out.type.layout.s2d:
         return [_pack(eqn, name)]
     if is_view(eqn):

@@ -7,7 +7,6 @@ before, else it is copied there at the end; everything else lies in the arena.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from graphnet.ir.types import DTYPES, TensorType
 from graphnet.lowering.launch import launches
 from graphnet.lowering.memory import Life, Slot, assign, reachability
 from graphnet.lowering.moves import is_view
+from graphnet.lowering.schedule import chained, memory_order, program_order, streams_of
 from graphnet.lowering.steps import Copy, Launch, Step
 
 
@@ -26,7 +26,9 @@ class Plan:
     """A lowered graph.
 
     steps     in an order that keeps all `edges`
-    edges     (step, later step): data, and reads before the value is overwritten
+    edges     (step, later step): data, reads before the value is overwritten, and the order of
+              each stream
+    streams   the stream of each step; what two streams hold may run at once
     storage   buffer to the graph input or returned value whose storage it is
     arena     buffer to its place; `types` gives element type and stored count of every buffer
     """
@@ -39,6 +41,7 @@ class Plan:
     arena: dict[str, Slot] = field(default_factory=dict)
     arena_bytes: int = 0
     types: dict[str, tuple[str, int]] = field(default_factory=dict)
+    streams: tuple[int, ...] = ()
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -74,7 +77,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"plan {self.graph.name}: {len(self.steps)} steps, arena {self.arena_bytes} B"]
-        lines += [f"  {k:3}  {s}" for k, s in enumerate(self.steps)]
+        beside = {0: "", 1: "  | "}
+        pairs = enumerate(zip(self.steps, self.streams, strict=True))
+        lines += [f"  {k:3}  {beside[n]}{s}" for k, (s, n) in pairs]
         lines += [f"  {n}: {s.offset}..{s.end}" for n, s in sorted(self.arena.items())]
         return "\n".join(lines) + "\n"
 
@@ -90,7 +95,7 @@ class _Planner:
         self.place: dict[str, str] = {}  # buffer to the state buffer that it is written over
         self.inputs = {i.value.name for i in graph.inputs}
         for i in graph.inputs:
-            if not i.value.type.layout.is_default:
+            if not i.value.type.layout.is_default and i.role != "derived":
                 raise GraphError(f"input {i.value}: {i.value.type} is not row-major")
             self.types[i.value.name] = i.value.type
         for e in graph.eqns:
@@ -144,15 +149,18 @@ class _Planner:
                 self.place[root] = old.name
                 storage[root] = old.name
                 continue
+            elif old.type.layout.s2d:  # its zeros lie where no kernel writes
+                raise GraphError(f"{old}: {old.type} cannot be replaced in place")
             ends.append(Copy(root, old.name))
         self.steps += keeps + ends
         self._start()
         return storage
 
     def _same(self, root: str, v: Value) -> bool:
-        """Whether the buffer can be the storage of `v`: row-major, of its type."""
-        a = self.types[root]
-        return a.layout.is_default and (a.dtype, a.numel) == (v.type.dtype, v.type.numel)
+        """Whether the buffer can be the storage of `v`: in its layout, of its type."""
+        a, b = self.types[root], v.type
+        alike = a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
+        return alike and (a.dtype, a.numel) == (b.dtype, b.numel)
 
     def _moved(self, root: str, name: str) -> list[Step]:
         if not self.types[root].layout.is_default:
@@ -168,7 +176,7 @@ class _Planner:
             if old in s.reads and (old, new) not in pairs:
                 return False
         trial = {**self.place, new: old}
-        return _order(len(self.steps), _edges(self.steps, trial)) is not None
+        return program_order(len(self.steps), _edges(self.steps, trial)) is not None
 
     def _start(self) -> None:
         """Copies for kernels that work in place, where the result lies elsewhere."""
@@ -221,26 +229,6 @@ def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int])
     )  # fmt: skip
 
 
-def _order(count: int, edges: set[tuple[int, int]]) -> list[int] | None:
-    """The order nearest to the program's that keeps the edges; None for a cycle."""
-    after: list[list[int]] = [[] for _ in range(count)]
-    missing = [0] * count
-    for a, b in edges:
-        after[a].append(b)
-        missing[b] += 1
-    ready = [k for k in range(count) if not missing[k]]
-    heapq.heapify(ready)
-    out = []
-    while ready:
-        k = heapq.heappop(ready)
-        out.append(k)
-        for b in after[k]:
-            missing[b] -= 1
-            if not missing[b]:
-                heapq.heappush(ready, b)
-    return out if len(out) == count else None
-
-
 def make_plan(graph: Graph, target: str) -> Plan:
     """The plan of a fused graph. The cpu target reads the graph only and plans its own memory."""
     if target == "cpu":
@@ -249,12 +237,15 @@ def make_plan(graph: Graph, target: str) -> Plan:
     storage = planner.leave()
     program = planner.steps
     edges = _edges(program, planner.place)
-    order = _order(len(program), edges)
-    if order is None:
+    if program_order(len(program), edges) is None:
         raise GraphError(f"the steps of {graph.name} depend on each other in a circle")
+    sizes = {n: t.bytes for n, t in planner.types.items() if n not in storage}
+    order = memory_order(program, edges, sizes)
     at = {k: n for n, k in enumerate(order)}
     steps = tuple(program[k] for k in order)
-    ordered = tuple(sorted((at[a], at[b]) for a, b in edges))
+    moved = {(at[a], at[b]) for a, b in edges}
+    streams = streams_of(steps, moved)
+    ordered = tuple(sorted(chained(streams, moved)))
     lives: dict[str, Life] = {}
     for name, type in planner.types.items():
         if name in storage:
@@ -266,4 +257,4 @@ def make_plan(graph: Graph, target: str) -> Plan:
     types = {
         n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
     }  # fmt: skip
-    return Plan(graph, target, steps, ordered, storage, arena, size, types)
+    return Plan(graph, target, steps, ordered, storage, arena, size, types, streams)

@@ -69,9 +69,10 @@ def _product(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     low = precision == "bf16"
     most = 64 if precision == "ieee" else 128  # ieee products run on FMAs, and spill above
     bm, bn = _tile(m, most), _tile(n, most)
-    # Too few tiles leave processors idle: smaller ones, rows first.
-    while cdiv(m, bm) * cdiv(n, bn) * groups < PROCESSORS and max(bm, bn) > 32:
-        bm, bn = (bm // 2, bn) if bm >= bn else (bm, bn // 2)
+    # Too few tiles leave processors idle: smaller ones, rows first; wgmma takes at least 64 rows.
+    least = 32 if precision == "ieee" or m < 64 else 64
+    while cdiv(m, bm) * cdiv(n, bn) * groups < PROCESSORS and (bm > least or bn > 32):
+        bm, bn = (bm // 2, bn) if bm > least and bm >= bn or bn <= 32 else (bm, bn // 2)
     bk = _tile(k, 64 if low else 32)
     return Config(bm, bn, bk, num_stages=2 if precision == "ieee" else 3)
 
@@ -121,8 +122,8 @@ def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
     if precision == "ieee":
         c = _wgrad(m, n, k, columns, precision)
         return replace(c, SPLIT=1) if c.SPLIT == 1 else c
-    bm = _tile(m, 128)
     bn, bt = _columns(n, 128 if precision == "bf16" else 64)
+    bm = _tile(m, 64 if bt else 128)  # two accumulators of 128 rows spill
     tiles = cdiv(m, bm) * cdiv(n, bn + bt) * columns
     # Two waves of tiles; the update is done by the second pass, which the first one needs for its
     # large accumulators anyway.
@@ -155,8 +156,8 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
 
     kind       an anchor op, "split_reduce" or "elementwise"
     shape      (M, N, K, groups) of products, K and N being those of one tap where the kernel goes
-               by taps, and groups the taps of all groups in a weight gradient; (rows, classes) of losses; (pixels, channels) of
-               normalization; (elements,) otherwise
+               by taps, and groups the taps of all groups in a weight gradient; (rows, classes) of
+               losses; (pixels, channels) of normalization; (elements,) otherwise
     precision  "ieee", "tf32" or "bf16"
     """
     if kind == "conv2d_taps":

@@ -74,6 +74,35 @@ def _pool_guard(m: Match) -> str | None:
     return pool if isinstance(pool, str) else None
 
 
+def _dropped(m: Match) -> Eqn | str:
+    """The forward dropout of what masks, with the mask of the incoming gradient's dropout."""
+    y, back = m.root.inputs[0], m.inner
+    if m.root.inputs[1] != m.edges[0]:
+        return "the dropout is not the incoming gradient"
+    for e in m.readers.get(y, ()):
+        if e is not back and e.op == "dropout" and (e.inputs[1:], e.attrs) == (
+            back.inputs[1:], back.attrs
+        ):  # fmt: skip
+            return e
+    return "no dropout with the same mask reads the activation"
+
+
+def _mask_dropped(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
+    """Where dropout keeps a gradient it keeps the activation, and its sign: read that instead."""
+    forward = _dropped(m)
+    assert isinstance(forward, Eqn)
+    dy = Value(fresh(), m.inner.out.type)
+    return [
+        Eqn("dropout", m.inner.inputs, (dy,), m.inner.attrs),
+        Eqn(m.root.op, (forward.out, dy), m.root.outputs, m.root.attrs),
+    ]
+
+
+def _dropped_guard(m: Match) -> str | None:
+    found = _dropped(m)
+    return found if isinstance(found, str) else None
+
+
 def _is_one(m: Match) -> str | None:
     one = getattr(m.inner.attrs, "value", None) == 1.0 and m.edges[0] == m.root.inputs[1]
     return None if one else "the factor is not the constant 1"
@@ -88,6 +117,12 @@ def _drop_factor(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
 
 # Rewrites that only move things, run before fusing.
 MOVES = [
+    Rule(
+        "relu_grad(y, dropout(d)) => relu_grad(dropout(y), dropout(d))",
+        P(("relu_grad",), P(("dropout",)), at=1),
+        _mask_dropped,
+        _dropped_guard,
+    ),
     Rule("mul(x, full(1)) => x", P(("mul",), P(("full",))), _drop_factor, _is_one, keeps=True),
     *(
         Rule(

@@ -3,16 +3,24 @@
 Activations of the convolutional part go channels-last where the channels fill 16-byte loads;
 what a reshape reads or writes, what leaves the graph, and inputs stay row-major, so that a flatten
 is a view. Kernels address operands by stride, so no pair of layouts needs a relayout here.
+
+Derived copies of convolution weights have no reader outside and follow the images: channels
+innermost too. The first layer's image and its weight copy go space-to-depth where that makes a
+strided convolution of few channels one of stride 1 with many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from graphnet.ir.graph import Eqn, Graph, Input, Value
-from graphnet.ir.types import NHWC
+from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
+from graphnet.ir.op import get_op
+from graphnet.ir.types import NHWC, Layout
 
 CHANNELS = 8  # 16 bytes of bf16
+THIN = 4  # channels up to which an image goes space-to-depth
+_IMAGE_READERS = ("conv2d", "conv2d_wgrad")
 
 
 def _pinned(graph: Graph) -> set[Value]:
@@ -28,16 +36,96 @@ def layout(graph: Graph, target: str) -> Graph:
     """The graph with storage chosen; the cpu target plans its own and gets it unchanged."""
     if target == "cpu":
         return graph
-    pinned = _pinned(graph)
-    env: dict[Value, Value] = {}
+    graph, first = _first_layer(graph)
+    pinned = _pinned(graph) - set(first)
+    chosen: dict[Value, Layout] = {}
     for e in graph.eqns:
         for v in e.results:
             shape = v.type.shape
             if len(shape) == 4 and shape[1] % CHANNELS == 0 and v not in pinned:
-                env[v] = Value(v.name, v.type.with_layout(NHWC))
-    if not env:
+                chosen[v] = NHWC
+    for i in graph.inputs:
+        if i.role == "derived" and len(i.value.type.shape) == 4:
+            chosen[i.value] = NHWC
+    chosen |= first
+    for old, new in graph.commits:  # a copy is written as it is kept
+        if old in chosen:
+            chosen[new] = chosen[old]
+    if not chosen:
         return graph
-    return replace(graph, eqns=tuple(_relabel(e, env) for e in graph.eqns))
+    env = {v: Value(v.name, v.type.with_layout(to)) for v, to in chosen.items()}
+
+    def swap(v: Value) -> Value:
+        return env.get(v, v)
+
+    return replace(
+        graph,
+        inputs=tuple(replace(i, value=swap(i.value)) for i in graph.inputs),
+        eqns=tuple(_relabel(e, env) for e in graph.eqns),
+        returns=tuple(map(swap, graph.returns)),
+        commits=tuple((swap(old), swap(new)) for old, new in graph.commits),
+    )
+
+
+def _plain(eqn: Eqn) -> Iterator[Eqn]:
+    """The equation, or those of its body, whose inputs carry the names of the operands."""
+    yield from (eqn,) if eqn.body is None else eqn.body.eqns
+
+
+def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
+    """The graph with a relayout behind each image that only strided convolutions read, and the
+    layouts of its result and of their weight copies."""
+    chosen: dict[Value, Layout] = {}
+    derived = {i.value for i in graph.inputs if i.role == "derived"}
+    readers = graph.readers()
+    names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
+    for image in [i.value for i in graph.inputs if i.role == "data"]:
+        uses = [p for r in readers.get(image, ()) for p in _plain(r) if image in p.inputs]
+        weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
+        if not uses or not all(_folds(u, image) for u in uses) or not weights <= derived:
+            continue
+        if not all(_read_by_conv2d(w, readers) for w in weights):
+            continue
+        to = Layout("row", None, uses[0].attrs.stride[0])  # type: ignore[attr-defined]
+        name = next(n for n in (f"{image.name}.blocks", f"{image.name}.blocks0") if n not in names)
+        packed = Value(name, image.type.with_layout(to))
+        graph = _behind(graph, image, packed)
+        chosen |= {v: to for v in (packed, *weights)}
+    return graph, chosen
+
+
+def _behind(graph: Graph, image: Value, packed: Value) -> Graph:
+    """A relayout of the image in front of all, which its readers read instead."""
+    attrs = get_op("relayout").attrs_type(layout=str(packed.type.layout))  # type: ignore[call-arg]
+    first = [e for e in graph.eqns if image in e.inputs]
+    where = Where(first[0].where.layers, first[0].where.place, "layout")
+    relayout = Eqn("relayout", (image,), (packed,), attrs, where=where)
+    eqns = []
+    for e in graph.eqns:
+        if image in e.inputs:
+            if e.body is not None:
+                body = rename_body(e.body, tuple(packed if v == image else v for v in e.inputs))
+                e = replace(e, body=body)
+            e = replace(e, inputs=tuple(packed if v == image else v for v in e.inputs))
+        eqns.append(e)
+    return replace(graph, eqns=(relayout, *eqns))
+
+
+def _folds(use: Eqn, image: Value) -> bool:
+    """Whether a use of the image is a convolution whose stride can be its block."""
+    a = use.attrs
+    if use.op not in _IMAGE_READERS or use.inputs[0] != image or len(image.type.shape) != 4:
+        return False
+    sh, sw = a.stride  # type: ignore[attr-defined]
+    plain = a.groups == 1 and a.dilation == (1, 1) and not any(a.padding)  # type: ignore[attr-defined]
+    # The result's channels are read channels-last by the weight gradient.
+    made = use.out.type.shape[0 if use.op == "conv2d_wgrad" else 1]
+    c = image.type.shape[1]
+    return plain and sh == sw > 1 and made % CHANNELS == 0 and c <= THIN and c * sh * sw % 16 == 0
+
+
+def _read_by_conv2d(w: Value, readers: dict[Value, list[Eqn]]) -> bool:
+    return all(p.op == "conv2d" for r in readers[w] for p in _plain(r) if w in p.inputs)
 
 
 def _relabel(eqn: Eqn, env: dict[Value, Value]) -> Eqn:

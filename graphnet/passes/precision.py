@@ -2,8 +2,8 @@
 
 fp32   every product in IEEE fp32
 tf32   products in TF32, everything else fp32
-bf16   activations and derived weight copies bf16, products in bf16; parameters, slots, weight
-       gradients, logits and the loss stay fp32. Accumulation is always fp32.
+bf16   the image, activations and derived weight copies bf16, products in bf16; parameters,
+       slots, weight gradients, logits and the loss stay fp32. Accumulation is always fp32.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ class _Bf16:
     def run(self) -> Graph:
         g, b = self.graph, self.b
         for i in g.inputs:
-            b.input(i.value.name, i.value.type, i.role, i.of)
+            type = i.value.type
+            if i.role == "data" and type.dtype == f32 and self.low(i.value):
+                type = type.with_dtype(bf16)  # rounded when the batch is copied in
+            value = b.input(i.value.name, type, i.role, i.of)
+            if value != i.value:
+                self.env[i.value] = value
         for eqn in g.eqns:
             self.equation(eqn)
         for old, new in g.commits:
@@ -63,6 +68,12 @@ class _Bf16:
                 b.commit(self.copies[old], self.cast(new, bf16, where))
         returns = [self.cast(self.env.get(v, v), v.type.dtype) for v in g.returns]
         return b.build(*returns)
+
+    def low(self, v: Value) -> bool:
+        """Whether all readers of a value are products, which take it in bf16."""
+        readers = self.readers.get(v, [])
+        products = all(e.op in _PRODUCTS + _WGRADS and v in e.inputs[:2] for e in readers)
+        return bool(readers) and products and v not in self.escaping
 
     def cast(self, v: Value, dtype: DType, where: Where | None = None) -> Value:
         if v.type.dtype == dtype or not v.type.dtype.is_float:

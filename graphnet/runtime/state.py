@@ -16,6 +16,7 @@ import torch
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Graph, Input
+from graphnet.ir.types import ROW, Layout
 
 
 class Cell:
@@ -35,7 +36,7 @@ class Cell:
 class Entry:
     """A cell as one device sees it.
 
-    tensor        fixed storage on the device
+    tensor        fixed storage on the device; flat where the layout is not row-major
     role, of      as in the graph; `of` is the parameter that a slot or copy belongs to
     global_shape  the logical shape over all ranks; `shard` is None where a rank holds all of it
     """
@@ -49,6 +50,7 @@ class Entry:
     global_shape: tuple[int, ...]
     shard: tuple[slice, ...] | None = None
     source: Cell | None = None  # what a derived entry is a copy of
+    layout: Layout = ROW
 
 
 class _Bank:
@@ -61,6 +63,12 @@ class _Bank:
 
 
 _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
+
+
+def _key(i: Input) -> str:
+    """Programs may keep a derived copy in layouts of their own."""
+    layout = i.value.type.layout
+    return i.value.name if layout.is_default else f"{i.value.name}{{{layout}}}"
 
 
 def state_of(net: Any, device: torch.device) -> State:
@@ -101,12 +109,12 @@ class State:
         return [self._entry(i) for i in graph.inputs if i.role not in ("data", "hyper")]
 
     def _entry(self, i: Input) -> Entry:
-        name, shape = i.value.name, tuple(i.value.type.shape)
-        cell = self._cell(i)
-        have = self.entries.get(name)
+        name, shape, layout = i.value.name, tuple(i.value.type.shape), i.value.type.layout
+        cell, key = self._cell(i), _key(i)
+        have = self.entries.get(key)
         if have is not None and have.cell is cell and have.global_shape == shape:
             return have
-        if tuple(cell.live.shape) != shape:
+        if layout.is_default and tuple(cell.live.shape) != shape:
             raise GraphError(
                 f"state {name} has shape {list(cell.live.shape)}, the graph wants {list(shape)}"
             )
@@ -114,8 +122,8 @@ class State:
         tensor = cell.live.to(self.device)
         param = self.params.get(i.of or name)
         trainable = bool(getattr(param, "trainable", False))
-        made = Entry(name, i.role, i.of, cell, tensor, trainable, shape)
-        self.entries[name] = made
+        made = Entry(name, i.role, i.of, cell, tensor, trainable, shape, layout=layout)
+        self.entries[key] = made
         if i.role == "derived":
             made.source = self.params[i.of]
             made.source._watchers.add(self)
@@ -128,9 +136,10 @@ class State:
             if name not in self.params:
                 raise GraphError(f"the net has no parameter {name}")
             return self.params[name]
-        zeros = lambda: torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)
+        stored = type.shape if type.layout.is_default else (type.layout.numel(type.shape),)
+        zeros = lambda: torch.zeros(stored, dtype=type.dtype.torch, device=self.device)
         if i.role == "derived":  # belongs to the device: rebuilt there, never moved
-            have = self.entries.get(name)
+            have = self.entries.get(_key(i))
             same = have is not None and have.global_shape == tuple(type.shape)
             return have.cell if have is not None and same else Cell(zeros())
         cell = self._bank.cells.get(name)
@@ -151,8 +160,10 @@ class State:
     def rebuild(self) -> None:
         """Derives the low-precision copies from the parameters again."""
         for e in self.derived:
-            if e.source is not None:
+            if e.source is not None and e.layout.is_default:
                 e.tensor.copy_(e.source.live)
+            elif e.source is not None:
+                e.layout.write(e.source.live, e.tensor)
         self.stale = False
 
     def slots(self, params: Iterable[str]) -> dict[str, Entry]:

@@ -86,6 +86,39 @@ def _calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
     return out
 
 
+def _waits(plan: Plan) -> list[tuple[int, ...]]:
+    """Per step the last step of the other stream that it has to wait for, if any."""
+    out: list[tuple[int, ...]] = []
+    for k, stream in enumerate(plan.streams):
+        other = [a for a, b in plan.edges if b == k and plan.streams[a] != stream]
+        out.append((max(other),) if other else ())
+    return out
+
+
+def _run(
+    calls: list[Call], streams: tuple[int, ...], waits: list[tuple[int, ...]], beside: Any
+) -> None:
+    """The calls in order, those of stream 1 beside the others; ends when both have ended."""
+    main = torch.cuda.current_stream()
+    signals = {a for step in waits for a in step}
+    events: dict[int, Any] = {}
+    forked = False
+    for k, (call, stream) in enumerate(zip(calls, streams, strict=True)):
+        on = beside if stream else main
+        if stream and not forked:  # joins the capture, and starts behind what came before
+            beside.wait_stream(main)
+            forked = True
+        for a in waits[k]:
+            on.wait_event(events[a])
+        with torch.cuda.stream(on):
+            call()
+        if k in signals:
+            events[k] = torch.cuda.Event()
+            events[k].record(on)
+    if forked:
+        main.wait_stream(beside)
+
+
 def _pin_assembler() -> None:
     """torch.compile changes the assembler inside a process; ours is chosen before we compile."""
     import triton
@@ -109,11 +142,13 @@ def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[
         held, moved = contiguous(plan, storage)
         calls = _calls(plan, buffers(plan, held, arena))
 
+    beside = torch.cuda.Stream(device)
+    waits = _waits(plan)
+
     def once() -> None:
         for original, twin in moved:
             twin.copy_(original)
-        for call in calls:
-            call()
+        _run(calls, plan.streams, waits, beside)
         for original, twin in moved:
             original.copy_(twin)
 

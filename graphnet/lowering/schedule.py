@@ -1,0 +1,103 @@
+"""In which order the steps run, and what may run beside it.
+
+One stream by default: a total order lets buffers share memory by launch order. The order is chosen
+for memory: of the steps that can run, the one that leaves least behind. A weight gradient so runs
+as soon as its operands are complete, and they die there.
+
+A second stream holds what the budget says overlaps: long memory-bound steps that end in the state
+(the update of a fully connected layer, bound by traffic) beside the rest, which is bound by
+arithmetic. They wait for what they need, and the end of the step waits for them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from graphnet.lowering.cost import limits_us
+from graphnet.lowering.steps import Launch, Step
+
+ASIDE_US = 15.0  # a shorter step does not pay for the fork
+GPU = "h200"
+
+Edges = set[tuple[int, int]]
+
+
+def _links(count: int, edges: Edges) -> tuple[list[list[int]], list[int]]:
+    after: list[list[int]] = [[] for _ in range(count)]
+    missing = [0] * count
+    for a, b in edges:
+        after[a].append(b)
+        missing[b] += 1
+    return after, missing
+
+
+def program_order(count: int, edges: Edges) -> list[int] | None:
+    """The order nearest to the program's that keeps the edges; None for a cycle."""
+    after, missing = _links(count, edges)
+    ready = [k for k in range(count) if not missing[k]]
+    heapq.heapify(ready)
+    out = []
+    while ready:
+        k = heapq.heappop(ready)
+        out.append(k)
+        for b in after[k]:
+            missing[b] -= 1
+            if not missing[b]:
+                heapq.heappush(ready, b)
+    return out if len(out) == count else None
+
+
+def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) -> list[int]:
+    """A legal order: always the ready step that adds least to the live bytes of `sizes`.
+
+    `sizes` are the buffers that die: name to bytes. Ties keep the program's order.
+    """
+    after, missing = _links(len(steps), edges)
+    uses = {name: sum(name in (*s.reads, *s.writes) for s in steps) for name in sizes}
+    live: set[str] = set()
+    ready = {k for k in range(len(steps)) if not missing[k]}
+    out: list[int] = []
+
+    def added(k: int) -> tuple[int, int]:
+        touched = {n for n in (*steps[k].reads, *steps[k].writes) if n in sizes}
+        born = sum(sizes[n] for n in touched if n not in live)
+        dead = sum(sizes[n] for n in touched if uses[n] == 1)
+        return born - dead, k
+
+    while ready:
+        k = min(ready, key=added)
+        ready.remove(k)
+        out.append(k)
+        for name in {n for n in (*steps[k].reads, *steps[k].writes) if n in sizes}:
+            live.add(name)
+            uses[name] -= 1
+        for b in after[k]:
+            missing[b] -= 1
+            if not missing[b]:
+                ready.add(b)
+    return out
+
+
+def streams_of(steps: Sequence[Step], edges: Edges) -> tuple[int, ...]:
+    """The stream of each step: 1 for long memory-bound steps that nothing waits for, else 0."""
+    waited = {a for a, _ in edges}
+    out = []
+    for k, s in enumerate(steps):
+        aside = False
+        if isinstance(s, Launch) and k not in waited:
+            compute, memory = limits_us(s.flops, s.bytes, s.math, GPU)
+            aside = memory >= ASIDE_US and memory > compute
+        out.append(int(aside))
+    return tuple(out)
+
+
+def chained(streams: Sequence[int], edges: Edges) -> Edges:
+    """The edges, and those between neighbours of one stream."""
+    out = set(edges)
+    last: dict[int, int] = {}
+    for k, stream in enumerate(streams):
+        if stream in last:
+            out.add((last[stream], k))
+        last[stream] = k
+    return out
