@@ -87,7 +87,7 @@ def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     # parts than processors.
     parts = min(PROCESSORS // tiles, k // LEAST_PART) if tiles < PROCESSORS else 1
     split = 1 << (max(parts, 1).bit_length() - 1)
-    return Config(bm, bn, bk, split, num_stages=2 if precision == "ieee" else 3)
+    return Config(bm, bn, bk, SPLIT=split, num_stages=2 if precision == "ieee" else 3)
 
 
 def _columns(n: int, most: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def _taps(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     while cdiv(m, bm) * cdiv(n, bn + bt) * groups < PROCESSORS and bm > 64:
         bm //= 2
     bk = _depth(k, 64 if low else 32)
-    return Config(bm, bn, bk, bt, num_stages=3 if bk >= 64 else 4)
+    return Config(bm, bn, bk, BT=bt, num_stages=3 if bk >= 64 else 4)
 
 
 def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
@@ -129,7 +129,7 @@ def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
     # large accumulators anyway.
     parts = max(2, min(2 * PROCESSORS // tiles, k // (4 * LEAST_PART)))
     split = 1 << (parts.bit_length() - 1)
-    return Config(bm, bn, 32, bt, split, num_stages=4 if precision == "bf16" else 3)
+    return Config(bm, bn, 32, BT=bt, SPLIT=split, num_stages=4 if precision == "bf16" else 3)
 
 
 def _loss(rows: int, classes: int) -> Config:

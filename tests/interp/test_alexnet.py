@@ -18,6 +18,20 @@ from tests.twin import relative
 
 LR, MOMENTUM, DECAY, SEED = 0.01, 0.9, 0.05, 7
 CAP = 1e-5
+# Two maxima of a window, or a preactivation and 0, may be closer than fp32 rounding; then a
+# gradient goes elsewhere. That happens with some inputs, an error in the engine with all.
+FLIP = 2e-2
+SEEDS = 3
+
+
+class Flipped(AssertionError):
+    """More than rounding, less than a flip can do."""
+
+
+def hold(got, want, what):
+    error = relative(got, want)
+    if error > CAP:
+        raise (Flipped if error <= FLIP else AssertionError)(f"{what}: {error:.1e}")
 
 
 @pytest.fixture
@@ -73,17 +87,26 @@ class Twin:
         return self.sgd.state[p]["momentum_buffer"]
 
 
-def made(model, dropout):
-    torch.manual_seed(0)
+def made(model, dropout, seed=0):
+    torch.manual_seed(seed)
     net = gn.models.get(model)
     net = net if dropout else without_dropout(net)
     shape = (2, *net.input_shape)
     return net, shape, torch.randn(shape), torch.tensor([3, 977])
 
 
-def check(model, dropout, target, *, decay=DECAY, planted=0.0, steps=2):
-    """Raises AssertionError where the target leaves the twin."""
-    net, shape, x, y = made(model, dropout)
+def check(model, dropout, target, **kw):
+    """Raises AssertionError where the target leaves the twin, for each of SEEDS inputs."""
+    for seed in range(SEEDS):
+        try:
+            return check_one(model, dropout, target, seed, **kw)
+        except Flipped:
+            if seed == SEEDS - 1:
+                raise
+
+
+def check_one(model, dropout, target, seed, *, decay=DECAY, planted=0.0, steps=2):
+    net, shape, x, y = made(model, dropout, seed)
     twin = Twin(net, shape, dropout)
     common = {"target": target, "loss": gn.CrossEntropyLoss(), "seed": SEED}
     loss, grads = gn.compile(net, shape, grads=True, **common)(x, y)
@@ -92,7 +115,7 @@ def check(model, dropout, target, *, decay=DECAY, planted=0.0, steps=2):
     named = list(twin.module.named_parameters())
     grads[named[0][0]] *= 1 + planted
     for key, p in named:
-        assert relative(grads[key], p.grad) <= CAP, f"gradient of {key}"
+        hold(grads[key], p.grad, f"gradient of {key}")
     del grads
     step = gn.compile(
         net, shape, optimizer=gn.SGD(lr=LR, momentum=MOMENTUM, weight_decay=decay), **common
@@ -106,7 +129,7 @@ def check(model, dropout, target, *, decay=DECAY, planted=0.0, steps=2):
         held = step.optimizer.state_dict()
         for key, p in net.named_parameters():
             v = held[f"{key}.momentum_buffer"]
-            assert relative(v, twin.momentum(key)) <= CAP, f"momentum of {key}, step {k}"
+            hold(v, twin.momentum(key), f"momentum of {key}, step {k}")
             update = before[key].double() - LR * v.double()
             ulp = torch.finfo(torch.float32).eps * update.abs().clamp_min(1e-30)
             # 2 ulp of the parameter, and the rounding of lr itself in fp32
