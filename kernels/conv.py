@@ -10,7 +10,7 @@ with 8 warps on sm_90 (pytorch issue 173068), so the tables give them 4.
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import INTERPRET, dot
 from .reduce import finish_tile
 
 
@@ -176,6 +176,8 @@ def conv2d_wgrad(
         ok = live[:, None] & (q < CRS)[None, :] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         b = tl.load(filters[None, :] + (n * XS0)[:, None] + ih * XS2 + iw * XS3, mask=ok, other=0.0)
         if HAS_BIAS:
+            if INTERPRET:  # which has no bf16 constant but 0
+                b = b.to(tl.float32)
             b = tl.where((q == CRS)[None, :] & live[:, None], 1.0, b)
         acc = dot(a, b, acc, PRECISION)
     row = g * KG + k

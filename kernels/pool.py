@@ -35,8 +35,9 @@ def window_max(
             ih = oh * SH - PT + r * DH
             iw = ow * SW - PL + s * DW
             ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            v = tl.load(base + (ih * XS2 + iw * XS3), mask=ok, other=float("-inf")).to(tl.float32)
-            better = (v > best) | (v != v)
+            # The interpreter has no bf16 constant but 0.
+            v = tl.load(base + (ih * XS2 + iw * XS3), mask=ok, other=0.0).to(tl.float32)
+            better = ok & ((v > best) | (v != v))
             best = tl.where(better, v, best)
             place = tl.where(better, r * KW + s, place)
     return best, place

@@ -159,7 +159,7 @@ def test_inspect_reads_as_a_table(run):
     assert code == 0 and max(map(len, lines)) <= 110
     assert lines[0].startswith("lenet5, training step, batch 128, fp32, target cuda: ")
     assert "conv1, relu1" in lines[3] and lines[3].split()[-1] in ("compute", "memory")
-    assert lines[-1].startswith("61,706 parameters; peak 6.")
+    assert lines[-1].startswith("61,706 parameters; peak 4.")
 
 
 @pytest.mark.parametrize("stage", ["traced", "joint", "fused"])
@@ -218,7 +218,7 @@ def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("summary nosuch", "unknown model 'nosuch'; help: valid models: caffe_lenet, lenet5"),
+        ("summary nosuch", "unknown model 'nosuch'; help: valid models: alexnet, alexnet_2012"),
         ("summary no.py:net", "model file no.py does not exist"),
         ("summary FILE", "names no net"),
         ("summary FILE:nothing", "has no attribute 'nothing'"),
