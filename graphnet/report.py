@@ -18,7 +18,7 @@ from graphnet.frontends.dsl import Module
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.op import get_op
 from graphnet.lowering.build import key_of, request
-from graphnet.lowering.cost import ceiling, limits_us
+from graphnet.lowering.cost import ceiling, limits_us, padded_flops
 from graphnet.lowering.moves import is_view
 from graphnet.lowering.steps import Fill, Launch
 from graphnet.ops.fused import eqn_cost
@@ -126,19 +126,21 @@ def inspect_text(net: Module, low: Lowered, facts: dict[str, Any], why: bool = F
 def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     found = list(_kernels(low, facts["gpu"]))
     rows = [k for k, _ in found]
-    head = ("", "kernel", "layers", "FLOPs", "bytes", "floor us", "bound")
+    padded = [padded_flops(s) for s in low.plan.launches] or [0] * len(rows)
+    head = ("", "kernel", "layers", "FLOPs", "padding", "bytes", "floor us", "bound")
     cells = [
-        (str(n), k.name, ", ".join(k.layers) or "-", count(k.flops), count(k.bytes, "B"),
-         f"{k.floor_us:.2f}", bound)
+        (str(n), k.name, ", ".join(k.layers) or "-", count(k.flops),
+         f"+{max(0.0, padded[n] / k.flops - 1):.0%}" if padded[n] and k.flops else "",
+         count(k.bytes, "B"), f"{k.floor_us:.2f}", bound)
         for n, (k, bound) in enumerate(found)
     ]  # fmt: skip
     flops, moved = sum(k.flops for k in rows), sum(k.bytes for k in rows)
     floor = f"{sum(k.floor_us for k in rows):.2f}"
-    total = ("", "total", "", count(flops), count(moved, "B"), floor, "")
+    total = ("", "total", "", count(flops), "", count(moved, "B"), floor, "")
     width = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
 
     def line(c: Sequence[str]) -> str:
-        left = (0, 3, 4, 5)  # numbers stand on the right
+        left = (0, 3, 4, 5, 6)  # numbers stand on the right
         parts = (
             v.rjust(w) if k in left else v.ljust(w)
             for k, (v, w) in enumerate(zip(c, width, strict=True))
@@ -152,9 +154,8 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
         f"{facts['model']}, {what}, batch {facts['batch']}, {facts['precision']}, target "
         f"{low.target}: {_steps(low, len(rows))}; floors of {facts['gpu']}"
     )
-    return "\n".join(
-        [title, line(head), rule, *map(line, cells), rule, line(total), _memory(low, params)]
-    )  # fmt: skip
+    lines = [title, line(head), rule, *map(line, cells), rule, line(total)]
+    return "\n".join([*lines, *_memory(low, params, facts["gpu"])])
 
 
 def _steps(low: Lowered, rows: int) -> str:
@@ -166,14 +167,19 @@ def _steps(low: Lowered, rows: int) -> str:
     return ", ".join([f"{rows} launches", *extra])
 
 
-def _memory(low: Lowered, params: int) -> str:
+def _memory(low: Lowered, params: int, gpu: str) -> list[str]:
     plan = low.plan
     parts = [("state", plan.state_bytes), ("inputs and outputs", plan.io_bytes)]
     if plan.target != "cpu":
         parts.insert(1, ("arena", plan.arena_bytes))
     listed = " + ".join(f"{what} {count(n, 'B')}" for what, n in parts)
     beside = "; torch allocates the rest" if plan.target == "cpu" else ""
-    return f"{params:,} parameters; peak {count(plan.peak_bytes, 'B')} = {listed}{beside}"
+    out = [f"{params:,} parameters; peak {count(plan.peak_bytes, 'B')} = {listed}{beside}"]
+    if plan.target != "cpu":
+        memory = ceiling(gpu).memory
+        fits = plan.largest_batch(memory)
+        out.append(f"by this plan's bytes a row, {count(memory, 'B')} ({gpu}) hold batch {fits:,}")
+    return out
 
 
 def count(n: float, unit: str = "") -> str:

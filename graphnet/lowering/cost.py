@@ -13,12 +13,14 @@ from graphnet.ops.fused import eqn_cost
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Rates of one GPU: FLOP/s by `math`, bytes/s. `sources` says which were measured."""
+    """Rates of one GPU: FLOP/s by `math`, bytes/s; its memory in bytes. `sources` says which were
+    measured."""
 
     bf16: float
     tf32: float
     ieee: float
     bandwidth: float
+    memory: float
     sources: str
 
     def flops(self, math: str) -> float:
@@ -27,10 +29,10 @@ class Ceiling:
 
 CEILINGS = {
     "h200": Ceiling(
-        790e12, 495e12, 67e12, 4.3e12, "bf16 and bandwidth measured; tf32, ieee: datasheet"
+        790e12, 495e12, 67e12, 4.3e12, 141e9, "bf16 and bandwidth measured; the rest: datasheet"
     ),
     "h100": Ceiling(
-        798e12, 495e12, 67e12, 3.0e12, "bf16 and bandwidth measured; tf32, ieee: datasheet"
+        798e12, 495e12, 67e12, 3.0e12, 80e9, "bf16 and bandwidth measured; the rest: datasheet"
     ),
 }
 
@@ -51,6 +53,37 @@ def limits_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> 
 def floor_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> float:
     """Microseconds below which no kernel can do this work: the larger of arithmetic and memory."""
     return max(limits_us(flops, moved, math, gpu))
+
+
+def padded_flops(launch: Launch) -> int:
+    """Arithmetic of a product's tiles, their padding counted; 0 for what is no product.
+
+    Each program multiplies whole tiles over its whole part of the reduction.
+    """
+    c = dict(launch.constants)
+    if "BK" not in c or "BM" not in c:
+        return 0
+
+    def blocks(n: int) -> int:
+        return -(-n // c["BK"]) * c["BK"]
+
+    programs = launch.programs
+    if launch.kernel == "conv2d_taps":
+        depth = c["R"] * c["S"] * blocks(c["C"])
+    elif launch.kernel == "conv2d_forward":
+        depth = blocks(c["C"] // c["G"] * c["R"] * c["S"])
+    elif launch.kernel == "conv2d_dgrad":
+        depth = blocks(c["K"] // c["G"] * c["R"] * c["S"])
+    elif launch.kernel == "matmul":
+        depth = blocks(c["K"])
+    else:  # a weight gradient
+        pixels = c["N"] * c.get("OH", 1) * c.get("OW", 1)
+        depth = blocks(-(-blocks(pixels) // c["SPLIT"]))
+        rows, columns, parts = launch.grid
+        taps, linear = (launch.kernel == k for k in ("conv2d_wgrad_taps", "linear_wgrad"))
+        alone = c["HAS_BIAS"] and (taps or (linear and c["C"] % c["BN"] == 0))
+        programs = rows * (columns - int(bool(alone))) * parts
+    return 2 * programs * c["BM"] * (c["BN"] + c.get("BT", 0)) * depth
 
 
 def with_costs(work: Work, steps: list[Launch]) -> Iterator[Launch]:

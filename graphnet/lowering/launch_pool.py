@@ -73,7 +73,7 @@ def _lrn(work: Work) -> list[Launch]:
         return _pooled_norm(work)
     e = work.anchor
     out = e.out.type.shape
-    c = choose("lrn", (prod(out) // out[1], out[1]))
+    c = choose("lrn", (prod(out) // out[1], out[1]), e.inputs[0].type.dtype.name)
     epi = work.epilogue(e.out, Index(out))
     constants: dict[str, Any] = _image(e.out)
     for prefix, v in zip("XD", e.inputs, strict=False):
@@ -117,7 +117,7 @@ def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn) -> Launch:
         scratch: tuple[tuple[str, int], ...] = ((name, held.type.bytes),)
     else:
         held, scratch = dict(work.stores)[pool.out], ()
-    c = choose("lrn", (prod(out) // out[1], out[1]))
+    c = choose("lrn", (prod(out) // out[1], out[1]), x.type.dtype.name)
     first = work.epilogue(pool.out, Index(out), also=pool.outputs[1])
     second = work.epilogue(norm.out, Index(out))
     constants = {
@@ -136,7 +136,7 @@ def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn) -> Launch:
 
 def _lrn_then_pool(work: Work, norm: Eqn, pool: Eqn) -> Launch:
     x, out = norm.inputs[0], pool.out.type.shape
-    c = choose("lrn", (prod(out) // out[1], out[1]))
+    c = choose("lrn", (prod(out) // out[1], out[1]), x.type.dtype.name)
     epi = work.epilogue(pool.out, Index(out), also=pool.outputs[1])
     constants = {
         **_shared(pool, norm, x, pool.out), **strides("X", work.type(x)), "BP": c.BM, "BC": c.BN,
@@ -157,7 +157,7 @@ def _backward(work: Work, first: Eqn, second: Eqn) -> Launch:
     dy = norm.inputs[1] if norm_first else pool.inputs[0]
     out, wanted = second.out.type.shape, second.inputs[0 if norm_first else 1]
     n, channels, h, w = out
-    c = choose("lrn_grad", (n * h * w, channels))
+    c = choose("lrn_grad", (n * h * w, channels), x.type.dtype.name)
     constants: dict[str, Any] = _shared(pool, norm, pool.out, index)
     if norm_first:
         rows = min(c.BK, h)

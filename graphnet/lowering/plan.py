@@ -69,6 +69,14 @@ class Plan:
         """Device memory of a step: state, inputs, outputs, and the arena with its workspaces."""
         return self.state_bytes + self.io_bytes + self.arena_bytes
 
+    def largest_batch(self, memory: float) -> int:
+        """A batch whose step fits in `memory` bytes, by this plan's bytes for each row; 0 where
+        the state alone does not fit. Larger plans take less for each row, so it is no upper limit.
+        """
+        rows = next((i.value.type.shape[0] for i in self.graph.inputs if i.role == "data"), 1)
+        each = (self.io_bytes + self.arena_bytes) / rows
+        return max(0, int((memory - self.state_bytes) / each))
+
     def largest(self, count: int = 5) -> list[tuple[str, int]]:
         """(name, bytes) of the largest tensors, state included."""
         sizes = {n: s.size for n, s in self.arena.items()}

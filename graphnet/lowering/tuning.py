@@ -67,8 +67,9 @@ def cdiv(a: int, b: int) -> int:
 
 def _product(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     low = precision == "bf16"
-    most = 64 if precision == "ieee" else 128  # ieee products run on FMAs, and spill above
-    bm, bn = _tile(m, most), _tile(n, most)
+    # ieee products run on FMAs; flattened convolutions hold addresses, fully connected layers draw
+    # dropout masks in their epilogue: all of them spill above 64 columns.
+    bm, bn = _tile(m, 64), _tile(n, 64)
     # Too few tiles leave processors idle: smaller ones, rows first; wgmma takes at least 64 rows.
     least = 32 if precision == "ieee" or m < 64 else 64
     while cdiv(m, bm) * cdiv(n, bn) * groups < PROCESSORS and (bm > least or bn > 32):
@@ -90,10 +91,20 @@ def _wgrad(m: int, n: int, k: int, groups: int, precision: str) -> Config:
     return Config(bm, bn, bk, SPLIT=split, num_stages=2 if precision == "ieee" else 3)
 
 
-def _columns(n: int, most: int) -> tuple[int, int]:
-    """(BN, BT) for n columns: three quarters of a power of two become a half and a quarter."""
-    tile = _tile(n, most)
-    return (tile // 2, tile // 4) if n * 4 == tile * 3 and tile >= 64 else (tile, 0)
+def _columns(n: int, most: int, wide: int) -> tuple[int, int]:
+    """(BN, BT) for n columns: least padding, but narrow tiles read their rows more often.
+
+    most, wide  limits of BN and of BN + BT; BT is narrower than BN
+    """
+    powers = [16 << k for k in range(4) if 16 << k <= most]
+    tiles = [(bn, 0) for bn in powers]
+    tiles += [(bn, bt) for bn in powers for bt in powers if bt < bn and bn + bt <= wide]
+
+    def cost(tile: tuple[int, int]) -> tuple[float, int]:
+        width = sum(tile)
+        return cdiv(n, width) * width * (1 + 24 / width), tile[1]
+
+    return min(tiles, key=cost)
 
 
 def _depth(k: int, most: int) -> int:
@@ -110,7 +121,7 @@ def _taps(m: int, n: int, k: int, groups: int, precision: str) -> Config:
         return _product(m, n, k, groups, precision)
     low = precision == "bf16"
     bm = _tile(m, 128 if low else 64)
-    bn, bt = _columns(n, 128)
+    bn, bt = _columns(n, 128, 128)
     while cdiv(m, bm) * cdiv(n, bn + bt) * groups < PROCESSORS and bm > 64:
         bm //= 2
     bk = _depth(k, 64 if low else 32)
@@ -122,7 +133,7 @@ def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
     if precision == "ieee":
         c = _wgrad(m, n, k, columns, precision)
         return replace(c, SPLIT=1) if c.SPLIT == 1 else c
-    bn, bt = _columns(n, 128 if precision == "bf16" else 64)
+    bn, bt = _columns(n, *(128, 144) if precision == "bf16" else (64, 96))
     bm = _tile(m, 64 if bt else 128)  # two accumulators of 128 rows spill
     tiles = cdiv(m, bm) * cdiv(n, bn + bt) * columns
     # Two waves of tiles; the update is done by the second pass, which the first one needs for its
@@ -141,9 +152,12 @@ def _loss(rows: int, classes: int) -> Config:
     return Config(bm, bn, SPLIT=programs)
 
 
-def _norm(pixels: int, channels: int) -> Config:
+def _norm(pixels: int, channels: int, dtype: str) -> Config:
     bn = next_power(channels)
-    return Config(_tile(pixels, max(1, 1024 // bn), least=1), bn, BK=8, SPLIT=4 * PROCESSORS)
+    elements = 1024 if dtype == "bf16" else 512  # 16 bytes a thread
+    return Config(
+        _tile(pixels, max(1, elements // bn), least=1), bn, BK=8, SPLIT=4 * PROCESSORS
+    )  # fmt: skip
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -158,7 +172,7 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
     shape      (M, N, K, groups) of products, K and N being those of one tap where the kernel goes
                by taps, and groups the taps of all groups in a weight gradient; (rows, classes) of
                losses; (pixels, channels) of normalization; (elements,) otherwise
-    precision  "ieee", "tf32" or "bf16"
+    precision  "ieee", "tf32" or "bf16" of products; the image's element type of normalization
     """
     if kind == "conv2d_taps":
         config = _taps(*_four(shape), precision)
@@ -171,7 +185,7 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
     elif kind in ("cross_entropy", "multi_margin"):
         config = _loss(shape[0], shape[1])
     elif kind in NORMS:
-        config = _norm(shape[0], shape[1])
+        config = _norm(shape[0], shape[1], precision)
     elif kind == "split_reduce":
         config = Config(BLOCK=_tile(shape[0], 256, 32))
     else:

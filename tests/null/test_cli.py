@@ -159,7 +159,8 @@ def test_inspect_reads_as_a_table(run):
     assert code == 0 and max(map(len, lines)) <= 110
     assert lines[0].startswith("lenet5, training step, batch 128, fp32, target cuda: ")
     assert "conv1, relu1" in lines[3] and lines[3].split()[-1] in ("compute", "memory")
-    assert lines[-1].startswith("61,706 parameters; peak 4.")
+    assert lines[-2].startswith("61,706 parameters; peak 4.")
+    assert "hold batch" in lines[-1]
 
 
 @pytest.mark.parametrize("stage", ["traced", "joint", "fused"])

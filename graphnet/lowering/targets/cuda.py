@@ -39,13 +39,14 @@ def _require(plan: Plan) -> None:
     free, total = torch.cuda.mem_get_info()
     # Memory that torch keeps but does not use can be handed out again.
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if plan.arena_bytes > free:
+    if plan.arena_bytes > free:  # before anything is allocated
+        fits = plan.largest_batch(free + plan.state_bytes + plan.io_bytes)
         names = ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in plan.largest())
         raise OutOfMemoryPlanError(
             f"the step needs an arena of {plan.arena_bytes / 2**30:.2f} GiB (peak"
             f" {plan.peak_bytes / 2**30:.2f}), {free / 2**30:.2f} of {total / 2**30:.2f} GiB are"
             f" free; largest: {names}",
-            help="use a smaller batch",
+            help=f"a batch of {fits} fits",
         )
 
 

@@ -1,0 +1,86 @@
+"""AlexNet's whole training step compiled for sm_90 at batch 128: what the binaries hold."""
+
+import re
+
+import pytest
+
+import graphnet as gn
+from graphnet import config
+from graphnet.api import lower
+from graphnet.lowering.tuning import SHARED_BYTES
+
+TRAIN = {
+    "loss": gn.CrossEntropyLoss(),
+    "optimizer": gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4),
+}
+EAGER_BYTES = 1463e6  # live bytes of torch's eager step, bf16 autocast, fake tensors
+FLOOR_BYTES, FLOOR_FLOPS = 2.566e9, 844.9e9  # each tensor once, no padding
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache):
+    with config.override(CACHE_DIR=str(cache)):
+        yield
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_every_kernel_of_the_step(precision, cache, tmp_path):
+    report = gn.build(
+        gn.models.alexnet(), (128, 3, 227, 227), precision=precision, out=tmp_path, **TRAIN
+    )
+    assert len(report.rows) <= 44
+    for r in report.rows:
+        assert (r.spill_bytes, r.float_atomics) == (0, 0), r
+        assert r.shared_bytes <= SHARED_BYTES and r.compile_s <= 5, r
+    products = [r for r in report.rows if re.match("conv|matmul|linear", r.kernel)]
+    assert len(products) == 5 + 4 + 5 + 3 * 3
+    if precision == "bf16":
+        assert all(r.wgmma > 0 for r in products), [r.kernel for r in products if not r.wgmma]
+        for k, r in enumerate(report.rows):
+            if r in products:
+                ptx = (tmp_path / f"{k:02d}-{r.kernel}.ptx").read_text()
+                copies = re.findall(r"cp\.async\.c[ag]\.[^;]*?\], \[[^\]]*\], (0x)?(\w+)", ptx)
+                assert copies and {size for _, size in copies} <= {"10", "16"}, (
+                    r.kernel,
+                    copies[:3],
+                )
+    again = gn.build(gn.models.alexnet(), (128, 3, 227, 227), precision=precision, **TRAIN)
+    assert again.cache_hits == len(again.rows)
+
+
+def test_the_plan_against_the_budget():
+    low = lower(gn.models.alexnet(), (128, 3, 227, 227), target="cuda", precision="bf16", **TRAIN)
+    rows = low.plan.launches
+    assert sum(s.bytes for s in rows) <= 1.2 * FLOOR_BYTES
+    assert sum(s.flops for s in rows) == pytest.approx(FLOOR_FLOPS, rel=0.02)
+    assert low.plan.peak_bytes <= 0.62 * EAGER_BYTES
+
+
+@pytest.mark.parametrize("model", ["alexnet_2012", "caffenet", "alexnet_owt"])
+def test_the_other_variants_lower_to_few_launches(model):
+    net = gn.models.get(model)
+    low = lower(net, (128, *net.input_shape), target="cuda", precision="bf16", **TRAIN)
+    kernels = [s.kernel for s in low.plan.launches]
+    assert len(kernels) <= 44
+    if model == "alexnet_2012":
+        assert kernels.count("lrn_maxpool2d") == kernels.count("maxpool2d_grad_lrn_grad") == 2
+    if model == "caffenet":
+        assert kernels.count("maxpool2d_lrn") == kernels.count("lrn_grad_maxpool2d_grad") == 2
+
+
+def test_a_batch_that_fits_is_known_beforehand():
+    small = lower(gn.models.alexnet(), (128, 3, 227, 227), target="cuda", precision="bf16", **TRAIN)
+    memory = 10e9
+    fits = small.plan.largest_batch(memory)
+    assert small.plan.largest_batch(1e8) == 0
+    peak = lambda n: (
+        lower(
+            gn.models.alexnet(), (n, 3, 227, 227), target="cuda", precision="bf16", **TRAIN
+        ).plan.peak_bytes
+    )
+    assert peak(fits) <= memory < peak(int(1.25 * fits))

@@ -1,0 +1,99 @@
+"""The AlexNets against their own definitions."""
+
+import pytest
+import torch
+
+import graphnet as gn
+from graphnet.bench.twin import torch_twin
+from graphnet.errors import ConfigError, ShapeError
+
+PARAMS = {
+    "alexnet": 62_378_344, "alexnet_2012": 60_965_224, "caffenet": 60_965_224,
+    "alexnet_owt": 61_100_840,
+}  # fmt: skip
+# The lecture's table, height x width x channels.
+TABLE = {
+    "conv1": (96, 55, 55), "pool1": (96, 27, 27), "norm1": (96, 27, 27), "conv2": (256, 27, 27),
+    "pool2": (256, 13, 13), "norm2": (256, 13, 13), "conv3": (384, 13, 13),
+    "conv4": (384, 13, 13), "conv5": (256, 13, 13), "pool5": (256, 6, 6), "fc6": (4096,),
+    "fc7": (4096,), "fc8": (1000,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_parameter_counts(name):
+    assert sum(p.numel() for p in gn.models.get(name).parameters()) == PARAMS[name]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "alexnet_2012", "caffenet"])
+def test_the_lectures_table(name):
+    rows = {r.layer: r for r in gn.models.get(name).summary().rows}
+    table = dict(TABLE)
+    if name == "alexnet_2012":  # norm before pool
+        table |= {"norm1": (96, 55, 55), "norm2": (256, 27, 27)}
+    assert {k: rows[k].output[1:] for k in table} == table
+    if name == "alexnet":
+        assert rows["conv1"].params == 34_848 + 96
+
+
+@pytest.mark.parametrize(
+    "net, order, groups, k, mode, ceil",
+    [
+        (gn.models.alexnet, "pool1,norm1", 1, 2.0, "mean", False),
+        (gn.models.alexnet_2012, "norm1,pool1", 2, 2.0, "sum", False),
+        (lambda: gn.models.alexnet_2012(flavor="bvlc"), "norm1,pool1", 2, 1.0, "mean", True),
+        (gn.models.caffenet, "pool1,norm1", 2, 1.0, "mean", True),
+    ],
+)
+def test_what_tells_the_variants_apart(net, order, groups, k, mode, ceil):
+    net = net()
+    names = [r.layer for r in net.summary().rows]
+    first, second = order.split(",")
+    assert names.index(second) == names.index(first) + 1
+    layers = dict(net.named_modules())
+    assert [layers[f"conv{i}"].groups for i in range(1, 6)] == [1, groups, 1, groups, groups]
+    norm = layers["norm1"]
+    assert (norm.size, norm.alpha, norm.beta, norm.k, norm.alpha_mode) == (5, 1e-4, 0.75, k, mode)
+    assert layers["pool1"].ceil_mode is ceil
+
+
+def test_one_weird_trick_has_torchvisions_keys():
+    keys = list(gn.models.alexnet_owt().state_dict())
+    want = [f"features.{i}.{p}" for i in (0, 3, 6, 8, 10) for p in ("weight", "bias")]
+    want += [f"classifier.{i}.{p}" for i in (1, 4, 6) for p in ("weight", "bias")]
+    assert keys == want
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_inference_is_torchs(name):
+    torch.manual_seed(0)
+    net = gn.models.get(name, num_classes=10)
+    x = torch.randn(2, *net.input_shape)
+    got = gn.compile(net, tuple(x.shape), target="cpu")(x)
+    torch.testing.assert_close(got, torch_twin(net).eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_initialisations():
+    torch.manual_seed(0)
+    net = gn.models.alexnet(init="bvlc")
+    state = net.state_dict()
+    assert float(state["fc6.weight"].std()) == pytest.approx(0.01, rel=0.01)
+    assert float(state["conv2.bias"][0]) == pytest.approx(0.1) and not state["conv1.bias"].any()
+    assert float(gn.models.alexnet_2012(init="paper").state_dict()["fc7.bias"][0]) == 1.0
+    with pytest.raises(ConfigError, match="torch, bvlc, paper"):
+        gn.models.alexnet(init="he")
+    with pytest.raises(ConfigError, match="bvlc"):
+        gn.models.alexnet_2012(flavor="caffe")
+
+
+def test_an_image_that_is_too_small_shows_the_chain_of_sizes():
+    with pytest.raises(ShapeError) as caught:
+        gn.models.alexnet().summary((1, 3, 63, 63))
+    text = str(caught.value)
+    assert "63x63" in text and "227" in text and "->" in text
+    with pytest.raises(ShapeError, match="227"):
+        gn.models.alexnet().summary((1, 3, 224, 224))
+    with pytest.raises(ConfigError, match="groups=2 does not divide 3"):
+        gn.Conv2d(3, 8, 3, groups=2)
+    with pytest.raises(ConfigError, match="alpha_mode"):
+        gn.LocalResponseNorm(5, alpha_mode="max")
