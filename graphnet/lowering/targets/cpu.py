@@ -7,13 +7,13 @@ call at the end. Everything else runs each op's `cpu` twin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.lowering.targets import cpu_conv
+from graphnet.lowering.targets import cpu_conv, cpu_update
 from graphnet.lowering.targets.cpu_task import (
     Call,
     Env,
@@ -74,44 +74,6 @@ def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
     return Task(loss.inputs, (loss.out, grad.out), make, (loss, grad))
 
 
-def _replaced(update: Eqn) -> list[tuple[Value, Value]]:
-    """(result, the state operand that it replaces) of an update or a record."""
-    return list(zip(update.results, update.inputs[::2], strict=False))
-
-
-def _sgd(updates: Sequence[Eqn], storage: Storage) -> Task:
-    """All updates of one kind in one call, in place on the state."""
-    attrs: Any = updates[0].attrs
-    lr, *mid, wd = updates[0].inputs[3 if attrs.momentum else 2 :]
-    params = [storage[e.inputs[0].name] for e in updates]
-    slots = [storage[e.inputs[2].name] for e in updates] if attrs.momentum else []
-    grads = [e.inputs[1] for e in updates]
-    new = [(v, storage[old.name]) for e in updates for v, old in _replaced(e)]
-
-    def make(slot: Slot) -> Call:
-        ig = [slot(g) for g in grads]
-        ilr, iwd, imom = slot(lr), slot(wd), [slot(m) for m in mid]
-        out = [(slot(v), t) for v, t in new]
-
-        def call(env: Env) -> None:
-            torch._fused_sgd_(
-                params,
-                # The kernel walks storage: a gradient must lie as its parameter does.
-                [env[i].contiguous() for i in ig],
-                slots,
-                weight_decay=float(env[iwd]), momentum=float(env[imom[0]]) if imom else 0.0,
-                lr=float(env[ilr]), dampening=0.0, nesterov=attrs.nesterov, maximize=False,
-                is_first_step=False,  # the buffers start at zero
-            )  # fmt: skip
-            for at, t in out:
-                env[at] = t
-
-        return call
-
-    results = tuple(v for e in updates for v in e.results)
-    return Task((*grads, lr, *mid, wd), results, make, tuple(updates))
-
-
 def _record(eqn: Eqn, storage: Storage) -> Task:
     """The loss into the ring, in place."""
     ring, step = (storage[eqn.inputs[k].name] for k in (0, 2))
@@ -143,6 +105,7 @@ class _Schedule:
         self.done: set[int] = set()
         self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
+        self.fused: set[Value] = set()  # gradients that their update makes
         tail = self._tail()
         self.body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
         self.body = in_order(self.body, set(graph.input_values))
@@ -169,8 +132,29 @@ class _Schedule:
                 after += [r for v in e.results for r in self.readers.get(v, [])]
             elif e.op == "record_step" and self._commits(e, targets):
                 tasks.append(self._add(_record(e, self.storage)))
-        tasks += [self._add(_sgd(k, self.storage)) for k in kinds.values()]
+        for kind in kinds.values():
+            wide = {id(e): g for e in kind if (g := self._wide_gradient(e)) is not None}
+            tasks += [
+                self._add(cpu_update.wide_sgd(wide[id(e)], e, self.storage))
+                for e in kind
+                if id(e) in wide
+            ]
+            rest = [e for e in kind if id(e) not in wide]
+            tasks += [self._add(cpu_update.sgd(rest, self.storage))] if rest else []
         return tasks + [self._add(generic(e)) for e in dict.fromkeys(after)]
+
+    def _wide_gradient(self, update: Eqn) -> Eqn | None:
+        """The linear_wgrad whose large result only this update reads: the two run together."""
+        g = update.inputs[1]
+        made = next(e for e in self.eqns if g in e.results)
+        alone = made.op == "linear_wgrad" and self.read_by(g) == [update] and g == made.out
+        wide = g.type.numel >= cpu_update.WIDE and all(
+            v.type.dtype.name == "f32" for v in (*made.inputs, g)
+        )
+        if not (alone and wide):
+            return None
+        self.fused.add(g)
+        return made
 
     def _commits(self, e: Eqn, targets: dict[Value, Value]) -> bool:
         """Whether each result does nothing but replace the state that it was made from."""
@@ -178,7 +162,7 @@ class _Schedule:
             targets.get(v) == old
             and v not in self.graph.returns
             and self.storage[old.name].is_contiguous()
-            for v, old in _replaced(e)
+            for v, old in cpu_update.replaced(e)
         )
 
     def _in_place(self, e: Eqn, targets: dict[Value, Value]) -> bool:
@@ -191,7 +175,7 @@ class _Schedule:
             for v in e.results
             for r in self.readers.get(v, [])
         )
-        state = [self.storage[old.name] for _, old in _replaced(e)]
+        state = [self.storage[old.name] for _, old in cpu_update.replaced(e)]
         return copies and all(t.dtype == torch.float32 for t in state)
 
     # ---- the rest ---------------------------------------------------------------------------
@@ -206,6 +190,8 @@ class _Schedule:
             return self._conv(e)
         if e.op in ("conv2d_wgrad", "conv2d_dgrad") and symmetric(e.attrs):
             return self._gradients(e)
+        if e.op == "linear_wgrad" and e.out in self.fused:
+            return [cpu_update.bias_gradient(e)] if e.outputs[1] is not None else []
         if e.op == "linear":
             behind = self.read_by(e.out)
             if len(behind) == 1 and behind[0].op == "relu":

@@ -28,6 +28,7 @@ from graphnet.ops.pool import PoolAttrs
 
 _FEW = 16  # input channels below which dgrad runs row-major
 _THIN = 4  # input channels up to which a convolution is split into the phases of its pool
+Form = Callable[[torch.Tensor], torch.Tensor]
 _aten: Any = torch.ops.aten
 _pointwise: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 
@@ -35,9 +36,6 @@ _pointwise: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 def channels_last(t: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W] with channels innermost; the tensor itself where it already lies so."""
     return t.contiguous(memory_format=torch.channels_last)
-
-
-Form = Callable[[torch.Tensor], torch.Tensor]
 
 
 def form_of(attrs: Any) -> Form:
@@ -171,22 +169,19 @@ def maxpool_grad(eqn: Eqn, wide: Value) -> Task:
     a: Any = eqn.attrs
     args = (a.kernel, a.stride, (a.padding[0], a.padding[2]), a.dilation, a.ceil_mode)
     dy, dtype = eqn.inputs[0], eqn.out.type.dtype.torch
-    row = torch.empty(eqn.out.type.shape, dtype=dtype)
-    last = row.to(memory_format=torch.channels_last)
+    held: dict[Form, torch.Tensor] = {}  # a fresh result would cost its page faults at every step
 
     def make(slot: Slot) -> Call:
         idy, ii, at = slot(dy), slot(wide), slot(eqn.out)
 
         def call(env: Env) -> None:
             index = env[ii]
-            if index.is_contiguous():
-                env[at] = _aten.max_pool2d_with_indices_backward(
-                    env[idy].contiguous(), row, *args, index
-                )
-            else:
-                env[at] = _aten.max_pool2d_with_indices_backward(
-                    channels_last(env[idy]), last, *args, index
-                )
+            form = torch.Tensor.contiguous if index.is_contiguous() else channels_last
+            if form not in held:
+                held[form] = form(torch.empty(eqn.out.type.shape, dtype=dtype))
+            env[at] = _aten.max_pool2d_with_indices_backward.grad_input(
+                form(env[idy]), held[form], *args, index, grad_input=held[form]
+            )
 
         return call
 
