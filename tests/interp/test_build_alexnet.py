@@ -45,10 +45,9 @@ def test_every_kernel_of_the_step(precision, cache, tmp_path):
             if r in products:
                 ptx = (tmp_path / f"{k:02d}-{r.kernel}.ptx").read_text()
                 copies = re.findall(r"cp\.async\.c[ag]\.[^;]*?\], \[[^\]]*\], (0x)?(\w+)", ptx)
-                assert copies and {size for _, size in copies} <= {"10", "16"}, (
-                    r.kernel,
-                    copies[:3],
-                )
+                # conv1's second accumulator is 16 columns wide: 8 bytes a thread.
+                sizes = {"10", "16", *(["8"] if "conv1" in r.layers else [])}
+                assert copies and {size for _, size in copies} <= sizes, r.kernel
     again = gn.build(gn.models.alexnet(), (128, 3, 227, 227), precision=precision, **TRAIN)
     assert again.cache_hits == len(again.rows)
 
