@@ -130,7 +130,7 @@ def conv2d_wgrad_taps(
     rows = k < K
     grads = dy + row
     if HAS_BIAS and tap == R * S:
-        sums = tl.zeros((BM,), tl.float32)
+        sums = tl.zeros((BM, BK), tl.float32)  # reduced once, after the loop
         for start in range(part * PER, part * PER + PER, BK):
             p = start + i
             n = p // (OH * OW)
@@ -139,8 +139,10 @@ def conv2d_wgrad_taps(
             a = tl.load(
                 grads[:, None] + at[None, :], mask=rows[:, None] & (p < P)[None, :], other=0.0
             )
-            sums += tl.sum(a.to(tl.float32), 1)
-        finish_bias(sums, row, rows, part, work, args2, K * G, CRS, COLS, SPLIT, EPILOGUE2)
+            sums += a.to(tl.float32)
+        finish_bias(
+            tl.sum(sums, 1), row, rows, part, work, args2, K * G, CRS, COLS, SPLIT, EPILOGUE2
+        )
     else:
         dh = tap // S * DH - PT
         dw = tap % S * DW - PL

@@ -77,7 +77,7 @@ def linear_wgrad(
     q = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = k < K
     if ALONE and tl.program_id(1) * BN == C:
-        sums = tl.zeros((BM,), tl.float32)
+        sums = tl.zeros((BM, BK), tl.float32)  # reduced once, after the loop
         for start in range(0, PER, BK):
             n = part * PER + start + tl.arange(0, BK)
             live = n < N
@@ -88,8 +88,8 @@ def linear_wgrad(
                 mask=rows[:, None] & live[None, :],
                 other=0.0,
             )
-            sums += tl.sum(a.to(tl.float32), 1)
-        finish_bias(sums, k, rows, part, work, args2, K, C, COLS, SPLIT, EPILOGUE2)
+            sums += a.to(tl.float32)
+        finish_bias(tl.sum(sums, 1), k, rows, part, work, args2, K, C, COLS, SPLIT, EPILOGUE2)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
         for start in range(0, PER, BK):

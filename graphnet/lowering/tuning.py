@@ -140,7 +140,11 @@ def _wgrad_taps(m: int, n: int, k: int, columns: int, precision: str) -> Config:
     # large accumulators anyway.
     parts = max(2, min(2 * PROCESSORS // tiles, k // (4 * LEAST_PART)))
     split = 1 << (parts.bit_length() - 1)
-    return Config(bm, bn, 32, BT=bt, SPLIT=split, num_stages=4 if precision == "bf16" else 3)
+    # 128 x 128 holds its operands' addresses beside 128 accumulators: Triton 3.6 spills at 4 warps.
+    warps = 8 if bm * (bn + bt) > 128 * 96 else 4
+    return Config(
+        bm, bn, 32, BT=bt, SPLIT=split, num_warps=warps, num_stages=4 if precision == "bf16" else 3
+    )  # fmt: skip
 
 
 def _loss(rows: int, classes: int) -> Config:
