@@ -255,7 +255,7 @@ def test_a_fault_of_ours_is_one_line_and_exit_code_1(run, monkeypatch):
     def fault(spec):
         raise KeyError("a\nb")
 
-    monkeypatch.setattr("graphnet.cli.load_model", fault)
+    monkeypatch.setattr("graphnet.verbs.compiling.load_model", fault)
     code, _, err = run("summary", "lenet5")
     assert code == 1 and err.count("\n") == 1 and "GRAPHNET_DEBUG=1" in err
 

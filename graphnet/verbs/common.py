@@ -1,0 +1,34 @@
+"""What the verbs share: the application, options, the loss and optimizer of `--train`, output."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compile CNNs from a Python DSL into fused Triton training steps.",
+)
+
+Model = Annotated[str, typer.Argument(help="a model's name, or FILE.py:ATTRIBUTE")]
+Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32 or bf16")]
+Target = Annotated[str, typer.Option(help="auto, cuda, cpu or interpret")]
+Train = Annotated[bool, typer.Option("--train", help="the training step instead of inference")]
+
+def training(wanted: bool) -> dict[str, Any]:
+    """The loss and the optimizer that `--train` stands for."""
+    import graphnet as gn
+
+    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return {"loss": gn.CrossEntropyLoss(), "optimizer": sgd} if wanted else {}
+
+
+def emit(data: Any) -> None:
+    """Prints one JSON object on stdout."""
+    typer.echo(json.dumps(data))

@@ -1,0 +1,89 @@
+"""summary, inspect, compile, doctor: what looks at a model on its way to kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphnet.frontends.loading import input_shape, load_model
+from graphnet.verbs.common import Batch, Json, Model, Precision, Target, Train, app, emit, training
+
+
+@app.command()
+def summary(model: Model, batch: Batch = 1, as_json: Json = False) -> None:
+    """Layers, shapes, parameters and multiply-accumulates."""
+    net = load_model(model)
+    table = net.summary(input_shape(net, batch))
+    if as_json:
+        emit({**table.as_dict(), "model": model})
+    else:
+        typer.echo(table)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    batch: Batch = 128,
+    train: Train = False,
+    precision: Precision = "fp32",
+    target: Target = "cuda",
+    gpu: Annotated[str, typer.Option(help="whose ceilings the floors are for")] = "h200",
+    stage: Annotated[str, typer.Option(help="traced, joint, fused or plan")] = "plan",
+    why: Annotated[bool, typer.Option("--why", help="what was not fused, and why")] = False,
+    as_json: Json = False,
+) -> None:
+    """The graph or the plan: one line per kernel with FLOPs, bytes, floor and bound."""
+    from graphnet.api import lower
+    from graphnet.report import check_choices, inspect_data, inspect_text, why_text
+
+    check_choices(stage, gpu)
+    net = load_model(model)
+    shape = input_shape(net, batch)
+    low = lower(net, shape, target=target, precision=precision, **training(train))
+    facts = {
+        "model": model, "batch": batch, "train": train, "precision": precision,
+        "target": target, "gpu": gpu, "stage": stage,
+    }  # fmt: skip
+    if as_json:
+        emit(inspect_data(net, low, facts))
+        if why:
+            typer.echo(why_text(low), err=True)
+    else:
+        typer.echo(inspect_text(net, low, facts, why=why))
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    batch: Batch = 128,
+    train: Train = False,
+    precision: Precision = "fp32",
+    arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
+    out: Annotated[Path | None, typer.Option(help="folder for the binaries")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel to a binary. Needs no GPU."""
+    import graphnet as gn
+
+    net = load_model(model)
+    shape = input_shape(net, batch)
+    report = gn.build(
+        net, shape, precision=precision, arch=arch, out=out, **training(train)
+    )  # fmt: skip
+    if as_json:
+        emit(report.as_dict())
+    else:
+        typer.echo(str(report))
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which targets work here, and the flags."""
+    from graphnet.doctor import doctor_text
+
+    text, healthy = doctor_text()
+    typer.echo(text)
+    if not healthy:
+        raise typer.Exit(1)
