@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 import tomllib
 
@@ -15,8 +16,6 @@ import torch
 from graphnet.errors import CheckpointError, ConfigError, DataError, RunExistsError
 from graphnet.train import checkpoint, rundir
 from graphnet.train.checkpoint import CheckpointWarning, load, load_best, load_latest, save
-
-SOAK = bool(os.environ.get("GRAPHNET_SOAK"))
 
 
 def tensors(generation, size=64):
@@ -105,24 +104,46 @@ def test_falls_back_with_a_warning(tmp_path, damage):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_every_truncation_and_every_flipped_bit_is_found(tmp_path, suffix):
+def test_every_truncation_of_a_small_checkpoint_is_found(tmp_path, suffix):
     path = save_generation(tmp_path, 3, size=2).with_suffix(suffix)
     whole = path.read_bytes()
     for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError):
-            load(path)
+        damaged(path, whole[:cut], must_fail=True)
+
+
+def damaged(path, data, must_fail):
+    """Loads a checkpoint one of whose files now holds `data`: an error of ours, or no change."""
+    path.write_bytes(data)
+    try:
+        assert consistent(load(path)) == 3 and not must_fail
+    except CheckpointError as error:
+        assert str(path.parent) in str(error)
+
+
+def damage_at_random(tmp_path, count):
+    """`count` truncations and `count` flipped bits of each file of a checkpoint of 280 kB."""
     rng = random.Random(0)
-    spots = range(8 * len(whole)) if SOAK else rng.sample(range(8 * len(whole)), 500)
-    for spot in spots:
-        data = bytearray(whole)
-        data[spot // 8] ^= 1 << spot % 8
-        path.write_bytes(data)
-        # A flip in JSON's white space or in a digit's form may leave its meaning as it was.
-        try:
-            assert consistent(load(path)) == 3 and suffix == ".json"
-        except CheckpointError as error:
-            assert str(path.parent) in str(error)
+    for suffix in (".safetensors", ".json"):
+        path = save_generation(tmp_path, 3, size=20_000).with_suffix(suffix)
+        whole = path.read_bytes()
+        for _ in range(count):
+            damaged(path, whole[: rng.randrange(len(whole))], must_fail=True)
+        for _ in range(count):
+            spot = rng.randrange(8 * len(whole))
+            data = bytearray(whole)
+            data[spot // 8] ^= 1 << spot % 8
+            # A flip in JSON's white space or in a digit's form may leave its meaning as it was.
+            damaged(path, data, must_fail=suffix == ".safetensors")
+        path.write_bytes(whole)
+
+
+def test_random_damage_is_found(tmp_path):
+    damage_at_random(tmp_path, 200)
+
+
+@pytest.mark.slow
+def test_random_damage_is_found_many_times(tmp_path):
+    damage_at_random(tmp_path, 2000)
 
 
 @pytest.mark.parametrize(
@@ -206,20 +227,67 @@ def test_kill_9_many_times(tmp_path):
     kill_at_random_moments(tmp_path, 300)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 100, 4096, 100_000, 279_000])
-def test_a_full_disk_is_typed_and_harms_nothing(tmp_path, limit):
-    save_generation(tmp_path, 1, size=20_000)
-    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+def test_a_full_disk_at_25_offsets_is_typed_and_harms_nothing(tmp_path):
+    path = save_generation(tmp_path, 1, size=20_000)
+    folder = path.parent
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    size = path.stat().st_size
 
-    def fill():
+    def fill(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with pytest.raises(CheckpointError, match=r"cannot write .*\n  help: what stood there"):
             save_generation(tmp_path, 2, size=20_000)
 
-    _, status = os.waitpid(in_child(fill), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+    for limit in [0, 1, 100, 4095, 4096, *(size * k // 20 for k in range(1, 20)), size - 1]:
+        _, status = os.waitpid(in_child(lambda limit=limit: fill(limit)), 0)
+        assert os.waitstatus_to_exitcode(status) == 0, limit
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert consistent(load_latest(tmp_path)) == 1
+
+
+# What reaches the kernel on the way of a save, by the name Python calls it.
+SYSCALLS = {
+    "open", "write", "flush", "fsync", "chmod", "replace", "close", "unlink", "mkdir", "stat",
+    "lstat", "listdir", "scandir", "readinto", "read", "__exit__", "__next__",
+}  # fmt: skip
+
+
+def die_at(point):
+    """Ends the process by SIGKILL before (even) or behind (odd) its next such call."""
+    seen = 0
+
+    def profile(frame, event, function):
+        nonlocal seen
+        if event in ("c_call", "c_return") and function.__name__ in SYSCALLS:
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.setprofile(profile)
+
+
+def test_a_kill_at_each_system_call_of_a_save(tmp_path):
+    finished = point = 0
+    while not finished:
+        run = tmp_path / str(point)
+        for generation in (1, 2):  # so that the save also prunes
+            save_generation(run, generation, size=500, keep=1, best=generation == 1)
+
+        def third(run=run, point=point):
+            die_at(point)
+            save_generation(run, 3, size=500, keep=1, best=True)
+            sys.setprofile(None)
+
+        _, status = os.waitpid(in_child(third), 0)
+        finished = os.WIFEXITED(status)
+        assert finished or os.WTERMSIG(status) == signal.SIGKILL
+        latest = consistent(load_latest(run))
+        assert latest in (2, 3) and consistent(load_best(run)) in (1, 3)
+        save_generation(run, latest + 1, size=500)
+        assert consistent(load_latest(run)) == latest + 1
+        point += 1
+    assert point > 50, f"a save made only {point} calls that count"
+    assert latest == 3
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
