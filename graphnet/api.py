@@ -53,6 +53,7 @@ def lower(
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere."""
     from graphnet.lowering.plan import make_plan
+    from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
     target = _resolve(target)
@@ -65,7 +66,9 @@ def lower(
         traced, precision=precision, optimizer=optimizer, grads=grads, target=target,
         trainable=keys,
     )  # fmt: skip
-    return Lowered(stages, make_plan(stages.fused, target), target, precision, keys)
+    plan = make_plan(stages.fused, target)
+    dump(plan)
+    return Lowered(stages, plan, target, precision, keys)
 
 
 def compile(

@@ -7,6 +7,7 @@ in memory is its `Layout`, a part of the type, printed behind the shape and row-
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -154,9 +155,25 @@ class Layout:
 
     def write(self, source: torch.Tensor, storage: torch.Tensor) -> None:
         """Copies a tensor into flat storage that has this layout; pad positions are left alone."""
-        shape = tuple(source.shape)
+        for logical, stored in self._parts(source, storage):
+            stored.copy_(logical)
+
+    def read(self, storage: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The logical tensor that lies in flat storage of this layout, as a copy."""
+        out = storage.new_empty(shape)
+        for logical, stored in self._parts(out, storage):
+            logical.copy_(stored)
+        return out
+
+    def _parts(
+        self, tensor: torch.Tensor, storage: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the logical tensor, each with the view of the storage that holds it."""
+        shape = tuple(tensor.shape)
         if not self.s2d:
-            storage.as_strided(shape, self.strides(shape), self.guard(shape)).copy_(source)
+            yield tensor, storage.as_strided(
+                shape, self.strides(shape), storage.storage_offset() + self.guard(shape)
+            )
             return
         b, (n, c, _, _) = self.s2d, shape
         _, rows, cols, _ = self.stored(shape)
@@ -164,8 +181,8 @@ class Layout:
         # Row i of the image is row i % b of block i // b.
         for i in range(b):
             for j in range(b):
-                part = source[:, :, i::b, j::b]
-                blocks[:, :, : part.shape[2], i, : part.shape[3], j].copy_(part)
+                part = tensor[:, :, i::b, j::b]
+                yield part, blocks[:, :, : part.shape[2], i, : part.shape[3], j]
 
 
 ROW = Layout()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from graphnet import config
@@ -17,6 +16,7 @@ from graphnet.passes.fuse_loss import fuse_pairs
 from graphnet.passes.fuse_lrn import RULES as NORMS
 from graphnet.passes.fuse_update import COPIES, RULES
 from graphnet.passes.layout import layout
+from graphnet.passes.observe import Observer
 from graphnet.passes.precision import precision
 from graphnet.passes.rewrite import Log, rewrite
 
@@ -71,15 +71,15 @@ def run(
     # Missed fusions are an error only of the full pipeline.
     strict = not off
     stages: dict[str, Graph] = {"traced": verify(traced, "traced")}
-    graph = _dump(traced, "traced", 0)
+    observer, graph = Observer(traced, log), traced
     for number, (name, _, gives, apply) in enumerate(passes, 1):
         if name in off:
             stages[gives] = graph
             continue
-        graph = apply(graph)
+        before, graph = graph, apply(graph)
         last = number == len(passes)
         verify(graph, gives, fusing=strict and last)
-        stages[gives] = _dump(graph, name, number)
+        stages[gives] = observer.passed(number, name, before, graph)
     fused = _rename(graph)
     return Stages(traced, stages["joint"], fused, log)
 
@@ -92,15 +92,3 @@ def _rename(graph: Graph) -> Graph:
 
     return replace(graph, name=f"{graph.name.split('.')[0]}.fused")
 
-
-def _dump(graph: Graph, name: str, number: int) -> Graph:
-    folder = config.dump_dir()
-    if folder:
-        from graphnet.ir.analysis import to_dot
-
-        base = Path(folder)
-        base.mkdir(parents=True, exist_ok=True)
-        stem = f"{graph.name.split('.')[0]}-{number:02d}-{name}"
-        (base / f"{stem}.txt").write_text(str(graph))
-        (base / f"{stem}.dot").write_text(to_dot(graph))
-    return graph

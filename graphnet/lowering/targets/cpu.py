@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
+from graphnet.lowering import watch
 from graphnet.lowering.targets import cpu_conv, cpu_update
 from graphnet.lowering.targets.cpu_task import (
     Call,
@@ -286,7 +288,7 @@ def prepare(plan: Any, storage: Storage) -> Callable[[], None]:
 
     fixed = [(slot(i.value), storage[i.value.name]) for i in graph.inputs]
     tasks = schedule.body + schedule.tail
-    calls = [t.make(slot) for t in tasks]
+    calls = [watch.timed_task(t, t.make(slot)) for t in tasks]
     placed = {v for t in schedule.tail for e in t.eqns if e.op != "cast" for v in e.results}
     shared = _views(graph)
     returns = [(storage[v.name], slot(v)) for v in graph.returns]
@@ -318,7 +320,7 @@ def prepare(plan: Any, storage: Storage) -> Callable[[], None]:
         for tensor, at in commits:
             tensor.copy_(env[at])
 
-    return run
+    return watch.check_step(graph, storage, run) if config.check() else run
 
 
 def _last_uses(tasks: list[Task], slots: dict[Value, int], keep: set[int]) -> list[list[int]]:

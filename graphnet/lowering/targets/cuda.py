@@ -21,6 +21,7 @@ from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.plan import Plan
 from graphnet.lowering.steps import Copy, Fill, Launch, bind
 from graphnet.lowering.targets.interpret import Storage, buffers, contiguous
+from graphnet.lowering.watch import wanted, watched
 
 Call = Callable[[], Any]
 
@@ -132,7 +133,8 @@ def _pin_assembler() -> None:
 def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
-    capture  record the step in a CUDA graph; False launches step by step, for debugging
+    capture  record the step in a CUDA graph; False launches step by step, for debugging, and
+             so do GRAPHNET_CHECK and GRAPHNET_DEBUG=2
     Nothing runs before the first call: capture records, so that no state is touched.
     """
     _require(plan)
@@ -141,7 +143,8 @@ def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[
     with torch.cuda.device(device):
         arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
         held, moved = contiguous(plan, storage)
-        calls = _calls(plan, buffers(plan, held, arena))
+        tensor = buffers(plan, held, arena)
+        calls = watched(plan, _calls(plan, tensor), tensor)
 
     beside = torch.cuda.Stream(device)
     waits = _waits(plan)
@@ -153,7 +156,7 @@ def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[
         for original, twin in moved:
             original.copy_(twin)
 
-    if not capture:
+    if not capture or wanted():
 
         @torch.no_grad()
         def run() -> None:

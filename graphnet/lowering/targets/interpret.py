@@ -26,6 +26,7 @@ from graphnet.lowering import codegen
 from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.plan import Plan
 from graphnet.lowering.steps import Copy, Fill, Step, bind
+from graphnet.lowering.watch import watched
 
 Storage = dict[str, torch.Tensor]
 _PACKAGE = "graphnet.interpreted_kernels"
@@ -214,7 +215,7 @@ def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[
     held, moved = contiguous(plan, storage)
     tensor = buffers(plan, held, arena)
     with interpreted():
-        calls = [_call(s, tensor, plan) for s in plan.steps]
+        calls = watched(plan, [_call(s, tensor, plan) for s in plan.steps], tensor)
     fills = _poison(plan, arena) if poison else []
 
     @torch.no_grad()
