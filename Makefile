@@ -1,5 +1,5 @@
 # make demo   train LeNet-5 on scikit-learn's digits, from a bare checkout
-# make test   every test that needs no GPU
+# make test   every test that needs no GPU, two at a time
 # make lint   ruff and mypy
 # make smoke36  interpreter and sm_90 tiers on Triton 3.6
 # make soak   the long counts
@@ -29,18 +29,18 @@ demo: $(VENV)/.stamp
 	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 smoke36: $(OLD)/.stamp
-	$(OLD)/bin/python -m pytest -q -m "not slow" $(addprefix tests/interp/test_,cases.py lowering.py \
+	$(OLD)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(addprefix tests/interp/test_,cases.py lowering.py \
 	    build.py build_alexnet.py small_alexnet.py)
 
 soak: $(VENV)/.stamp
-	GRAPHNET_SOAK=1 $(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow
 
 clean:
 	rm -rf $(VENV) $(OLD) build dist *.egg-info

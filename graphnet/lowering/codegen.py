@@ -246,7 +246,8 @@ def private_dir(name: str) -> Path:
     base = config.cache_dir()
     path = base / name
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)  # one that is there may be shared
+        path.mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise CompileError(
             f"the cache {path} cannot be made: {error.strerror}", help="set GRAPHNET_CACHE_DIR"
