@@ -1,47 +1,49 @@
 """`graphnet bench`: one net, our step beside torch's, as a table and as JSON.
 
-The file is rewritten after every round, so that an interrupted run keeps what it has.
+First both sides must compute the same. Then, one kind of baseline after the other, its variants
+and our ways run in interleaved rounds. The file is rewritten after every round, so that whatever
+ends the run early leaves what was measured.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import platform
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import graphnet as gn
-from graphnet import __version__, config
 from graphnet.api import _device, _resolve
-from graphnet.bench import parity
-from graphnet.bench.peers import KINDS, Work, peers
-from graphnet.bench.rounds import Run, Timing, measure, ratio
+from graphnet.bench import counts, facts, layers, ours, parity, peers
+from graphnet.bench.ours import ABLATIONS, OURS, compiled
+from graphnet.bench.peers import KINDS, MODES, Work
+from graphnet.bench.result import SCHEMA, Found, layer_table, table
+from graphnet.bench.rounds import Contestant, Timing, measure, sentence
 from graphnet.errors import ConfigError, NumericsError
 from graphnet.frontends.loading import input_shape, load_model
+from graphnet.passes.precision import POLICIES
 from graphnet.train.checkpoint import atomic_write
 
-SCHEMA = 1
-OURS = "graphnet"
-# What is left out, by the names of the passes.
-ABLATIONS = {
-    "fusion": "fuse_pairs,fuse_epilogues,fuse_updates,fuse_copies,fuse_chains",
-    "update-fusion": "fuse_updates,fuse_copies",
-    "layout": "layout",
-}
+TARGETS = ("auto", "cuda", "cpu")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `graphnet bench` was asked for."""
+    """What `graphnet bench` was asked for.
+
+    mode     "train", "infer", or "grads": forward and backward without the update
+    seconds  of all rounds together; building and compiling come on top
+    """
 
     model: str
     batch: int = 128
-    train: bool = True
+    mode: str = "train"
     precision: str = "fp32"
     target: str = "auto"
     against: tuple[str, ...] = ("eager",)
@@ -49,6 +51,8 @@ class BenchConfig:
     rounds: int = 15
     seconds: float = 20.0
     parity_steps: int = 100
+    dropout: bool = True
+    by_layer: bool = True
 
 
 def _one_of(what: str, names: tuple[str, ...], known: Any) -> None:
@@ -57,181 +61,172 @@ def _one_of(what: str, names: tuple[str, ...], known: Any) -> None:
             raise ConfigError(f"unknown {what} {name!r}", help=f"one of {', '.join(known)}")
 
 
-def _loop(call: Callable[[], Any], device: torch.device) -> Run:
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
-
-
-def _ours(c: BenchConfig, work: Work, target: str, off: str = "") -> Run:
-    """Our step or inference on the batch, through the public call."""
-    shape = tuple(work.x.shape)
-    sgd = {"loss": gn.CrossEntropyLoss(), "optimizer": work.sgd} if work.training else {}
-    with config.override(DISABLE=off):
-        program: Any = gn.compile(
-            work.net.copy(), shape, target=target, precision=c.precision, **sgd
-        )
-    feed = (work.x, work.y) if work.training else (work.x,)
-    return _loop(lambda: program(*feed), program.device)
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "device": "cpu", "threads": torch.get_num_threads(), "cpu": _cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
-    if device.type == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(device)}
-    return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
-
-
-def _flags() -> dict[str, Any]:
-    return {
-        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "grad_mode": "training: on; inference: torch.inference_mode()",
-    }
-
-
-def run_bench(
-    c: BenchConfig, out: Path | None = None, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Runs the benchmark and returns what the JSON file holds.
-
-    NumericsError where the two sides do not learn the same: no speed is reported then.
-    """
+def _check(c: BenchConfig) -> str:
+    """The target; ConfigError for what cannot be measured, before any work."""
     _one_of("baseline", c.against, KINDS)
     _one_of("ablation", c.ablate, ABLATIONS)
+    _one_of("mode", (c.mode,), MODES)
+    _one_of("precision", (c.precision,), POLICIES)
+    _one_of("target", (c.target,), TARGETS)
     target = _resolve(c.target)
-    device = _device(target)
-    if c.precision != "fp32" or target != "cpu":
+    if c.precision == "tf32" and target == "cpu":
         raise ConfigError(
-            "baselines exist for the cpu target in fp32", help="--target cpu --precision fp32"
+            "tf32 is a mode of GPUs: a CPU would compute fp32 under that name",
+            help="--precision fp32 or bf16",
         )
+    return target
+
+
+def _work(c: BenchConfig, device: torch.device) -> Work:
+    """The net and one batch of random images on the device."""
     net = load_model(c.model)
+    if not c.dropout:
+        net = parity.without_dropout(net)
     shape = input_shape(net, c.batch)
     classes = net.summary((1, *shape[1:])).rows[-1].output[-1]
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=g)
     y = torch.randint(0, classes, (c.batch,), generator=g)
-    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4) if c.train else None
-    work = Work(net, x.to(device), y.to(device), sgd)
-    result: dict[str, Any] = {
-        "schema": SCHEMA, "model": c.model, "batch": c.batch,
-        "mode": "train" if c.train else "infer", "precision": c.precision, "target": target,
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": _machine(device),
-        "versions": {
-            "graphnet": __version__, "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "flags": _flags(), "parity": None, "rounds": 0, "rows": [], "best": None, "ratio": None,
-    }  # fmt: skip
+    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4) if c.mode == "train" else None
+    return Work(net, x.to(device), y.to(device), c.mode, sgd, c.precision)
 
-    def save() -> None:
-        if out is not None:
-            atomic_write(out, (json.dumps(result, indent=1) + "\n").encode())
 
-    if c.train and c.parity_steps:
-        compiled = lambda twin: gn.compile(
-            twin, shape, target=target, precision=c.precision, loss=gn.CrossEntropyLoss(),
-            optimizer=sgd,
-        )  # fmt: skip
-        found = parity.check(
-            net, shape, compiled, sgd, c.precision, c.parity_steps, classes, device
-        )
-        result["parity"] = {**asdict(found), "ok": found.ok}
-        save()
-        say(str(found))
+class _Bench:
+    """One run: the result so far, and where it is written."""
+
+    def __init__(self, c: BenchConfig, target: str, out: Path | None, say: Say) -> None:
+        self.c, self.target, self.say = c, target, say
+        self.device = _device(target)
+        self.begin = time.perf_counter()
+        self.found = Found(c.batch)
+        self.kept: dict[str, Contestant] = {}  # the best of each kind, still running
+        self.result: dict[str, Any] = {
+            "schema": SCHEMA, "kind": "bench", "model": c.model, "batch": c.batch, "mode": c.mode,
+            "precision": c.precision, "target": target, "dropout": c.dropout,
+            "date": facts.now(), "machine": facts.machine(self.device),
+            "versions": facts.versions(), "flags": facts.flags(), "clocks": [],
+            "against": list(c.against), "complete": False, "seconds": 0.0, "parity": None,
+            **self.found.as_dict(), "layers": None, "ceilings": None,
+        }  # fmt: skip
+        if out is not None and out.is_dir():
+            out = out / facts.file_name(self.result)
+        self.out = out
+
+    def save(self) -> None:
+        self.result |= self.found.as_dict()
+        self.result["seconds"] = round(time.perf_counter() - self.begin, 1)
+        if self.out is not None:
+            atomic_write(self.out, (json.dumps(self.result, indent=1) + "\n").encode())
+
+    def look_at_clocks(self) -> None:
+        if (seen := facts.clocks(self.device)) is not None:
+            self.result["clocks"].append(seen)
+
+    def run(self) -> dict[str, Any]:
+        c = self.c
+        work = _work(c, self.device)
+        self.look_at_clocks()
+        if c.parity_steps:
+            self.check(work)
+        mine = ours.start_all(work, self.target)
+        self.add(mine, {}, "")
+        beside, failures = ours.start_ablations(work, self.target, c.ablate)
+        self.add(beside, failures, "ablation")
+        kinds = c.against or ("",)
+        for kind in kinds:
+            if kind:
+                tried, failures = peers.start_all(work, kind)
+                self.add(tried, failures, kind)
+                beside += tried
+            # What runs in a group shares its seconds; the groups share by what could run in them.
+            self.group([*mine, *beside], c.seconds / len(kinds))
+            beside = []
+        self.count()
+        if c.by_layer:
+            self.by_layer(work)
+        self.result["complete"] = True
+        self.save()
+        return self.result
+
+    def check(self, work: Work) -> None:
+        found = parity.check(work, lambda w: compiled(w, self.target), self.c.parity_steps)
+        self.result["parity"] = found.as_dict()
+        self.save()
+        self.say(str(found))
         if not found.ok:
             raise NumericsError(str(found), help="no speed is reported for wrong results")
-    contestants = {OURS: _ours(c, work, target)}
-    contestants |= {
-        f"{OURS} without {name}": _ours(c, work, target, ABLATIONS[name]) for name in c.ablate
-    }
-    tried = peers(work, c.against)
-    contestants |= {p.name: p.run for p in tried if p.run is not None}
-    kinds = {p.name: p.kind for p in tried}
-    failed = [_failure(p.name, p.kind, p.failure) for p in tried if p.run is None]
 
-    def note(times: dict[str, Timing]) -> None:
-        result["rows"] = _rows(times, kinds, c.batch) + failed
-        result["rounds"] = len(times[OURS].ms)
-        result["best"] = _best(times, kinds)
-        result["ratio"] = {
-            kind: asdict(ratio(times[name], times[OURS])) for kind, name in result["best"].items()
-        }
-        save()
+    def add(self, started: list[Contestant], failures: dict[str, str], kind: str) -> None:
+        for c in started:
+            self.found.kinds[c.name] = c.kind
+            self.found.started[c.name] = replace(c, run=lambda n: None)
+        for name, why in failures.items():
+            self.found.kinds[name] = kind
+            self.found.failures[name] = why
 
-    note(measure(contestants, rounds=c.rounds, seconds=c.seconds, on_round=note))
-    say(table(result))
-    return result
+    def group(self, contestants: list[Contestant], seconds: float) -> None:
+        """Rounds of these; then all but the quickest of each kind are let go."""
+        place = len(self.found.groups)
 
+        def note(times: dict[str, Timing]) -> None:
+            self.found.groups[place:] = [times]
+            self.save()
 
-def _failure(name: str, kind: str, why: str) -> dict[str, Any]:
-    return {"name": name, "kind": kind, "failure": why}
+        def lost(c: Contestant, error: Exception) -> None:
+            if c.kind == OURS:
+                raise error
+            self.found.failures[c.name] = sentence(error)
 
-
-def _rows(times: dict[str, Timing], kinds: dict[str, str], batch: int) -> list[dict[str, Any]]:
-    out = []
-    for name, t in times.items():
-        q = t.steady
-        out.append({
-            "name": name, "kind": kinds.get(name, OURS), "cold_s": t.cold_s, "warm_s": t.warm_s,
-            "ms": asdict(q), "images_per_s": 1e3 * batch / q.median,
-            "ratio": asdict(ratio(t, times[OURS])), "failure": "",
-        })  # fmt: skip
-    return out
-
-
-def _best(times: dict[str, Timing], kinds: dict[str, str]) -> dict[str, str]:
-    """The quickest variant of each kind."""
-    out: dict[str, str] = {}
-    for name, kind in kinds.items():
-        if name in times and (
-            kind not in out or times[name].steady.median < times[out[kind]].steady.median
-        ):
-            out[kind] = name
-    return out
-
-
-def _span(q: dict[str, float], digits: int) -> str:
-    low, high = (f"{q[k]:.{digits}f}" for k in ("low", "high"))
-    return f"{q['median']:.{digits}f} ({low}-{high})"
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    r = result
-    lines = [
-        f"{r['model']} {r['mode']}, batch {r['batch']}, {r['precision']}, target {r['target']}, "
-        f"{r['machine']['threads']} threads, {r['rounds']} interleaved rounds; median (quartiles)",
-        f"{'':34} {'ms':>22} {'images/s':>10} {'/ ours':>20} {'first s':>8}",
-    ]
-    best = set((r["best"] or {}).values())
-    for row in sorted(r["rows"], key=lambda row: row.get("ms", {}).get("median", float("inf"))):
-        mark = "*" if row["name"] in best else " "
-        if row["failure"]:
-            lines.append(f"{mark} {row['name']:<32} failed: {row['failure']}")
-            continue
-        lines.append(
-            f"{mark} {row['name']:<32} {_span(row['ms'], 3):>22} {row['images_per_s']:>10,.0f} "
-            f"{_span(row['ratio'], 3):>20} {row['cold_s']:>8.2f}"
+        measure(
+            contestants, rounds=self.c.rounds, seconds=seconds, on_round=note, on_failure=lost
         )
-    lines += [
-        f"{kind}'s best is {name}: {_span(r['ratio'][kind], 3)} times our time"
-        for kind, name in (r["best"] or {}).items()
-    ]
-    return "\n".join(lines)
+        self.look_at_clocks()
+        self.save()
+        top = set(self.found.best().values())
+        self.kept |= {c.name: c for c in contestants if c.name in top}
+        contestants.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def count(self) -> None:
+        """Launches and the like, of the best of each kind: behind all timing."""
+        for name in self.found.best().values():
+            self.found.counts[name] = counts.count(self.kept[name].run, self.device)
+            self.save()
+        self.kept.clear()
+
+    def by_layer(self, work: Work) -> None:
+        """Where our time goes and where that of eager's best, for the plots and the curious."""
+        eager, _ = peers.variants("eager", work)
+        top = self.found.best().get("eager")
+        variant = next((v for v in eager if v.name == top), eager[-1])
+        self.result["layers"] = {
+            "variant": variant.name, "torch": layers.layer_times(work, variant),
+            "graphnet": layers.launch_times(work, self.target),
+        }  # fmt: skip
+        self.result["ceilings"] = facts.ceilings(self.device, work.precision)
+
+
+def run_bench(c: BenchConfig, out: Path | None = None, say: Say = lambda text: None) -> Any:
+    """Runs the benchmark and returns what the JSON file holds.
+
+    out  the file, or a folder: then the name says what was measured
+    NumericsError where the two sides do not compute the same: no speed is reported then. After a
+    KeyboardInterrupt the finished rounds have been printed and written.
+    """
+    target = _check(c)
+    with peers.torch_flags(c.precision):
+        bench = _Bench(c, target, out, say)
+        try:
+            result = bench.run()
+        except KeyboardInterrupt:
+            if bench.found.groups:
+                say(table(bench.result))
+            raise
+    say(table(result))
+    if result["layers"]:
+        say(layer_table(result["layers"]))
+    if bench.out is not None:
+        say(f"written to {bench.out}")
+    return result

@@ -2,18 +2,53 @@
 
 import json
 import time
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
 import graphnet as gn
-from graphnet.bench import bench, parity, peers
-from graphnet.bench.rounds import Quartiles, Timing, measure, ratio
+from graphnet.bench import bench, counts, facts, layers, ours, parity, peers
+from graphnet.bench.peers import Variant, Work
+from graphnet.bench.result import layer_table, table
+from graphnet.bench.rounds import Contestant, Quartiles, Timing, measure, ratio
 from graphnet.bench.twin import torch_twin
 from graphnet.cli import main
 from graphnet.errors import ConfigError, NumericsError, UnsupportedOpError
 
+SCHEMA = json.loads((Path(__file__).parents[2] / "benchmarks" / "schema.json").read_text())
 QUICK = ["--batch", "4", "--target", "cpu", "--rounds", "2", "--seconds", "0.2", "--parity", "5"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads wait for each other for long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quick(**changes):
+    plain = {"batch": 4, "target": "cpu", "rounds": 2, "seconds": 0.1, "parity_steps": 2}
+    return bench.BenchConfig(**{"model": "lenet5", "by_layer": False, **plain, **changes})
+
+
+def ended(*argv):
+    """The exit code of `graphnet bench`."""
+    with pytest.raises(SystemExit) as done:
+        main(["bench", *argv])
+    return done.value.code
+
+
+def work(mode="train", precision="fp32", net=None):
+    net = net or gn.models.lenet5()
+    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4) if mode == "train" else None
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 1, 28, 28, generator=g), torch.randint(0, 10, (4,), generator=g)
+    return Work(net, x, y, mode, sgd, precision)
 
 
 def every_layer():
@@ -23,6 +58,9 @@ def every_layer():
         gn.Sigmoid(), gn.AdaptiveAvgPool2d(2), gn.Flatten(),
         gn.Sequential(gn.Linear(32, 16), gn.Dropout(0.5, mode="vanilla")), gn.Linear(16, 5),
     )  # fmt: skip
+
+
+# ---- the twin --------------------------------------------------------------------------------
 
 
 def test_the_twin_computes_the_same_under_the_same_keys():
@@ -43,67 +81,138 @@ def test_a_module_of_ones_own_has_no_twin():
         torch_twin(gn.Sequential(Own()))
 
 
+# ---- rounds ----------------------------------------------------------------------------------
+
+
+def contestant(name, run, kind="eager", guess_ms=1.0):
+    return Contestant(name, kind, run, CPU, warm_ms=(guess_ms,))
+
+
 def test_rounds_interleave_and_ratios_are_taken_within_a_round():
     order, cost = [], {"a": 0.001, "b": 0.002}
 
-    def contestant(name):
+    def sleeping(name):
         def run(steps):
             order.append(name)
             time.sleep(steps * cost[name])
 
-        return run
+        return contestant(name, run, guess_ms=1e3 * cost[name])
 
     seen = []
     times = measure(
-        {n: contestant(n) for n in cost}, rounds=4, seconds=0.1, on_round=lambda t: seen.append(t)
-    )
-    assert order[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]  # rotated
-    assert [len(t["a"].ms) for t in seen] == [1, 2, 3, 4]
+        [sleeping(n) for n in cost], rounds=4, seconds=0.1,
+        on_round=lambda t: seen.append(len(t["a"].ms)),
+    )  # fmt: skip
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]  # rotated
+    assert seen == [1, 2, 3, 4]
     assert 1.3 < ratio(times["b"], times["a"]).median < 2.5
-    drift = Timing(0, 0, (1.0, 10.0, 100.0)), Timing(0, 0, (2.0, 20.0, 200.0))
+    drift = Timing([1.0, 10.0, 100.0]), Timing([2.0, 20.0, 200.0])
     assert ratio(drift[1], drift[0]) == Quartiles(2.0, 2.0, 2.0)
 
 
+def test_a_contestant_that_fails_in_a_round_leaves_and_the_others_go_on():
+    calls = []
+
+    def breaks(steps):
+        calls.append(steps)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    lost = []
+    both = [contestant("good", lambda n: None), contestant("bad", breaks)]
+    times = measure(both, rounds=3, seconds=0.01, on_failure=lambda c, e: lost.append((c.name, e)))
+    assert [name for name, _ in lost] == ["bad"] and len(calls) == 2
+    assert list(times) == ["good"] and len(times["good"].ms) == 3
+    calls.clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure(both, rounds=3, seconds=0.01)
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
 def test_the_command_prints_parity_and_ratio_and_writes_json(tmp_path, capsys):
-    out = tmp_path / "r.json"
-    with pytest.raises(SystemExit) as done:
-        main(["bench", "lenet5", *QUICK, "--ablate", "update-fusion", "--json", str(out)])
-    assert done.value.code == 0
+    asked = ["--against", "eager,eager-graph", "--ablate", "update-fusion,cudagraph,layout"]
+    assert ended("lenet5", *QUICK, *asked, "--json", str(tmp_path)) == 0
     text = capsys.readouterr().out
-    assert "parity over 5 steps" in text and "eager's best is eager " in text
-    found = json.loads(out.read_text())
-    assert found["schema"] == bench.SCHEMA and found["rounds"] == 2 and found["parity"]["ok"]
-    names = [row["name"] for row in found["rows"]]
-    assert names[:2] == ["graphnet", "graphnet without update-fusion"] and len(names) == 2 + 6
-    assert found["best"]["eager"] in names
+    assert "parity of losses over 5 steps" in text and "eager's best is eager " in text
+    (path,) = tmp_path.iterdir()  # a folder: the name says what was measured
+    found = json.loads(path.read_text())
+    assert path.name == f"cpu-lenet5-train-b4-fp32-{found['date'][:10]}.json"
+    jsonschema.validate(found, SCHEMA)
+    assert found["complete"] and found["parity"]["ok"] and found["parity"]["steps"] == 5
+    rows = {row["name"]: row for row in found["rows"]}
+    timed = [name for name, row in rows.items() if not row["failure"]]
+    assert timed[:2] == ["graphnet", "graphnet bind/run"] and len(timed) == 2 + 6 + 1
+    assert "a CUDA graph needs a GPU" in rows["eager-graph"]["failure"]
+    assert "no CUDA graph" in rows["graphnet without cudagraph"]["failure"]
+    assert "the same without it" in rows["graphnet without layout"]["failure"]
+    best = rows[found["best"]["eager"]]
+    assert best["operators"] > 50 and best["step_bytes"] > 4 * 6 * 28 * 28 * 4
+    assert best["cold_s"] > 0 and len(best["warm_ms"]) > 1
     q = found["ratio"]["eager"]
-    assert 0 < q["low"] <= q["median"] <= q["high"]
+    assert 0 < q["low"] <= q["median"] <= q["high"] and q == best["ratio"]
+    # Where the time goes: every layer of torch's, every task of ours.
+    names = [row["layer"] for row in found["layers"]["torch"]]
+    assert names[:3] == ["conv1", "relu1", "pool1"] and names[-2:] == ["fc3", "loss"]
+    layered = {name for row in found["layers"]["graphnet"] for name in row["layers"]}
+    assert {"conv1", "fc3", "loss"} <= layered
+    assert "ours by launch" in text and found["ceilings"]["bandwidth"] > 1e8
 
 
-def test_inference(tmp_path):
-    out = tmp_path / "r.json"
-    with pytest.raises(SystemExit) as done:
-        main(["bench", "lenet5", "--infer", *QUICK, "--json", str(out)])
-    assert done.value.code == 0
-    found = json.loads(out.read_text())
-    assert found["mode"] == "infer" and len(found["rows"]) == 3 and found["parity"] is None
+@pytest.mark.parametrize("mode, what", [("infer", "logits"), ("grads", "loss and gradients")])
+def test_without_an_update(mode, what):
+    found = bench.run_bench(quick(mode=mode))
+    jsonschema.validate(found, SCHEMA)
+    assert found["mode"] == mode and len(found["rows"]) == 3  # ours, and two layouts
+    assert found["parity"]["what"] == what and found["parity"]["error"] < 1e-4
 
 
-def test_a_baseline_that_fails_is_a_row_and_the_others_run(monkeypatch, tmp_path):
-    real = peers._train
+def test_bf16_is_tried_as_autocast_and_pure():
+    found = bench.run_bench(quick(precision="bf16"))
+    jsonschema.validate(found, SCHEMA)
+    eager = [row["name"] for row in found["rows"] if row["kind"] == "eager"]
+    assert len(eager) == 12 and sum(name.endswith(" pure") for name in eager) == 6
+    assert not any(row["failure"] for row in found["rows"])
 
-    def fails(work, layout, how, wrap):
-        if layout == "channels_last":
+
+def test_pure_bf16_keeps_fp32_parameters(monkeypatch):
+    made = []
+
+    class Seen(peers._Master):
+        def __init__(self, module):
+            super().__init__(module)
+            made.append(self)
+
+    monkeypatch.setattr(peers, "_Master", Seen)
+    w = work(precision="bf16")
+    tiny = Work(w.net, w.x, w.y, "train", gn.SGD(lr=1e-4), "bf16")
+    step = peers._whole_step(tiny, Variant("eager", "nchw", "plain", "pure"))
+    (master,) = made
+    before = [p.detach().clone() for p in master.high]
+    step()
+    moved = [float((a.detach() - b).abs().max()) for a, b in zip(master.high, before, strict=True)]
+    # Steps far below bf16's resolution are kept in fp32; what computes is their rounding.
+    assert all(0 < m < 2**-9 for m in moved)
+    for low, high in zip(master.low, master.high, strict=True):
+        assert low.dtype == torch.bfloat16 and torch.equal(low, high.bfloat16())
+
+
+def test_a_baseline_that_fails_is_a_row_and_the_others_run(monkeypatch):
+    real = peers.build
+
+    def fails(work, v):
+        if v.layout == "channels_last":
             raise RuntimeError("out\nof memory")
-        return real(work, layout, how, wrap)
+        return real(work, v)
 
-    monkeypatch.setattr(peers, "_train", fails)
-    c = bench.BenchConfig("lenet5", 4, target="cpu", rounds=2, seconds=0.1, parity_steps=2)
-    found = bench.run_bench(c)
+    monkeypatch.setattr(peers, "build", fails)
+    found = bench.run_bench(quick())
+    jsonschema.validate(found, SCHEMA)
     failed = [row for row in found["rows"] if row["failure"]]
     assert len(failed) == 3 and failed[0]["failure"] == "RuntimeError: out of memory"
     assert found["best"]["eager"].startswith("eager nchw")
-    assert "failed: RuntimeError" in bench.table(found)
+    assert "failed: RuntimeError" in table(found)
 
 
 def test_no_speed_for_wrong_results(monkeypatch, tmp_path):
@@ -114,44 +223,188 @@ def test_no_speed_for_wrong_results(monkeypatch, tmp_path):
             kw["optimizer"] = gn.SGD(lr=0.02, momentum=0.9, weight_decay=5e-4)
         return real(net, shape, **kw)
 
-    monkeypatch.setattr(bench.gn, "compile", slower_learner)
-    c = bench.BenchConfig("lenet5", 8, target="cpu", rounds=1, seconds=0.1, parity_steps=30)
+    monkeypatch.setattr(ours.gn, "compile", slower_learner)
     with pytest.raises(NumericsError, match="THE TWO DIFFER"):
-        bench.run_bench(c, tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["rows"] == []
+        bench.run_bench(quick(batch=8, parity_steps=30), tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert found["rows"] == [] and not found["parity"]["ok"] and not found["complete"]
 
 
-def test_an_interrupted_bench_keeps_the_finished_rounds(monkeypatch, tmp_path):
-    real, out = bench._rows, tmp_path / "r.json"
+@pytest.mark.parametrize("mode", ["infer", "grads"])
+def test_wrong_logits_and_gradients_are_no_parity(mode):
+    w = work(mode)
 
-    def stop_in_second(times, *rest):
-        if len(times["graphnet"].ms) == 2:
+    def off_by_a_percent(work):
+        program = ours.compiled(work, "cpu")
+
+        def run(*feed):
+            out = program(*feed)
+            if mode == "infer":
+                return 1.01 * out
+            return out[0], {k: 1.01 * g if k == "0.weight" else g for k, g in out[1].items()}
+
+        return run
+
+    assert parity.check(w, lambda w: ours.compiled(w, "cpu"), 1).ok
+    assert not parity.check(w, off_by_a_percent, 1).ok
+
+
+def test_an_interrupted_bench_keeps_the_finished_rounds(monkeypatch, tmp_path, capsys):
+    real, out = bench._Bench.save, tmp_path / "r.json"
+
+    def stop_in_second(self):
+        real(self)
+        if self.found.groups and len(self.found.groups[-1]["graphnet"].ms) == 2:
             raise KeyboardInterrupt
-        return real(times, *rest)
 
-    monkeypatch.setattr(bench, "_rows", stop_in_second)
-    c = bench.BenchConfig("lenet5", 4, target="cpu", rounds=3, seconds=0.1, parity_steps=0)
-    with pytest.raises(KeyboardInterrupt):
-        bench.run_bench(c, out)
+    monkeypatch.setattr(bench._Bench, "save", stop_in_second)
+    asked = ["--rounds", "3", "--parity", "0", "--json", str(out)]
+    assert ended("lenet5", *QUICK, *asked) == 130
+    said = capsys.readouterr()
+    assert "eager's best is" in said.out and "interrupted" in said.err
     found = json.loads(out.read_text())
-    assert found["rounds"] == 1 and len(found["rows"]) == 7
+    jsonschema.validate(found, SCHEMA)
+    assert {row["rounds"] for row in found["rows"]} == {2} and len(found["rows"]) == 8
+    assert not found["complete"]
+
+
+def test_one_kind_after_the_other_so_a_late_end_keeps_the_first(monkeypatch, tmp_path):
+    real = peers.start_all
+
+    def second_ends(work, kind):
+        if kind == "compile":
+            raise KeyboardInterrupt
+        return real(work, kind)
+
+    monkeypatch.setattr(peers, "start_all", second_ends)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_bench(quick(against=("eager", "compile")), tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["best"]["eager"] and found["ratio"]["eager"]["median"] > 0
 
 
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"against": ("eagre",)}, "unknown baseline 'eagre'.*eager, compile"),
-        ({"ablate": ("fusio",)}, "unknown ablation 'fusio'"),
-        ({"model": "lenet6"}, "lenet6"),
-        ({"precision": "fp8"}, "fp32"),
+        ({"against": ("eagre",)}, "unknown baseline 'eagre'.*eager, eager-graph, compile, comp"),
+        ({"ablate": ("fusio",)}, "unknown ablation 'fusio'.*fusion, cudagraph, layout, update-f"),
+        ({"model": "lenet6"}, "unknown model 'lenet6'.*alexnet.*lenet5"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'.*fp32, tf32, bf16"),
+        ({"precision": "tf32"}, "a CPU would compute fp32"),
+        ({"target": "interpret"}, "unknown target 'interpret'.*cuda, cpu"),
     ],
 )
 def test_wrong_names_list_the_valid_ones(changes, match):
     with pytest.raises(ConfigError, match=f"(?s){match}"):
-        bench.run_bench(bench.BenchConfig(**{"model": "lenet5", "target": "cpu", **changes}))
+        bench.run_bench(quick(**changes))
+
+
+def test_bad_input_exits_2_on_one_line(capsys):
+    assert ended("lenet5", "--against", "eagre") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_parity_without_dropout_leaves_the_net_alone():
     net = every_layer()
     assert [m.p for m in parity.without_dropout(net).modules() if hasattr(m, "p")] == [0.0]
     assert [m.p for m in net.modules() if hasattr(m, "p")] == [0.5]
+
+
+# ---- baselines -------------------------------------------------------------------------------
+
+
+def names(kind, device, mode="train", precision="bf16"):
+    class On(Work):
+        @property
+        def device(self):
+            return torch.device(device)
+
+    w = work(mode, precision)
+    return [v.name for v in peers.variants(kind, On(w.net, w.x, w.y, mode, w.sgd, precision))[0]]
+
+
+def test_which_baselines_make_sense_where():
+    assert len(names("eager", "cuda")) == len(names("eager-graph", "cuda")) == 12
+    assert len(names("eager", "cuda", precision="tf32")) == 6
+    assert names("eager", "cuda", "infer", "fp32") == ["eager nchw", "eager channels_last"]
+    compiled = names("compile", "cuda")
+    assert "compile nchw compiled pure reduce-overhead" in compiled and len(compiled) == 16
+    # A CPU has no CUDA graphs, by whichever name.
+    assert names("eager-graph", "cpu") == []
+    assert not any("reduce-overhead" in n or "compiled" in n for n in names("compile", "cpu"))
+    assert all("max-autotune" in n for n in names("compile-max", "cpu"))
+
+
+def test_the_flags_of_a_precision_stand_inside_only():
+    at = lambda: (
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )  # fmt: skip
+    before = at()
+    with peers.torch_flags("fp32"):
+        assert at() == (False, False, True)
+    with peers.torch_flags("tf32"):
+        assert at() == (True, True, True) and facts.flags()["matmul_allow_tf32"]
+    assert at() == before
+
+
+def test_every_compiled_variant_is_compiled(monkeypatch):
+    """torch.compile gives up behind eight functions of one code object, and says nothing."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None: seen.append(f) or f)
+    for layout in peers.LAYOUTS:
+        peers._whole_step(work(), Variant("compile", layout, "compiled", "", "default"))()
+    assert len(seen) == 4 and len({id(f.__code__) for f in seen}) == 4  # losses and updates
+    assert len({f.__code__.co_name for f in seen}) == 4
+
+
+# ---- facts, counts, layers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device, slug",
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("cpu", "cpu"),
+     ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla V100-PCIE-16GB", "v100")],
+)  # fmt: skip
+def test_the_name_of_a_result(device, slug):
+    result = {
+        "machine": {"device": device}, "model": "some/File.py:Net", "mode": "infer", "batch": 8,
+        "precision": "bf16", "date": "2026-11-24T01:02:03Z",
+    }  # fmt: skip
+    assert facts.file_name(result) == f"{slug}-net-infer-b8-bf16-2026-11-24.json"
+
+
+def test_the_operators_and_the_memory_of_a_step():
+    kept = torch.ones(1 << 16)
+
+    def run(steps):
+        for _ in range(steps):
+            a = kept + 1.0
+            b = a * 2.0
+            del a
+            b.sum()
+
+    found = counts.count(run, CPU)
+    assert found.launches is None and found.operators >= 3
+    assert 2 * kept.nbytes <= found.step_bytes < 2.5 * kept.nbytes
+
+
+def test_layers_and_launches_have_their_own_times():
+    torch.manual_seed(0)
+    slow = gn.Sequential(gn.Flatten(), gn.Linear(784, 2000), gn.ReLU(), gn.Linear(2000, 10))
+    rows = layers.layer_times(work(net=slow), Variant("eager", "nchw", "plain"))
+    times = {row["layer"]: (row["forward_us"], row["backward_us"]) for row in rows}
+    assert list(times) == ["flatten1", "fc1", "relu1", "fc2", "loss"]
+    assert times["fc1"][0] == max(f for f, _ in times.values())
+    assert times["fc1"][1] == max(b for _, b in times.values())
+    mine = layers.launch_times(work(net=slow), "cpu")
+    assert [r["phase"] for r in mine] == sorted(
+        (r["phase"] for r in mine), key=["forward", "loss", "backward"].index
+    )
+    flops = {tuple(r["layers"]): r["flops"] for r in mine if r["phase"] == "forward"}
+    assert flops[("fc1", "relu1")] >= 2 * 4 * 784 * 2000
+    inference = layers.layer_times(work("infer", net=slow), Variant("eager", "nchw"))
+    assert [r["layer"] for r in inference] == list(times)[:-1]
+    text = layer_table({"variant": "eager nchw", "torch": inference, "graphnet": mine})
+    assert "linear+relu" in text and "fc1, relu1" in text

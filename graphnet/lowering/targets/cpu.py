@@ -273,9 +273,12 @@ def _views(graph: Graph) -> set[Value]:
     return out
 
 
-def prepare(plan: Any, storage: Storage) -> Callable[[], None]:
+def prepare(
+    plan: Any, storage: Storage, *, around: Callable[[Task, Call], Call] = lambda task, call: call
+) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
+    around  is given each task with its call and returns what is called instead: to time it
     It reads `plan.graph` only. Calling it runs one step: returned values are copied to their
     storage, then committed state is replaced. Gradients are off while it runs.
     """
@@ -288,7 +291,7 @@ def prepare(plan: Any, storage: Storage) -> Callable[[], None]:
 
     fixed = [(slot(i.value), storage[i.value.name]) for i in graph.inputs]
     tasks = schedule.body + schedule.tail
-    calls = [watch.timed_task(t, t.make(slot)) for t in tasks]
+    calls = [around(t, watch.timed_task(t, t.make(slot))) for t in tasks]
     placed = {v for t in schedule.tail for e in t.eqns if e.op != "cast" for v in e.results}
     shared = _views(graph)
     returns = [(storage[v.name], slot(v)) for v in graph.returns]

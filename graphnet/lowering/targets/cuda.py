@@ -19,7 +19,7 @@ from graphnet.lowering import codegen
 from graphnet.lowering.build import ptxas
 from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Copy, Fill, Launch, bind
+from graphnet.lowering.steps import Copy, Fill, Launch, Step, bind
 from graphnet.lowering.targets.interpret import Storage, buffers, contiguous
 from graphnet.lowering.watch import wanted, watched
 
@@ -130,11 +130,18 @@ def _pin_assembler() -> None:
         triton.knobs.cache.dir = str(codegen.private_dir("triton"))
 
 
-def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[], None]:
+def prepare(
+    plan: Plan,
+    storage: Storage,
+    *,
+    capture: bool = True,
+    around: Callable[[Step, Call], Call] = lambda step, call: call,
+) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
     capture  record the step in a CUDA graph; False launches step by step, for debugging, and
              so do GRAPHNET_CHECK and GRAPHNET_DEBUG=2
+    around   is given each step with its call and returns what is called instead: to time it
     Nothing runs before the first call: capture records, so that no state is touched.
     """
     _require(plan)
@@ -145,6 +152,7 @@ def prepare(plan: Plan, storage: Storage, *, capture: bool = True) -> Callable[[
         held, moved = contiguous(plan, storage)
         tensor = buffers(plan, held, arena)
         calls = watched(plan, _calls(plan, tensor), tensor)
+        calls = [around(step, call) for step, call in zip(plan.steps, calls, strict=True)]
 
     beside = torch.cuda.Stream(device)
     waits = _waits(plan)

@@ -1,0 +1,118 @@
+"""Our side: the ways to run a step that are public, and what is left of it without a part."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import graphnet as gn
+from graphnet import config
+from graphnet.api import lower
+from graphnet.bench.peers import Work
+from graphnet.bench.rounds import Contestant, Run, sentence, start
+from graphnet.errors import GraphnetError
+from graphnet.ir.graph import Graph
+
+OURS = "graphnet"
+# What can be left out: names of passes, or how the step is run.
+ABLATIONS = {
+    "fusion": "fuse_pairs,fuse_epilogues,fuse_updates,fuse_copies,fuse_chains",
+    "cudagraph": "",
+    "layout": "layout",
+    "update-fusion": "fuse_updates,fuse_copies",
+}
+
+
+def _asked(work: Work, target: str) -> dict[str, Any]:
+    """The arguments of `gn.compile` that stand for the work."""
+    out: dict[str, Any] = {"shape": tuple(work.x.shape), "target": target}
+    out["precision"] = work.precision
+    if work.mode != "infer":
+        out["loss"] = gn.CrossEntropyLoss()
+    if work.mode == "grads":
+        out["grads"] = True
+    elif work.mode == "train":
+        out["optimizer"] = work.sgd
+    return out
+
+
+def compiled(work: Work, target: str, off: str = "") -> Any:
+    """The program for the work, on a copy of the net; `off` names passes to leave out."""
+    with config.override(DISABLE=off):
+        return gn.compile(work.net.copy(), **_asked(work, target))
+
+
+def _fused(work: Work, target: str, off: str) -> Graph:
+    with config.override(DISABLE=off):
+        return lower(work.net, **_asked(work, target)).plan.graph
+
+
+def _call(program: Any, work: Work) -> Run:
+    """The public call, once a step; it copies the batch to where the step reads it."""
+    feed = (work.x,) if work.mode == "infer" else (work.x, work.y)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            program(*feed)
+
+    return run
+
+
+def _bound(program: Any, work: Work) -> Run:
+    """`step.run(n)` over the batch as a data set that lies on the device."""
+    program.bind(work.x, work.y, shuffle=False)
+    return program.run
+
+
+def start_all(work: Work, target: str) -> list[Contestant]:
+    """Our public ways to do the work: by call and, in training, over bound data."""
+    ways: dict[str, Callable[[Any, Work], Run]] = {OURS: _call}
+    if work.mode == "train":
+        ways[f"{OURS} bind/run"] = _bound
+    return [
+        start(name, OURS, lambda w=way: w(compiled(work, target), work), work.device)  # type: ignore[misc]
+        for name, way in ways.items()
+    ]
+
+
+def _uncaptured(work: Work, target: str) -> Run:
+    """The step without its CUDA graph: the same launches, one by one from Python."""
+    program = compiled(work, target)
+    cuda = importlib.import_module("graphnet.lowering.targets.cuda")
+    program._run = cuda.prepare(program.plan, program._storage, capture=False)
+    return _call(program, work)
+
+
+def _without(work: Work, target: str, name: str) -> Run:
+    if name == "cudagraph":
+        return _uncaptured(work, target)
+    return _call(compiled(work, target, ABLATIONS[name]), work)
+
+
+def why_not(work: Work, target: str, name: str) -> str:
+    """Why a part cannot be left out here; empty where it can."""
+    if name == "cudagraph":
+        return "" if target == "cuda" else f"the {target} target has no CUDA graph"
+    same = str(_fused(work, target, ABLATIONS[name])) == str(_fused(work, target, ""))
+    return f"the {target} target's graph is the same without it" if same else ""
+
+
+def start_ablations(
+    work: Work, target: str, names: tuple[str, ...]
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Our step without a part each, started; and why the others are missing, by name."""
+    out, failures = [], {}
+    for name in names:
+        title = f"{OURS} without {name}"
+        try:
+            if why := why_not(work, target, name):
+                failures[title] = f"not applicable: {why}"
+                continue
+            build = lambda name=name: _without(work, target, name)  # type: ignore[misc]
+            out.append(start(title, "ablation", build, work.device))
+        except (GraphnetError, RuntimeError, torch.OutOfMemoryError) as error:
+            failures[title] = sentence(error)
+    return out, failures
