@@ -7,6 +7,8 @@ where the last compiled program put them; `state_dict()` is always what that pro
 from __future__ import annotations
 
 import copy
+import fnmatch
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -29,13 +31,29 @@ class Parameter(Cell):
                there, and shared with the program. Copies that programs derive from it (bf16)
                follow an assignment and `load_state_dict`, not in-place arithmetic on it.
     trainable  False freezes it in programs compiled from then on
+    lr_mult, decay_mult  factors of the learning rate, and of weight decay and L1, in programs
+               compiled from then on; see `Module.set_multipliers`
     """
 
-    def __init__(self, data: torch.Tensor, trainable: bool = True) -> None:
+    def __init__(
+        self,
+        data: torch.Tensor,
+        trainable: bool = True,
+        lr_mult: float = 1.0,
+        decay_mult: float = 1.0,
+    ) -> None:
         if not isinstance(data, torch.Tensor):
             raise ConfigError(f"a Parameter takes a torch tensor, not a {type(data).__name__}")
         super().__init__(data.detach().to("cpu", torch.float32, copy=True).contiguous())
         self.trainable = trainable
+        self.lr_mult, self.decay_mult = lr_mult, decay_mult
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lr_mult", "decay_mult"):
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
+            value = float(value)
+        super().__setattr__(name, value)
 
     @property
     def data(self) -> torch.Tensor:
@@ -60,7 +78,7 @@ class Parameter(Cell):
         return self.live.numel()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        made = Parameter(self.live, self.trainable)
+        made = Parameter(self.live, self.trainable, self.lr_mult, self.decay_mult)
         memo[id(self)] = made
         return made
 
@@ -173,6 +191,23 @@ class Module:
                 if f"{m.kind}{count[m.kind]}" not in names.values():
                     names[m] = f"{m.kind}{count[m.kind]}"
         return {m: names[m] for m in layers}
+
+    def set_multipliers(
+        self, pattern: str, lr: float | None = None, decay: float | None = None
+    ) -> list[str]:
+        """Sets lr_mult and decay_mult of the parameters whose key fits a shell pattern.
+
+        `net.set_multipliers("*bias", lr=2, decay=0)` is the recipe of Caffe's AlexNet. Returns the
+        keys; ConfigError where none fits.
+        """
+        keys = [k for k, _ in self.named_parameters() if fnmatch.fnmatchcase(k, pattern)]
+        if not keys:
+            raise ConfigError(f"no parameter fits {pattern!r}", help='keys look like "0.weight"')
+        for key, p in self.named_parameters():
+            if key in keys:
+                p.lr_mult = p.lr_mult if lr is None else lr
+                p.decay_mult = p.decay_mult if decay is None else decay
+        return keys
 
     # ---- state ------------------------------------------------------------------------------
 

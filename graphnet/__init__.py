@@ -20,6 +20,7 @@ _NAMES = {
     "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
     "graphnet.frontends.tracing": ("trace",),
     "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss"),
+    "graphnet.ops.adam": ("Adam", "AdamW"),
     "graphnet.ops.update": ("SGD",),
     "graphnet.train.trainer": ("Trainer",),
     "graphnet.errors": (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     )
     from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
     from graphnet.frontends.tracing import trace
+    from graphnet.ops.adam import Adam, AdamW
     from graphnet.ops.loss import CrossEntropyLoss, MultiMarginLoss
     from graphnet.ops.update import SGD
     from graphnet.runtime import random

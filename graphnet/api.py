@@ -65,6 +65,7 @@ def lower(
     stages = pipeline.run(
         traced, precision=precision, optimizer=optimizer, grads=grads, target=target,
         trainable=keys,
+        multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
     )  # fmt: skip
     plan = make_plan(stages.fused, target)
     dump(plan)
@@ -104,7 +105,7 @@ def compile(
         "state": state_of(net, device), "target": low.target, "precision": precision,
     }  # fmt: skip
     if optimizer is not None:
-        return TrainStep(optimizer=optimizer, keys=low.trainable, **common)
+        return TrainStep(optimizer=optimizer, **common)
     if grads:
         return Gradients(keys=low.trainable, **common)
     return Infer(**common) if loss is None else Evaluate(**common)

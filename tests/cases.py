@@ -227,6 +227,7 @@ def _dropout_rows() -> list[Case]:
 def _draw_sgd(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     tensors = [fill(t, g, dtype) for t in c.ins if t.shape]
     hypers = [0.1, 0.9, 0.01] if len(tensors) == 3 else [0.1, 0.01]
+    hypers += [0.03] if c.note == "scaled" else []
     return tensors + [torch.tensor(h, dtype=dtype) for h in hypers]
 
 
@@ -256,6 +257,35 @@ def _classic_nesterov(w, g, v, lr, mom, wd):
     return w + mom * v1 + (v1 - mom * v), v1
 
 
+def _draw_adam(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
+    """Operands as they are before the third step: lr, gains, decay, corrections (and l1)."""
+    w, grad, m, v = (fill(t, g, dtype) for t in c.ins[:4])
+    hypers = [0.1, 0.1, 0.001, 0.01, 1 - 0.9**3, 1 - 0.999**3]
+    hypers = hypers if c.note != "l1" else [*hypers, 0.03]
+    return [w, grad, m, v.abs(), *(torch.tensor(h, dtype=dtype) for h in hypers)]
+
+
+def _torch_adam(kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0) -> Callable[..., Any]:
+    def run(w, g, m, v, lr, gain1, gain2, wd, c1, c2, *l1):
+        p = torch.nn.Parameter(w.clone())
+        betas = (float(1 - gain1), float(1 - gain2))
+        opt = kind([p], float(lr) * lr_mult, betas, 1e-8, float(wd) * decay_mult, foreach=False)
+        opt.state[p] = {
+            "step": torch.tensor(2.0, dtype=torch.float64), "exp_avg": m.clone(),
+            "exp_avg_sq": v.clone(),
+        }  # fmt: skip
+        p.grad = g + l1[0] * w.sign() if l1 else g.clone()
+        opt.step()
+        return p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]
+
+    return run
+
+
+def _scaled_sgd(w, g, lr, wd, l1):
+    """Rate doubled, penalties at half."""
+    return w - 2 * lr * (g + 0.5 * wd * w + 0.5 * l1 * w.sign())
+
+
 _W, _S = f(4, 3), f()
 UPDATES = [
     Case("sgd_update", (_W, _W, _S, _S), _torch_sgd(False), draw=_draw_sgd),
@@ -269,6 +299,22 @@ UPDATES = [
             ("classicnesterov", True, "classic", _classic_nesterov),
         ]
     ),
+    Case("sgd_update", (_W, _W, _S, _S, _S), _scaled_sgd,
+         attrs("sgd_update", l1=True, lr_mult=2.0, decay_mult=0.5), "scaled", _draw_sgd),
+    *(
+        Case("adam_update", (_W,) * 4 + (_S,) * (7 if note == "l1" else 6),
+             _torch_adam(kind, *scale), attrs("adam_update", **kw), note, _draw_adam)
+        for note, kind, scale, kw in [
+            ("", torch.optim.Adam, (), {}),
+            ("l1", torch.optim.Adam, (), {"l1": True}),
+            ("decoupled", torch.optim.AdamW, (), {"decoupled": True}),
+            ("scaled", torch.optim.AdamW, (2.0, 3.0),
+             {"decoupled": True, "lr_mult": 2.0, "decay_mult": 3.0}),
+            ("plain", torch.optim.Adam, (2.0, 0.0), {"lr_mult": 2.0, "decay_mult": 0.0}),
+        ]
+    ),
+    Case("adam_debias", (_S,) * 4,
+         lambda c1, c2, g1, g2: (1 - (1 - c1) * (1 - g1), 1 - (1 - c2) * (1 - g2))),
     Case("record_step", (f(4096), _S, TensorType(i64, ())),
          lambda ring, loss, step: (ring.index_fill(0, step % 4096, float(loss)), step + 1),
          exact=True),

@@ -2,6 +2,7 @@
 
 from graphnet.ops import (  # noqa: F401
     activation,
+    adam,
     adaptive_pool,
     conv2d,
     dropout,

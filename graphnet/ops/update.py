@@ -1,15 +1,16 @@
-"""Optimizer updates as ops, and the specs that people write."""
+"""Optimizer updates as ops, and the specs that people write: SGD here, Adam in `adam.py`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from graphnet.errors import ConfigError, ShapeError
+from graphnet.ir.graph import Builder, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType
 
@@ -17,7 +18,70 @@ FORMS = ("torch", "classic")
 
 
 @dataclass(frozen=True)
-class SGDAttrs(Attrs):
+class UpdateAttrs(Attrs):
+    """What every update has. l1: whether there is an L1 operand; lr_mult and decay_mult: what the
+    parameter multiplies the rate, and the penalties, with."""
+
+    l1: bool = False
+    lr_mult: float = 1.0
+    decay_mult: float = 1.0
+
+
+class Update(Op):
+    """Base: results are the new parameter and slots; operands w, g, slots, then scalars."""
+
+    kernel = "elementwise"
+
+    def slots(self, attrs: Any) -> int:
+        """How many buffers a parameter has."""
+        raise NotImplementedError
+
+    def scalars(self, attrs: Any) -> int:
+        """How many scalar operands stand behind the tensors."""
+        raise NotImplementedError
+
+    def infer(self, attrs: Any, *ins: TensorType) -> tuple[TensorType, ...]:
+        tensors = 2 + self.slots(attrs)
+        want = tensors + self.scalars(attrs)
+        if len(ins) != want:
+            raise ShapeError(f"{self.name} takes {want} operands, got {len(ins)}")
+        for t in ins[1:tensors]:
+            if t.shape != ins[0].shape:
+                raise ShapeError(f"{self.name}: {t} does not fit the parameter {ins[0]}")
+        for t in ins[tensors:]:
+            if t.shape != ():
+                raise ShapeError(f"{self.name}: {t} is no scalar hyper-parameter")
+        return tuple(t.with_shape(t.shape) for t in (ins[0], *ins[2:tensors]))
+
+
+def penalised(attrs: UpdateAttrs, w: Any, g: Any, decay: Any, l1: Sequence[Any]) -> Any:
+    """g + decay w + l1 sign(w): the gradient of L2, L1 or both (elastic net). decay may be None."""
+    if attrs.decay_mult:
+        if decay is not None:
+            g = g + decay * attrs.decay_mult * w
+        if l1:
+            g = g + l1[0] * attrs.decay_mult * torch.sign(w)
+    return g
+
+
+def times(text: str, factor: float) -> str:
+    """Generated code: the product, without a factor of 1."""
+    return text if factor == 1.0 else f"({text} * {factor!r})"
+
+
+def emit_penalised(attrs: UpdateAttrs, w: str, g: str, decay: str | None, l1: Sequence[str]) -> str:
+    """The same as generated code."""
+    if attrs.decay_mult:
+        if decay is not None:
+            g = f"({g} + {times(decay, attrs.decay_mult)} * {w})"
+        if l1:
+            sign = f"tl.where({w} > 0.0, 1.0, tl.where({w} < 0.0, -1.0, 0.0))"
+            g = f"({g} + {times(l1[0], attrs.decay_mult)} * {sign})"
+    return g
+
+
+@dataclass(frozen=True)
+class SGDAttrs(UpdateAttrs):
     """momentum: whether there is a buffer; form: how it is written (they differ after an lr
     change): "torch" v = mom v + g, w -= lr v; "classic" (Caffe) v = mom v - lr g, w += v."""
 
@@ -31,37 +95,29 @@ class SGDAttrs(Attrs):
 
 
 @register
-class SGDUpdate(Op):
-    """(w', v') from w, g, v, lr, momentum, weight_decay; without momentum w' from w, g, lr, wd.
+class SGDUpdate(Update):
+    """(w', v') from w, g, v, lr, momentum, weight_decay, and l1 where it is one; without momentum
+    w' from w, g, lr, weight_decay.
 
-    g' = g + wd w (L2). torch: v' = mom v + g', w' = w - lr v' (Nesterov: w - lr (g' + mom v')).
-    classic: v' = mom v - lr g', w' = w + v' (Nesterov: w - mom v + (1 + mom) v').
+    g' = g + wd w + l1 sign(w). torch: v' = mom v + g', w' = w - lr v' (Nesterov: w - lr (g' +
+    mom v')). classic: v' = mom v - lr g', w' = w + v' (Nesterov: w - mom v + (1 + mom) v').
     """
 
     name = "sgd_update"
     attrs_type = SGDAttrs
-    kernel = "elementwise"
 
-    def infer(self, attrs: SGDAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        want = 6 if attrs.momentum else 4
-        if len(ins) != want:
-            raise ShapeError(f"sgd_update takes {want} operands, got {len(ins)}")
-        tensors = ins[:3] if attrs.momentum else ins[:2]
-        for t in tensors[1:]:
-            if t.shape != ins[0].shape:
-                raise ShapeError(f"sgd_update: {t} does not fit the parameter {ins[0]}")
-        for t in ins[len(tensors) :]:
-            if t.shape != ():
-                raise ShapeError(f"sgd_update: {t} is no scalar hyper-parameter")
-        w = ins[0].with_shape(ins[0].shape)
-        return (w, ins[2].with_shape(ins[2].shape)) if attrs.momentum else (w,)
+    def slots(self, attrs: SGDAttrs) -> int:
+        return int(attrs.momentum)
+
+    def scalars(self, attrs: SGDAttrs) -> int:
+        return 2 + attrs.momentum + attrs.l1
 
     def reference(self, attrs: SGDAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not attrs.momentum:
-            w, g, lr, wd = args
-            return (w - lr * (g + wd * w),)
-        w, g, v, lr, mom, wd = args
-        g = g + wd * w
+            w, g, lr, wd, *l1 = args
+            return (w - lr * attrs.lr_mult * penalised(attrs, w, g, wd, l1),)
+        w, g, v, lr, mom, wd, *l1 = args
+        g, lr = penalised(attrs, w, g, wd, l1), lr * attrs.lr_mult
         if attrs.form == "torch":
             v1 = mom * v + g
             return (w - lr * (g + mom * v1 if attrs.nesterov else v1), v1)
@@ -71,14 +127,14 @@ class SGDUpdate(Op):
     def flops(
         self, attrs: SGDAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
-        return (6 if attrs.momentum else 4) * ins[0].numel
+        return ((6 if attrs.momentum else 4) + 2 * attrs.l1) * ins[0].numel
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         if not attrs.momentum:
-            w, g, lr, wd = expr
-            return [f"({w} - {lr} * ({g} + {wd} * {w}))"]
-        w, g, v, lr, mom, wd = expr
-        g = f"({g} + {wd} * {w})"
+            w, g, lr, wd, *l1 = expr
+            return [f"({w} - {times(lr, attrs.lr_mult)} * {emit_penalised(attrs, w, g, wd, l1)})"]
+        w, g, v, lr, mom, wd, *l1 = expr
+        g, lr = emit_penalised(attrs, w, g, wd, l1), times(lr, attrs.lr_mult)
         if attrs.form == "torch":
             v1 = f"({mom} * {v} + {g})"
             step = f"({g} + {mom} * {v1})" if attrs.nesterov else v1
@@ -114,18 +170,56 @@ class RecordStep(Op):
         return 0
 
 
-def _number(name: str, value: float, low: float, high: float = math.inf) -> float:
-    if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
-        raise ConfigError(f"SGD: {name}={value!r} is not a finite number >= {low:g}")
-    return float(value)
+def number(spec: str, name: str, value: Any, low: float = 0.0) -> float:
+    """A finite number of at least `low`; ConfigError names the optimizer and the argument."""
+    if not hasattr(value, "__float__"):
+        raise ConfigError(f"{spec}: {name} is a number, not {value!r}")
+    given = float(value)
+    if not math.isfinite(given) or given < low:
+        raise ConfigError(f"{spec}: {name}={value!r} is not a finite number of at least {low:g}")
+    return given
+
+
+class OptimizerSpec:
+    """What a spec tells the compiler and the live view.
+
+    op          the update
+    slots       names of the per-parameter buffers, in operand order
+    hypers      names of the device's scalars, in operand order
+    knobs       arguments that may change between steps; `numbers` makes scalars of one
+    structural  knobs whose 0 is another graph
+    """
+
+    op = ""
+    structural: tuple[str, ...] = ()
+
+    @property
+    def hypers(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        return self.hypers
+
+    def numbers(self, knob: str, value: Any) -> dict[str, float]:
+        """Device scalar to number, for a new value of a knob; ConfigError for a bad one."""
+        return {knob: number(type(self).__name__, knob, value)}
+
+    def scalars(
+        self, b: Builder, hypers: Mapping[str, Value]
+    ) -> tuple[list[Value], list[tuple[Value, Value]]]:
+        """The scalar operands of every update, and state of the optimizer's own to commit."""
+        return list(hypers.values()), []
 
 
 @dataclass(frozen=True)
-class SGD:
-    """Stochastic gradient descent with torch's arguments.
+class SGD(OptimizerSpec):
+    """Stochastic gradient descent with torch's arguments, `form` and an L1 penalty.
 
-    lr, momentum and weight_decay may change between steps; momentum 0 against non-zero,
-    `nesterov` and `form` are part of the compiled graph.
+    lr, momentum, weight_decay and l1 may change between steps; momentum or l1 0 against non-zero,
+    `nesterov` and `form` are part of the compiled graph. The gradient of the penalties is
+    weight_decay w + l1 sign(w): an elastic net lambda (beta sum w^2 + sum |w|) is
+    weight_decay = 2 lambda beta, l1 = lambda.
     """
 
     lr: float = 1e-3
@@ -134,27 +228,30 @@ class SGD:
     weight_decay: float = 0.0
     nesterov: bool = False
     form: str = "torch"
+    l1: float = 0.0
     op = "sgd_update"
+    structural = ("momentum", "l1")
 
     def __post_init__(self) -> None:
-        _number("lr", self.lr, 0.0)
-        _number("momentum", self.momentum, 0.0)
-        _number("weight_decay", self.weight_decay, 0.0)
+        for name in ("lr", "momentum", "weight_decay", "l1"):
+            number("SGD", name, getattr(self, name))
         if self.dampening != 0:
             raise ConfigError(f"SGD: dampening={self.dampening!r} is not supported", help="use 0")
         if self.nesterov and not self.momentum:
             raise ConfigError("SGD: nesterov=True with momentum=0", help="set momentum, e.g. 0.9")
         self.attrs()
 
-    def attrs(self) -> SGDAttrs:
-        return SGDAttrs(self.momentum != 0, self.nesterov, self.form)
+    def attrs(self, lr_mult: float = 1.0, decay_mult: float = 1.0) -> SGDAttrs:
+        """Of a parameter with these multipliers."""
+        return SGDAttrs(
+            self.l1 != 0, lr_mult, decay_mult, self.momentum != 0, self.nesterov, self.form
+        )
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the per-parameter buffers, in operand order."""
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
     def hypers(self) -> tuple[str, ...]:
-        """Names of the scalar operands, in operand order."""
-        return ("lr", "momentum", "weight_decay") if self.momentum else ("lr", "weight_decay")
+        momentum = ("momentum",) if self.momentum else ()
+        return ("lr", *momentum, "weight_decay", *(("l1",) if self.l1 else ()))

@@ -6,7 +6,7 @@ Each op's `vjp` writes its cotangents as ordinary equations. A gradient `%g` and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from graphnet.errors import GraphError
@@ -83,13 +83,19 @@ def _accumulate(
 
 
 def autodiff(
-    traced: Graph, *, trainable: Sequence[str], optimizer: Any = None, grads: bool = False
+    traced: Graph,
+    *,
+    trainable: Sequence[str],
+    optimizer: Any = None,
+    grads: bool = False,
+    multipliers: Mapping[str, tuple[float, float]] | None = None,
 ) -> Graph:
     """The joint graph of a traced graph whose first result is the loss.
 
-    trainable  names of the parameters to differentiate for
-    optimizer  a spec with `op`, `attrs()`, `slots` and `hypers`; adds the update and its commits
-    grads      return the gradients behind the loss, in the order of `trainable`
+    trainable    names of the parameters to differentiate for
+    optimizer    an `OptimizerSpec`; adds the update and its commits
+    grads        return the gradients behind the loss, in the order of `trainable`
+    multipliers  by name, what a parameter multiplies the learning rate and the penalties with
     """
     b, env = _copy(traced, "joint")
     loss = env.get(traced.returns[0], traced.returns[0])
@@ -104,7 +110,7 @@ def autodiff(
                 gradient[p] = b.one("full", attrs=attrs)
         return dce(b.build(loss, *(gradient[p] for p in params)))
     if optimizer is not None:
-        _update(b, traced, params, gradient, optimizer)
+        _update(b, traced, params, gradient, optimizer, multipliers or {})
         have = {i.value.name: i.value for i in b.inputs}
         step = have.get("step") or b.input("step", TensorType(i64, ()), "counter")
         ring = b.input("ring", TensorType(f32, (RING,)), "counter")
@@ -115,10 +121,12 @@ def autodiff(
 
 
 def _update(
-    b: Builder, traced: Graph, params: Sequence[Value], gradient: dict[Value, Value], spec: Any
-) -> None:
+    b: Builder, traced: Graph, params: Sequence[Value], gradient: dict[Value, Value], spec: Any,
+    multipliers: Mapping[str, tuple[float, float]],
+) -> None:  # fmt: skip
     """One update per parameter, in the order in which the gradients arise."""
-    hypers = [b.input(name, TensorType(f32, ()), "hyper") for name in spec.hypers]
+    hypers = {name: b.input(name, TensorType(f32, ()), "hyper") for name in spec.hypers}
+    scalars, own = spec.scalars(b, hypers)
     made = {v: at for at, e in enumerate(b.eqns) for v in e.results}
     layer: dict[Value, Where] = {}
     for e in traced.eqns:
@@ -126,11 +134,14 @@ def _update(
             layer.setdefault(v, Where(e.where.layers, e.where.place, "autodiff"))
     for p in sorted((p for p in params if p in gradient), key=lambda p: made[gradient[p]]):
         slots = [b.input(f"{p.name}.{s}", p.type, "slot", p.name) for s in spec.slots]
+        attrs = spec.attrs(*multipliers.get(p.name, (1.0, 1.0)))
         outs = b.emit(
-            spec.op, [p, gradient[p], *slots, *hypers], spec.attrs(), where=layer.get(p, b.where)
+            spec.op, [p, gradient[p], *slots, *scalars], attrs, where=layer.get(p, b.where)
         )
         for old, new in zip((p, *slots), outs, strict=True):
             b.commit(old, new)  # type: ignore[arg-type]
+    for old, new in own:
+        b.commit(old, new)
 
 
 def roles(graph: Graph, role: str) -> list[Input]:

@@ -7,11 +7,14 @@ parameter.
 
 from __future__ import annotations
 
+import graphnet.ops  # noqa: F401  (fills the registry)
+from graphnet.ir.op import all_ops
 from graphnet.passes.fuse import build_merge, fits
 from graphnet.passes.rewrite import Match, P, Rule
+from graphnet.passes.templates import is_update
 
 WGRADS = ("conv2d_wgrad", "linear_wgrad")
-UPDATES = ("sgd_update",)
+UPDATES = tuple(name for name in all_ops() if is_update(name))
 
 
 def _joins(m: Match) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ def run(
     grads: bool = False,
     target: str = "cpu",
     trainable: Sequence[str] = (),
+    multipliers: Mapping[str, tuple[float, float]] | None = None,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused. `disabled` names passes or rules, as GRAPHNET_DISABLE does."""
@@ -49,7 +50,11 @@ def run(
     train = optimizer is not None or grads
 
     def differentiate(g: Graph) -> Graph:
-        return autodiff(g, trainable=trainable, optimizer=optimizer, grads=grads) if train else g
+        if not train:
+            return g
+        return autodiff(
+            g, trainable=trainable, optimizer=optimizer, grads=grads, multipliers=multipliers
+        )
 
     def rules(*tables: Sequence) -> Callable[[Graph], Graph]:
         return lambda g: rewrite(g, [r for t in tables for r in t], log=log, disabled=off)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,29 +14,32 @@ from graphnet.runtime.state import Entry, State
 class Optimizer:
     """A live view: `step.optimizer.lr = 0.001` writes the device's scalar, nothing recompiles.
 
-    Attributes are those of the spec (`SGD`). The ones in `spec.hypers` may be set to any
-    non-negative number; everything else is compiled in, and so is momentum 0 against non-zero:
-    changing it raises ConfigError.
+    Attributes are those of the spec (`SGD`, `Adam`). The ones in `spec.knobs` may be set;
+    everything else is compiled in, and so is momentum or l1 0 against non-zero: changing it raises
+    ConfigError.
     """
 
     def __init__(
-        self, spec: Any, hypers: dict[str, torch.Tensor], slots: dict[str, Entry], state: State
+        self,
+        spec: Any,
+        hypers: Mapping[str, torch.Tensor],
+        entries: Sequence[Entry],
+        state: State,
     ) -> None:
+        """hypers: the device's scalars. entries: what outlives a step besides the parameters."""
         own = self.__dict__
-        own["spec"], own["_hypers"], own["_slots"], own["_state"] = spec, hypers, slots, state
+        own["spec"], own["_hypers"], own["_state"] = spec, hypers, state
+        own["_entries"] = {e.name: e for e in entries}
         own["_values"] = {}
-        for name in hypers:
-            self._write(name, getattr(spec, name))
+        for knob in spec.knobs:
+            self._write(knob, getattr(spec, knob))
 
     def _write(self, name: str, value: Any) -> None:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{name} is a number, not {value!r}") from None
-        if not math.isfinite(number) or number < 0:
-            raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
-        self._values[name] = number
-        self._hypers[name].fill_(number)
+        numbers = self.spec.numbers(name, value)
+        self._values[name] = tuple(value) if isinstance(value, (tuple, list)) else float(value)
+        for hyper, number in numbers.items():
+            if hyper in self._hypers:
+                self._hypers[hyper].fill_(number)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__["_values"]:
@@ -47,16 +49,16 @@ class Optimizer:
         return getattr(self.__dict__["spec"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._hypers:
-            if name == "momentum" and not value:
+        if name in self._values:
+            if name in self.spec.structural and not value:
                 raise ConfigError(
-                    "momentum 0 is another graph than momentum "
+                    f"{name} 0 is another graph than {name} "
                     f"{self._values[name]:g}, which this step was compiled with",
-                    help="compile again with momentum=0",
+                    help=f"compile again with {name}=0",
                 )
             self._write(name, value)
         elif not hasattr(self.spec, name):
-            known = ", ".join(self._hypers)
+            known = ", ".join(self._values)
             raise ConfigError(f"the optimizer has no {name!r}", help=f"can be set: {known}")
         elif value != getattr(self.spec, name):
             raise ConfigError(
@@ -66,32 +68,32 @@ class Optimizer:
             )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Momentum buffers by name (`0.weight.momentum_buffer`), hypers and `step`, on the CPU."""
-        out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._slots.items()}
+        """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU."""
+        out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._entries.items()}
         out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
         out["step"] = torch.tensor(self._state.steps, dtype=torch.int64)
         return out
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `state_dict`; StateDictError lists every key that does not fit."""
-        want = {*self._slots, *self._values, "step"}
+        want = {*self._entries, *self._values, "step"}
         problems = [f"missing {k}" for k in sorted(want - set(state))]
         problems += [f"unexpected {k}" for k in sorted(set(state) - want)]
         problems += [
             f"{k}: the step has {list(e.global_shape)}, the dict {list(state[k].shape)}"
-            for k, e in self._slots.items()
+            for k, e in self._entries.items()
             if k in state and tuple(state[k].shape) != e.global_shape
         ]
         if problems:
             raise StateDictError("optimizer state does not fit:\n  " + "\n  ".join(problems))
-        for key, entry in self._slots.items():
+        for key, entry in self._entries.items():
             entry.cell.live.copy_(state[key])
         for key in self._values:
-            setattr(self, key, float(state[key]))
+            setattr(self, key, state[key].tolist())
         steps = int(state["step"])
         self._state.steps = steps
         self._state.entries["step"].cell.live.fill_(steps)
 
     def __repr__(self) -> str:
-        knobs = ", ".join(f"{k}={v:g}" for k, v in self._values.items())
+        knobs = ", ".join(f"{k}={v}" for k, v in self._values.items())
         return f"{type(self.spec).__name__}({knobs})"

@@ -21,6 +21,7 @@ from graphnet.runtime.optim import Optimizer
 from graphnet.runtime.state import State
 
 RING = 4096  # losses kept on the device; as in passes/autodiff
+_OURS = ("ring", "step")  # counters that belong to every step, whatever its optimizer
 Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
 _STAGES = ("traced", "joint", "fused")
 
@@ -224,13 +225,13 @@ class TrainStep(Program):
     """step(x, y) -> loss before the update, the mean over the rows, still on the device.
 
     Each loss is a tensor of its own, overwritten 4,096 steps later; only float() synchronises.
-    optimizer  the live view: set `lr`, `momentum`, `weight_decay` between steps
+    optimizer  the live view: set `lr`, `momentum`, `weight_decay` ... between steps
     """
 
-    def __init__(self, *, optimizer: Any, keys: tuple[str, ...], **kwargs: Any) -> None:
+    def __init__(self, *, optimizer: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        hypers = {n: self._storage[n] for n in optimizer.hypers if n in self._storage}
-        self.optimizer = Optimizer(optimizer, hypers, self.state.slots(keys), self.state)
+        own = [e for e in self._entries if e.role in ("slot", "counter") and e.name not in _OURS]
+        self.optimizer = Optimizer(optimizer, self._storage, own, self.state)
         self._bound: Bound | None = None
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -165,8 +165,3 @@ class State:
             elif e.source is not None:
                 e.layout.write(e.source.live, e.tensor)
         self.stale = False
-
-    def slots(self, params: Iterable[str]) -> dict[str, Entry]:
-        """Name to slot entry of the given parameters."""
-        wanted = set(params)
-        return {n: e for n, e in self.entries.items() if e.role == "slot" and e.of in wanted}

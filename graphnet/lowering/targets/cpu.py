@@ -26,6 +26,7 @@ from graphnet.lowering.targets.cpu_task import (
     in_order,
     symmetric,
 )
+from graphnet.passes.templates import is_update
 
 Storage = dict[str, torch.Tensor]
 _aten: Any = torch.ops.aten
@@ -128,21 +129,20 @@ class _Schedule:
         tasks, after = [], []
         targets = {new: old for old, new in self.graph.commits}
         for e in self.eqns:
-            if e.op == "sgd_update" and self._in_place(e, targets):
-                hypers = e.inputs[1 + len(e.results) :]
-                kinds.setdefault((e.attrs, hypers), []).append(e)
+            if is_update(e.op) and self._in_place(e, targets):
+                kinds.setdefault((e.op, e.attrs, cpu_update.scalars_of(e)), []).append(e)
                 after += [r for v in e.results for r in self.readers.get(v, [])]
             elif e.op == "record_step" and self._commits(e, targets):
                 tasks.append(self._add(_record(e, self.storage)))
         for kind in kinds.values():
             wide = {id(e): g for e in kind if (g := self._wide_gradient(e)) is not None}
             tasks += [
-                self._add(cpu_update.wide_sgd(wide[id(e)], e, self.storage))
+                self._add(cpu_update.wide_updated(wide[id(e)], e, self.storage))
                 for e in kind
                 if id(e) in wide
             ]
             rest = [e for e in kind if id(e) not in wide]
-            tasks += [self._add(cpu_update.sgd(rest, self.storage))] if rest else []
+            tasks += [self._add(cpu_update.updated(rest, self.storage))] if rest else []
         return tasks + [self._add(generic(e)) for e in dict.fromkeys(after)]
 
     def _wide_gradient(self, update: Eqn) -> Eqn | None:
@@ -169,7 +169,7 @@ class _Schedule:
 
     def _in_place(self, e: Eqn, targets: dict[Value, Value]) -> bool:
         """Whether an update can join the one call at the end of the step."""
-        if e.attrs.form != "torch" or not self._commits(e, targets):  # type: ignore[attr-defined]
+        if not self._commits(e, targets):
             return False
         # Only the low-precision copy may read the new parameter, behind the update.
         copies = all(

@@ -1,0 +1,30 @@
+"""Every update in a generated epilogue, beside torch.optim; all of them for sm_90."""
+
+import pytest
+
+import graphnet as gn
+from graphnet import config
+from tests.optimizers import TABLE, many_steps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
+        yield
+
+
+@pytest.mark.parametrize("steps", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TABLE)
+def test_many_steps_with_a_drop_of_the_rate(name, steps):
+    race = many_steps(name, "interpret", steps)
+    assert any("wgrad" in s.kernel for s in race.step.plan.launches)
+    assert not any("_update" in s.kernel for s in race.step.plan.launches)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adam_compiles_without_spills(precision):
+    report = gn.build(
+        gn.models.lenet5(), (128, 1, 28, 28), precision=precision, loss=gn.CrossEntropyLoss(),
+        optimizer=gn.AdamW(weight_decay=0.1),
+    )  # fmt: skip
+    assert [r.name for r in report.rows if r.spill_bytes] == []

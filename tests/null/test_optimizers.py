@@ -1,0 +1,188 @@
+"""Optimizers, penalties and multipliers against torch.optim and the written formulas."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphnet as gn
+from tests.optimizers import TABLE, Race, many_steps
+
+LOSS = gn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_hundred_steps_with_a_drop_of_the_rate(name):
+    many_steps(name, "cpu")
+
+
+@pytest.mark.parametrize("name", ["momentum", "classic", "adam_l2", "adamw"])
+def test_multipliers_are_torchs_parameter_groups(name):
+    spec, make = TABLE[name]
+    if name == "classic":  # the formula has no groups: compare with torch's at a constant rate
+        spec, make = gn.SGD(0.1, 0.9, weight_decay=0.01, form="classic"), TABLE["momentum"][1]
+    race = Race(spec, make, "cpu", multipliers=(2.0, 0.0))
+    for _ in range(30):
+        race.turn()
+        assert race.error() <= 1e-5
+    plain = Race(spec, make, "cpu")
+    for _ in range(30):
+        plain.turn()
+    for key, same in (("0.weight", True), ("0.bias", False)):
+        a, b = (r.net.state_dict()[key] for r in (race, plain))
+        assert torch.equal(a, b) == same
+
+
+def test_both_forms_of_momentum_agree_until_the_rate_drops_and_then_differ():
+    torch_form = Race(*TABLE["momentum"], "cpu")
+    classic = Race(*TABLE["classic"], "cpu")
+
+    def distance():
+        a, b = (r.net.state_dict()["0.weight"] for r in (torch_form, classic))
+        return float((a - b).abs().max() / b.abs().max())
+
+    for _ in range(50):
+        torch_form.turn()
+        classic.turn()
+    assert distance() <= 1e-5
+    for race in (torch_form, classic):
+        race.drop()
+        race.turn()
+    # One step on, the classic buffer still moves at the old rate: the forms are 0.9 times nine
+    # tenths of an old step apart.
+    assert distance() > 1e-3
+
+
+def test_the_table_can_tell_its_rows_apart():
+    ends = {n: many_steps(n, "cpu").net.state_dict()["0.weight"] for n in ("l1", "l2", "adam")}
+    ends["elastic"] = many_steps("elastic", "cpu").net.state_dict()["0.weight"]
+    names = list(ends)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert float((ends[a] - ends[b]).abs().max()) > 1e-2, (a, b)
+
+
+def test_what_may_change_between_steps():
+    race = Race(*TABLE["adam"], "cpu")
+    knobs = race.step.optimizer
+    knobs.betas = (0.5, 0.9)
+    knobs.weight_decay = 0.1
+    for group in race.other.param_groups:
+        group["weight_decay"] = 0.1
+    assert knobs.betas == (0.5, 0.9)
+    for name, value in (
+        ("betas", (0.9, 1.0)), ("betas", 0.9), ("betas", (0.9, -0.1)), ("eps", 1e-6), ("l1", 0.1),
+        ("lr", -1), ("weight_decay", float("inf")), ("momentum", 0.9),
+    ):  # fmt: skip
+        with pytest.raises(gn.ConfigError):
+            setattr(knobs, name, value)
+    sparse = gn.compile(race.net, (2, 7), target="cpu", loss=LOSS, optimizer=gn.SGD(0.1, l1=0.1))
+    sparse.optimizer.l1 = 0.2
+    with pytest.raises(gn.ConfigError, match="l1 0 is another graph"):
+        sparse.optimizer.l1 = 0
+
+
+@pytest.mark.parametrize("make", [
+    lambda: gn.Adam(lr=-1), lambda: gn.Adam(betas=(0.9,)), lambda: gn.Adam(betas=(1.0, 0.9)),
+    lambda: gn.Adam(eps=0.0), lambda: gn.AdamW(weight_decay=float("nan")),
+    lambda: gn.SGD(l1=-0.1), lambda: gn.SGD(l1="much"),
+    lambda: setattr(gn.Parameter(torch.ones(2)), "lr_mult", -1.0),
+    lambda: gn.Parameter(torch.ones(2), decay_mult=float("nan")),
+    lambda: gn.models.lenet5().set_multipliers("*.biases", lr=2),
+])  # fmt: skip
+def test_bad_settings_are_refused(make):
+    with pytest.raises(gn.ConfigError):
+        make()
+
+
+def test_the_state_of_adam_goes_through_its_state_dict():
+    a = Race(*TABLE["adam"], "cpu")
+    for _ in range(7):
+        a.turn()
+    b = Race(*TABLE["adam"], "cpu")
+    b.net.load_state_dict(a.net.state_dict())
+    b.step.optimizer.load_state_dict(a.step.optimizer.state_dict())
+    assert {k.split(".")[-1] for k in a.step.optimizer.state_dict()} == {
+        "exp_avg", "exp_avg_sq", "debias1", "debias2", "lr", "betas", "weight_decay", "step"
+    }  # fmt: skip
+    for _ in range(5):
+        x, y = a.batch()
+        a.step(x, y)
+        b.step(x, y)
+    for key, value in a.net.state_dict().items():
+        assert torch.equal(value, b.net.state_dict()[key])
+
+
+def test_an_old_net_starts_adam_afresh():
+    """The correction counts Adam's own steps, not those that another optimizer did before."""
+    race = Race(*TABLE["adam"], "cpu")
+    other = gn.compile(race.net, (2, 7), target="cpu", loss=LOSS, optimizer=gn.SGD(0.1))
+    for _ in range(20):
+        other(*race.batch(2))
+    race.twin.load_state_dict({k: v.double() for k, v in race.net.state_dict().items()})
+    race.turn()
+    assert race.error() <= 1e-5
+
+
+@pytest.mark.parametrize("spec", [gn.SGD(0.1, 0.9, l1=1e-3), gn.Adam(1e-3), gn.AdamW(1e-3)])
+def test_wide_layers_by_rows_are_the_op(spec, monkeypatch):
+    """A gradient made and used by rows gives what the whole one gives."""
+    from graphnet.lowering.targets import cpu_update
+
+    def ends(wide, block):
+        monkeypatch.setattr(cpu_update, "WIDE", wide)
+        monkeypatch.setattr(cpu_update, "_BUFFER", 40)
+        monkeypatch.setattr(cpu_update, "_BLOCK", block)
+        race = Race(spec, lambda p, lr: None, "cpu")
+        for _ in range(3):
+            race.step(*race.batch())
+        return race.net.state_dict()
+
+    whole, rows = ends(1 << 20, 1 << 17), ends(16, 8)
+    for key in whole:
+        torch.testing.assert_close(rows[key], whole[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", [gn.SGD(0.1, 0.9), gn.SGD(0.1, l1=0.1), gn.Adam(), gn.AdamW()])
+def test_every_update_joins_its_weight_gradient(spec):
+    options = {"target": "cuda", "loss": LOSS, "optimizer": spec}
+    low = gn.api.lower(gn.models.lenet5(), (32, 1, 28, 28), **options)
+    outside = [e.op for e in low.stages.fused.eqns if e.op.endswith(("_update", "_wgrad"))]
+    assert outside == []
+    inside = [e.op for f in low.stages.fused.eqns if f.body for e in f.body.eqns]
+    assert inside.count(spec.op) == 10
+
+
+def test_frozen_layers_cost_no_weight_gradient():
+    net = gn.models.lenet5()
+    frozen = [k for k, _ in net.named_parameters() if k.startswith(("0.", "3."))]
+    for key, p in net.named_parameters():
+        p.trainable = key not in frozen
+    before = net.state_dict()
+    low = gn.api.lower(net, (8, 1, 28, 28), target="cuda", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
+    convs = [s.kernel for s in low.plan.launches if s.kernel.startswith("conv2d")]
+    assert len(convs) == 2 and not [k for k in convs if "grad" in k]  # no dgrad either
+    assert sum("wgrad" in s.kernel for s in low.plan.launches) == 3  # the linear layers
+    step = gn.compile(net, (8, 1, 28, 28), target="cpu", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
+    step(torch.randn(8, 1, 28, 28), torch.arange(8))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]) == (key in frozen)
+
+
+def test_adam_against_torch_on_a_whole_net():
+    torch.manual_seed(0)
+    net = gn.models.lenet5()
+    twin = nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84),
+        nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+    twin.load_state_dict(net.state_dict())
+    step = gn.compile(net, (8, 1, 28, 28), target="cpu", loss=LOSS, optimizer=gn.AdamW(1e-3))
+    other = torch.optim.AdamW(twin.parameters(), 1e-3)
+    for _ in range(10):
+        x, y = torch.randn(8, 1, 28, 28), torch.randint(0, 10, (8,))
+        want = nn.functional.cross_entropy(twin(x), y)
+        other.zero_grad()
+        want.backward()
+        other.step()
+        assert float(step(x, y)) == pytest.approx(want.item(), rel=1e-4)
