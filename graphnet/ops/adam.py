@@ -97,7 +97,7 @@ class AdamUpdate(Update):
             w = f"({w} * (1.0 - {lr} * {times(wd, attrs.decay_mult)}))"
         m1 = f"({m} + {gain1} * ({g} - {m}))"
         v1 = f"({v} + {gain2} * ({g} * {g} - {v}))"
-        root = f"(tl.sqrt({v1}) / tl.sqrt({c2}) + {attrs.eps!r})"
+        root = f"(tl.sqrt({v1} / {c2}) + {attrs.eps!r})"
         return [f"({w} - {lr} / {c1} * {m1} / {root})", m1, v1]
 
 
