@@ -193,15 +193,28 @@ def count(n: float, unit: str = "") -> str:
 
 
 def why_text(low: Lowered) -> str:
-    """What the rewrite rules refused: the rule, the value, its place, and the reason."""
+    """What the rewrite rules refused: the rule, the value, its place, and the reason; then which
+    loader feeds each convolution, and why."""
     refused = low.stages.log.refusals
-    if not refused:
-        return "not fused: the rules refused nothing"
-    lines = ["not fused:"]
+    lines = ["not fused:"] if refused else ["not fused: the rules refused nothing"]
     for (rule, label), sentence in refused.items():
         place = _place(low, label)
         lines += [f"  {rule}", f"    at {label}{f', {place}' if place else ''}", f"    {sentence}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_loaders(low)])
+
+
+def _loaders(low: Lowered) -> list[str]:
+    """By the number of the launch in the plan's table."""
+    rows = [
+        (f"{n:2}", s.kernel, ", ".join(s.where.layers), s.why)
+        for n, s in enumerate(low.plan.launches)
+        if s.why
+    ]
+    if not rows:
+        return []
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{c:{w}}" for c, w in zip(r, wide, strict=True)).rstrip() for r in rows]
+    return ["", "loaders of the convolutions:", *lines]
 
 
 def _place(low: Lowered, label: str) -> str:

@@ -27,7 +27,7 @@ from graphnet.errors import CompileError, ConfigError
 from graphnet.lowering.codegen import Source, materialise, private_dir, write_whole
 from graphnet.lowering.cost import floor_us
 from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Launch, bind
+from graphnet.lowering.steps import Arg, Box, Launch, bind
 
 _COUNTS = (
     "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma", "cp_async",
@@ -48,7 +48,7 @@ class Row:
     binary     names the code: SHA-256 of everything that decides it (`key_of`)
     config     tile sizes, warps and stages
     cached     it was not compiled now; `compile_s` is what that took when it was
-    floor_us   on an H100
+    floor_us   on an H200
     """
 
     kernel: str
@@ -118,14 +118,14 @@ class Report:
         )
         lines = [
             f"{'kernel':24} {'layers':20} {'grid':>12} {'warps':>5} {'regs':>4} {'spill':>5}"
-            f" {'shared':>7} {'wgmma':>5} {'async':>5} {'floor us':>8}"
+            f" {'shared':>7} {'wgmma':>5} {'async':>5} {'tma':>3} {'floor us':>8}"
         ]
         for r in self.rows:
             grid = "x".join(map(str, r.grid))
             lines.append(
                 f"{r.kernel:24} {', '.join(r.layers)[:20]:20} {grid:>12} {r.num_warps:>5}"
                 f" {r.registers:>4} {r.spill_bytes:>5} {r.shared_bytes:>7} {r.wgmma:>5}"
-                f" {r.cp_async:>5} {r.floor_us:>8.2f}"
+                f" {r.cp_async:>5} {r.tma:>3} {r.floor_us:>8.2f}"
             )
         return "\n".join([head, *lines])
 
@@ -180,16 +180,21 @@ def arch_number(text: str) -> int:
 # ---- one launch -----------------------------------------------------------------------------
 
 
+def _passed(a: Arg) -> Any:
+    if isinstance(a, tuple):
+        return [r.dtype for r in a]
+    if isinstance(a, Box):
+        return {"dtype": a.ref.dtype, "size": a.size, "block": a.block}
+    return None if a is None else a.dtype
+
+
 def request(launch: Launch, arch: int) -> dict[str, Any]:
     """A launch as the worker takes it: types of the pointers in place of names."""
     args, constants, options = bind(launch)
     return {
         "module": launch.module,
         "kernel": launch.kernel,
-        "args": [
-            [r.dtype for r in a] if isinstance(a, tuple) else None if a is None else a.dtype
-            for a in args
-        ],
+        "args": [_passed(a) for a in args],
         "constants": {
             k: {"epilogue": v.text} if isinstance(v, Source) else v for k, v in constants.items()
         },

@@ -27,6 +27,7 @@ class Ceiling:
         return getattr(self, math)
 
 
+HOUSE = "h200"  # the GPU that floors, schedules and configurations are for
 CEILINGS = {
     "h200": Ceiling(
         790e12, 495e12, 67e12, 4.3e12, 141e9, "bf16 and bandwidth measured; the rest: datasheet"
@@ -44,13 +45,13 @@ def ceiling(gpu: str) -> Ceiling:
     return CEILINGS[gpu]
 
 
-def limits_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> tuple[float, float]:
+def limits_us(flops: int, moved: int, math: str = "ieee", gpu: str = HOUSE) -> tuple[float, float]:
     """Microseconds that the arithmetic takes at the least, and the memory traffic."""
     rates = ceiling(gpu)
     return 1e6 * flops / rates.flops(math), 1e6 * moved / rates.bandwidth
 
 
-def floor_us(flops: int, moved: int, math: str = "ieee", gpu: str = "h100") -> float:
+def floor_us(flops: int, moved: int, math: str = "ieee", gpu: str = HOUSE) -> float:
     """Microseconds below which no kernel can do this work: the larger of arithmetic and memory."""
     return max(limits_us(flops, moved, math, gpu))
 
@@ -68,7 +69,14 @@ def padded_flops(launch: Launch) -> int:
         return -(-n // c["BK"]) * c["BK"]
 
     programs = launch.programs
-    if launch.kernel == "conv2d_taps":
+    if launch.kernel == "conv2d_tma":  # each pixel goes through the taps that lie in the image
+        depth = c["C"]
+        programs = programs // (c["OH"] * c["OW"]) * _reached(c)
+    elif launch.kernel == "conv2d_wgrad_tma":
+        depth = blocks(c["N"])
+        columns = launch.grid[1] - int(c["HAS_BIAS"])
+        programs = launch.grid[0] * columns // (c["R"] * c["S"]) * c["G"] * _reached(c)
+    elif launch.kernel == "conv2d_taps":
         depth = c["R"] * c["S"] * blocks(c["C"])
     elif launch.kernel == "conv2d_forward":
         depth = blocks(c["C"] // c["G"] * c["R"] * c["S"])
@@ -84,6 +92,20 @@ def padded_flops(launch: Launch) -> int:
         alone = c["HAS_BIAS"] and (taps or (linear and c["C"] % c["BN"] == 0))
         programs = rows * (columns - int(bool(alone))) * parts
     return 2 * programs * c["BM"] * (c["BN"] + c.get("BT", 0)) * depth
+
+
+def _reached(c: dict[str, int]) -> int:
+    """Pairs of a pixel of the result and a filter tap whose pixel of the image exists."""
+
+    def along(size: str, out: str, taps: str, stride: str, offset: int, step: int) -> int:
+        starts = (o * c[stride] + offset for o in range(c[out]))
+        return sum(0 <= s + t * step < c[size] for s in starts for t in range(c[taps]))
+
+    if "PT" in c:
+        steps = (-c["PT"], c["DH"]), (-c["PL"], c["DW"])
+    else:
+        steps = (c["OFFH"], c["STEPH"]), (c["OFFW"], c["STEPW"])
+    return along("H", "OH", "R", "SH", *steps[0]) * along("W", "OW", "S", "SW", *steps[1])
 
 
 def with_costs(work: Work, steps: list[Launch]) -> Iterator[Launch]:

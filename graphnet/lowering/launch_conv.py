@@ -1,7 +1,4 @@
-"""Launches of convolutions, each with its loader.
-
-taps   channels-last operands with a multiple of 8 channels: tile by tile inside a filter tap
-flat   everything else: the reduction is one flattened axis, any strides
+"""Launches of convolutions, each with the loader that loaders.py chooses.
 
 An image in space-to-depth layout, and the weight beside it, is a convolution of stride 1 over
 blocks of pixels; in it the block columns of a filter row are one contiguous run.
@@ -10,17 +7,17 @@ blocks of pixels; in it the block columns of a filter row are one contiguous run
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from graphnet.ir.types import TensorType
 from graphnet.lowering.codegen import Index
 from graphnet.lowering.launch_gemm import product, tiles, weight_gradient
-from graphnet.lowering.steps import Launch, source
-from graphnet.lowering.tuning import Config, cdiv, choose
+from graphnet.lowering.loaders import choose_loader
+from graphnet.lowering.steps import Arg, Box, Launch, source
+from graphnet.lowering.tuning import Config, cdiv, choose, next_power
 from graphnet.lowering.work import Work, strides
-
-RUN = 8  # channels of a 16-byte load in bf16
 
 
 def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], a: Any) -> dict[str, int]:
@@ -30,11 +27,6 @@ def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], a: Any
         "R": w[2], "S": w[3], "SH": a.stride[0], "SW": a.stride[1], "PT": t, "PL": le,
         "DH": a.dilation[0], "DW": a.dilation[1], "G": a.groups,
     }  # fmt: skip
-
-
-def _last(type: TensorType, groups: int) -> bool:
-    """Whether the tap loader can read the image: a group's channels lie side by side."""
-    return type.layout.order == "nhwc" and type.shape[1] // groups % RUN == 0
 
 
 def _pixels(prefix: str, type: TensorType, blocks: bool = False) -> dict[str, int]:
@@ -57,24 +49,69 @@ def _conv2d(work: Work) -> list[Launch]:
     m, n = y[0] * y[2] * y[3], y[1] // g
     bias = e.inputs[2] if len(e.inputs) > 2 else None
     epi = work.epilogue(e.out, Index(y), bias=bias)
-    if xt.layout.s2d or _last(xt, g):
+    if (choice := choose_loader(e.op, (xt,), g)).loader != "flat":
         constants = _blocks(xt, wt, y) if xt.layout.s2d else _forward_taps(xt, wt, y, a)
-        return [_taps(work, constants, m, math, epi)]
+        return [_taps(work, constants, m, epi)]
     c = choose("conv2d", (m, n, prod(w[1:]), g), math)
     constants = {
         **_geometry(x, w, y, a), **strides("X", xt), **strides("W", wt), **tiles(c),
         "PRECISION": math, "EPILOGUE": source(epi),
     }  # fmt: skip
-    return [product(work, "conv2d_forward", "conv", c, constants, (m, n, g), epi)]
+    return [product(work, "conv2d_forward", "conv", c, constants, (m, n, g), epi, why=str(choice))]
 
 
-def _taps(work: Work, constants: dict[str, Any], m: int, math: str, epi: Any) -> Launch:
+def _taps(work: Work, constants: dict[str, Any], m: int, epi: Any) -> Launch:
+    """Forward or input gradient, tap by tap: the constants of both loaders are the same."""
+    e, math = work.anchor, work.anchor.attrs.math  # type: ignore[attr-defined]
     n, k, g = (constants[key] for key in "KCG")
     c = choose("conv2d_taps", (m, n, k, g), math)
+    xt, wt = (work.type(v) for v in e.inputs[:2])
+    choice = choose_loader(e.op, (xt,), g, wanted=c.loader)
+    kernel = "conv2d_taps"
+    operands: tuple[Arg, ...] = ()
+    if choice.loader == "tma":
+        kernel = "conv2d_tma"
+        c = _over_images(c, xt.shape[0], k)
+        m = cdiv(xt.shape[0], c.BM) * c.BM * (m // xt.shape[0])  # every pixel has its own tiles
+        operands = _boxes(work, xt, wt, c, e.op == "conv2d")
+        constants = {key: v for key, v in constants.items() if not key.startswith("X")}
+        constants |= {"BOXED": isinstance(operands[1], Box), "TURNED": e.op == "conv2d"}
     constants |= {
         "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK, "PRECISION": math, "EPILOGUE": source(epi)
     }  # fmt: skip
-    return product(work, "conv2d_taps", "conv_taps", c, constants, (m, n, g), epi)
+    return product(
+        work, kernel, kernel.replace("conv2d", "conv"), c, constants, (m, n, g), epi,
+        operands=operands, why=str(choice),
+    )  # fmt: skip
+
+
+def _over_images(c: Config, images: int, k: int) -> Config:
+    """The tile with images as rows, and a depth that divides the k channels."""
+    bk = c.BK
+    while k % bk:
+        bk //= 2
+    return replace(c, BM=max(16, min(c.BM, next_power(images))), BK=bk)
+
+
+def _boxes(work: Work, x: TensorType, w: TensorType, c: Config, turned: bool) -> tuple[Arg, ...]:
+    """The image and the filters, those of the second accumulator apart.
+
+    turned  the stored filters are columns of the result
+    """
+    rx, rw = (work.ref(v) for v in work.anchor.inputs[:2])
+    image = Box(rx, _matrix(x), (c.BM, c.BK))
+    if w.layout.order != "nhwc":  # a tile of it is no box
+        return image, rw, rw if c.BT else None
+
+    def filters(width: int) -> Box:
+        return Box(rw, _matrix(w), (width, c.BK) if turned else (c.BK, width))
+
+    return image, filters(c.BN), filters(c.BT) if c.BT else None
+
+
+def _matrix(type: TensorType) -> tuple[int, int]:
+    """A channels-last tensor as rows of images or filters."""
+    return type.shape[0], prod(type.shape[1:])
 
 
 def _forward_taps(
@@ -110,14 +147,15 @@ def _conv2d_dgrad(work: Work) -> list[Launch]:
     g, math = a.groups, a.math  # type: ignore[attr-defined]
     m, n, k = x[0] * x[2] * x[3], x[1] // g, dy[1] // g
     epi = work.epilogue(e.out, Index(x))
-    if _last(dt, g) and a.stride == (1, 1):  # type: ignore[attr-defined]
-        return [_taps(work, _dgrad_taps(dt, wt, x, a), m, math, epi)]
+    choice = choose_loader(e.op, (dt,), g, a.stride)  # type: ignore[attr-defined]
+    if choice.loader != "flat":
+        return [_taps(work, _dgrad_taps(dt, wt, x, a), m, epi)]
     c = choose("conv2d_dgrad", (m, n, k * w[2] * w[3], g), math)
     constants = {
         **_geometry(x, w, dy, a), **strides("D", dt), **strides("W", wt), **tiles(c),
         "PRECISION": math, "EPILOGUE": source(epi),
     }  # fmt: skip
-    return [product(work, "conv2d_dgrad", "conv", c, constants, (m, n, g), epi)]
+    return [product(work, "conv2d_dgrad", "conv", c, constants, (m, n, g), epi, why=str(choice))]
 
 
 def _dgrad_taps(
@@ -144,7 +182,7 @@ def _conv2d_wgrad(work: Work) -> list[Launch]:
     xt, dt = (work.type(v) for v in e.inputs)
     w, g, math = e.out.type.shape, a.groups, a.math  # type: ignore[attr-defined]
     pixels = dy[0] * dy[2] * dy[3]
-    if _last(dt, g) and (xt.layout.s2d or _last(xt, g)):
+    if (choice := choose_loader(e.op, (xt, dt), g)).loader != "flat":
         return _wgrad_taps(work, xt, dt, w, a)
     constants = {**_geometry(x, w, dy, a), **strides("X", xt), **strides("D", dt)}
 
@@ -153,7 +191,7 @@ def _conv2d_wgrad(work: Work) -> list[Launch]:
         c = choose("conv2d_wgrad", (w[0] // g, columns, pixels, g), math)
         return c, (cdiv(w[0] // g, c.BM), cdiv(columns, c.BN)), columns
 
-    return weight_gradient(work, "conv2d_wgrad", "conv", constants, w, g, shape)
+    return weight_gradient(work, "conv2d_wgrad", "conv", constants, w, g, shape, why=str(choice))
 
 
 def _wgrad_taps(
@@ -172,21 +210,40 @@ def _wgrad_taps(
             "PT": a.padding[0], "PL": a.padding[2], "DH": a.dilation[0], "DW": a.dilation[1],
         }  # fmt: skip
     g, k = a.groups, w[0] // a.groups
+    config = choose("conv2d_wgrad_taps", (k, c, n * oh * ow, g * r * s), a.math)
+    choice = choose_loader("conv2d_wgrad", (x, dy), g, wanted=config.loader)
     constants: dict[str, Any] = {
-        "N": n, **image, "K": k, "OH": oh, "OW": ow, "R": r, "S": s, "G": g,
-        **_pixels("X", x, blocks=bool(block)), **_pixels("D", dy),
-        "CG": w[1], "FR": w[2], "FS": w[3], "BLOCK": block or 1,
+        "N": n, **image, "K": k, "OH": oh, "OW": ow, "R": r, "S": s, "G": g, "BT": config.BT
     }  # fmt: skip
+    kernel = "conv2d_wgrad_taps"
+    operands: tuple[Arg, ...] = ()
+    if choice.loader == "tma":
+        kernel = "conv2d_wgrad_tma"
+        operands = _pixel_boxes(work, x, dy, config)
+    else:
+        constants |= {
+            **_pixels("X", x, blocks=bool(block)), **_pixels("D", dy),
+            "CG": w[1], "FR": w[2], "FS": w[3], "BLOCK": block or 1,
+        }  # fmt: skip
 
     def shape(has_bias: bool) -> tuple[Config, tuple[int, int], int]:
-        config = choose("conv2d_wgrad_taps", (k, c, n * oh * ow, g * r * s), a.math)
-        constants["BT"] = config.BT
         columns = r * s * cdiv(c, config.BN + config.BT) + has_bias
         return config, (cdiv(k, config.BM), columns), r * s * c + has_bias
 
     return weight_gradient(
-        work, "conv2d_wgrad_taps", "conv_taps", constants, w, g, shape, block or 1
-    )
+        work, kernel, kernel.replace("conv2d_wgrad", "conv"), constants, w, g, shape, block or 1,
+        operands=operands, why=str(choice),
+    )  # fmt: skip
+
+
+def _pixel_boxes(work: Work, x: TensorType, dy: TensorType, c: Config) -> tuple[Arg, ...]:
+    """Boxes of BK images of a weight gradient: x, that of the second accumulator, dy."""
+    rx, rdy = (work.ref(v) for v in work.anchor.inputs)
+
+    def image(width: int) -> Box:
+        return Box(rx, _matrix(x), (c.BK, width))
+
+    return image(c.BN), image(c.BT) if c.BT else None, Box(rdy, _matrix(dy), (c.BK, c.BM))
 
 
 CONVS: dict[str, Callable[[Work], list[Launch]]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphnet.ir.graph import Value
 from graphnet.lowering.codegen import Epilogue, Index, Ref
-from graphnet.lowering.steps import Launch, arguments, make, source
+from graphnet.lowering.steps import Arg, Launch, arguments, make, source
 from graphnet.lowering.tuning import Config, cdiv, choose
 from graphnet.lowering.work import Work, strides
 
@@ -18,14 +18,16 @@ def tiles(c: Config) -> dict[str, int]:
 
 def product(
     work: Work, kernel: str, module: str, c: Config, constants: dict[str, Any],
-    size: tuple[int, int, int], epi: Epilogue | None,
+    size: tuple[int, int, int], epi: Epilogue | None, *, operands: tuple[Arg, ...] = (),
+    why: str = "",
 ) -> Launch:  # fmt: skip
-    """A launch over tiles of `size`: rows, columns, groups."""
+    """A launch over tiles of `size`: rows, columns, groups. `operands` in place of pointers."""
     a, b = (work.ref(v) for v in work.anchor.inputs[:2])
     grid = (cdiv(size[0], c.BM), cdiv(size[1], c.BN + c.BT), size[2])
     return make(
-        kernel, module, (a, b, arguments(epi)), constants, grid, reads=(a.name, b.name),
-        epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
+        kernel, module, (*(operands or (a, b)), arguments(epi)), constants, grid,
+        reads=(a.name, b.name), epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
+        why=why,
     )  # fmt: skip
 
 
@@ -36,12 +38,13 @@ Shape = Callable[[bool], tuple[Config, tuple[int, int], int]]
 
 def weight_gradient(
     work: Work, kernel: str, module: str, constants: dict[str, Any], w: tuple[int, ...],
-    groups: int, shape: Shape, block: int = 1,
+    groups: int, shape: Shape, block: int = 1, *, operands: tuple[Arg, ...] = (), why: str = "",
 ) -> list[Launch]:  # fmt: skip
     """The gradient, and the ordered sum of its parts where the reduction is cut.
 
     w      the weight's shape
     block  of space-to-depth, by which the columns are ordered
+    operands  what the kernel takes in place of the pointers to x and dy
     """
     e = work.anchor
     x, dy = (work.ref(v) for v in e.inputs)
@@ -56,20 +59,21 @@ def weight_gradient(
     c, grid, columns = shape(has_bias)
     constants |= {**tiles(c), "SPLIT": c.SPLIT, "HAS_BIAS": has_bias}
     constants["PRECISION"] = e.attrs.math  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    options: dict[str, Any] = {"num_warps": c.num_warps, "num_stages": c.num_stages, "why": why}
+    operands = operands or (x, dy)
     whole = (*grid, groups * c.SPLIT)
     if c.SPLIT == 1:
         constants |= {"EPILOGUE": source(epi), "EPILOGUE2": source(epi2)}
         return [
             make(
-                kernel, module, (x, dy, None, arguments(epi), arguments(epi2)), constants, whole,
-                reads=(x.name, dy.name), epilogues=(epi, epi2), **options,
+                kernel, module, (*operands, None, arguments(epi), arguments(epi2)), constants,
+                whole, reads=(x.name, dy.name), epilogues=(epi, epi2), **options,
             )
         ]  # fmt: skip
     parts = Ref(f".parts{work.eqn.results[0]}", "f32")
     constants |= {"EPILOGUE": None, "EPILOGUE2": None}
     first_pass = make(
-        kernel, module, (x, dy, parts, None, None), constants, whole, reads=(x.name, dy.name),
+        kernel, module, (*operands, parts, None, None), constants, whole, reads=(x.name, dy.name),
         writes=(parts.name,), scratch=((parts.name, c.SPLIT * rows * columns * 4),), **options,
     )  # fmt: skip
     r = choose("split_reduce", (rows * columns,))

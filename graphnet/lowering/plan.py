@@ -198,8 +198,7 @@ class _Planner:
 
 def _scratch(s: Launch) -> dict[str, TensorType]:
     """The private buffers of a launch, typed as its pointers to them are."""
-    refs = [r for a in s.args for r in (a if isinstance(a, tuple) else (a,)) if r is not None]
-    dtypes = {r.name: DTYPES[r.dtype] for r in refs}
+    dtypes = {r.name: DTYPES[r.dtype] for r in s.refs}
     return {
         name: TensorType(dtypes[name], (size // dtypes[name].itemsize,)) for name, size in s.scratch
     }

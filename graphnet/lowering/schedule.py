@@ -14,11 +14,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from graphnet.lowering.cost import limits_us
+from graphnet.lowering.cost import HOUSE, limits_us
 from graphnet.lowering.steps import Launch, Step
 
 ASIDE_US = 15.0  # a shorter step does not pay for the fork
-GPU = "h200"
 
 Edges = set[tuple[int, int]]
 
@@ -86,7 +85,7 @@ def streams_of(steps: Sequence[Step], edges: Edges) -> tuple[int, ...]:
     for k, s in enumerate(steps):
         aside = False
         if isinstance(s, Launch) and k not in waited:
-            compute, memory = limits_us(s.flops, s.bytes, s.math, GPU)
+            compute, memory = limits_us(s.flops, s.bytes, s.math, HOUSE)
             aside = memory >= ASIDE_US and memory > compute
         out.append(int(aside))
     return tuple(out)

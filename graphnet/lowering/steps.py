@@ -9,7 +9,18 @@ from typing import Any
 from graphnet.ir.graph import NOWHERE, Where
 from graphnet.lowering.codegen import Epilogue, Ref, Source
 
-Arg = Ref | tuple[Ref, ...] | None
+
+@dataclass(frozen=True)
+class Box:
+    """A descriptor argument: a buffer as a matrix of `size`, of which the kernel fetches boxes of
+    `block`; what a box holds beyond the matrix is zero."""
+
+    ref: Ref
+    size: tuple[int, int]
+    block: tuple[int, int]
+
+
+Arg = Ref | Box | tuple[Ref, ...] | None
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Launch:
     """One kernel launch on named buffers.
 
     kernel      function of `module`, a module of graphnet.kernels
-    args        the pointer arguments in the kernel's order; a tuple is one argument
+    args        the pointers and descriptors in the kernel's order; a tuple is one argument
     constants   the constexpr arguments; a Source stands for its generated function
     scratch     (buffer, bytes) that only this equation's launches use
     inplace     (operand, result) pairs that may share memory
@@ -25,6 +36,7 @@ class Launch:
                 copy of the operand unless they share memory
     flops, bytes  its own work, each buffer that it touches counted once; `math` is how products
                 are formed
+    why         for whom a loader was chosen: the reason, for people
     """
 
     kernel: str
@@ -42,7 +54,14 @@ class Launch:
     flops: int = 0
     bytes: int = 0
     math: str = "ieee"
+    why: str = field(default="", compare=False)
     where: Where = field(default=NOWHERE, compare=False)
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The pointers among the arguments, those behind descriptors included."""
+        flat = [r for a in self.args for r in (a if isinstance(a, tuple) else (a,))]
+        return tuple(r.ref if isinstance(r, Box) else r for r in flat if r is not None)
 
     @property
     def epilogues(self) -> tuple[Source, ...]:
@@ -111,8 +130,8 @@ def source(e: Epilogue | None) -> Source | None:
 def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any]]:
     """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
 
-    A Ref among the arguments stands for a pointer, a Source among the constexprs for its
-    function.
+    A Ref among the arguments stands for a pointer and a Box for a descriptor, a Source among the
+    constexprs for its function.
     """
     options = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,

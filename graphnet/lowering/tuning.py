@@ -29,6 +29,8 @@ class Config:
 
     BT is the width of a product's second accumulator, 0 for none.
 
+    loader is of convolutions: "" for the rule's (see loaders.py), or the one to take if it can.
+
     Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
     """
 
@@ -40,6 +42,7 @@ class Config:
     BLOCK: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    loader: str = ""
 
     @property
     def accumulators(self) -> int:
@@ -215,7 +218,7 @@ _forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []
 
 
 @contextmanager
-def forced(*kinds: str, **changes: int) -> Iterator[None]:
+def forced(*kinds: str, **changes: int | str) -> Iterator[None]:
     """Overrides fields of every choice (of the given kinds). For tests and the tuner."""
     unknown = set(changes) - {f.name for f in fields(Config)}
     if unknown:

@@ -63,6 +63,11 @@ def _argument(a: Any) -> Any:
 
     if isinstance(a, list):
         return tuple(_argument(v) for v in a)
+    if isinstance(a, dict):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        base = Pointer(DTYPES[a["dtype"]].torch)
+        return TensorDescriptor(base, a["size"], [a["size"][1], 1], a["block"])
     return None if a is None else Pointer(DTYPES[a].torch)
 
 

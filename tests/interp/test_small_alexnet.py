@@ -7,11 +7,13 @@ import graphnet as gn
 from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
-from graphnet.lowering.tuning import WGRADS, forced
+from graphnet.lowering.loaders import WANTED
+from graphnet.lowering.tuning import TAPS, WGRADS, forced
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)
-LOADERS = {"conv2d_taps", "conv2d_wgrad_taps", "maxpool2d_lrn", "lrn_grad_maxpool2d_grad"}
+NORMS = {"maxpool2d_lrn", "lrn_grad_maxpool2d_grad"}
+LOADERS = {loader: {f"conv2d_{loader}", f"conv2d_wgrad_{loader}"} | NORMS for loader in WANTED[1:]}
 
 
 def small(groups=1, stride=4, kernel=11):
@@ -37,17 +39,19 @@ def gradients(net, target, precision):
     return program(x, y), {s.kernel for s in program.plan.launches}
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("split", [1, 4])
-def test_fp32_against_torch(groups, split):
+@pytest.mark.parametrize(
+    "groups, split, loader",
+    [(1, 1, "taps"), (3, 1, "taps"), (1, 4, "taps"), (3, 4, "taps"), (3, 4, "tma")],
+)
+def test_fp32_against_torch(groups, split, loader):
     torch.manual_seed(0)
     net = small(groups)
     for m in net.modules():
         if isinstance(m, gn.Dropout):
             m.p = 0.0
-    with forced(*WGRADS, SPLIT=split):
+    with forced(*WGRADS, SPLIT=split), forced(*TAPS, loader=loader):
         (loss, grads), kernels = gradients(net, "interpret", "fp32")
-    assert kernels >= LOADERS and "space_to_depth" not in kernels
+    assert kernels >= LOADERS[loader] and "space_to_depth" not in kernels
     twin, (x, y) = torch_twin(net).double(), batch()
     want = torch.nn.functional.cross_entropy(twin(x.double()), y)
     want.backward()
@@ -56,8 +60,14 @@ def test_fp32_against_torch(groups, split):
         assert relative(grads[key], p.grad) <= 2e-6, key
 
 
-@pytest.mark.parametrize("stride, kernel, groups", [(4, 11, 1), (4, 5, 3), (4, 8, 1)])
-def test_bf16_through_blocks_of_pixels(stride, kernel, groups):
+@pytest.mark.parametrize(
+    "stride, kernel, groups, loader",
+    [
+        (4, 11, 1, "taps"), (4, 5, 3, "taps"), (4, 8, 1, "taps"),
+        pytest.param(4, 8, 1, "tma", marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_through_blocks_of_pixels(stride, kernel, groups, loader):
     """bf16 rounds differently in every kernel: the cpu target's own error is the measure."""
     torch.manual_seed(1)
     net = gn.Sequential(
@@ -65,8 +75,10 @@ def test_bf16_through_blocks_of_pixels(stride, kernel, groups):
         gn.Conv2d(24, 48, 5, padding=2, groups=groups), gn.Tanh(), gn.AvgPool2d(3), gn.Flatten(),
         gn.Linear(48 * 9, 10),
     )  # fmt: skip
-    (loss, grads), kernels = gradients(net, "interpret", "bf16")
+    with forced(*TAPS, loader=loader):
+        (loss, grads), kernels = gradients(net, "interpret", "bf16")
     assert kernels >= {"space_to_depth", "conv2d_taps", "conv2d_wgrad_taps"}
+    assert ("conv2d_wgrad_tma" in kernels) == (loader == "tma")
     (other, theirs), _ = gradients(net, "cpu", "bf16")
     (exact, wanted), _ = gradients(net, "cpu", "fp32")
     assert abs(float(loss) - float(exact)) <= 2 * abs(float(other) - float(exact)) + 2e-3

@@ -20,7 +20,7 @@ from graphnet.lowering.build import ptxas
 from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.plan import Plan
 from graphnet.lowering.steps import Copy, Fill, Launch, Step, bind
-from graphnet.lowering.targets.interpret import Storage, buffers, contiguous
+from graphnet.lowering.targets.interpret import Storage, buffers, contiguous, operands
 from graphnet.lowering.watch import wanted, watched
 
 Call = Callable[[], Any]
@@ -54,10 +54,7 @@ def _require(plan: Plan) -> None:
 def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
     """A launch as a call. Compiles it and loads its module now: capture must do neither."""
     args, constants, options = bind(step)
-    real = [
-        tuple(tensor(r) for r in a) if isinstance(a, tuple) else None if a is None else tensor(a)
-        for a in args
-    ]
+    real = operands(args, tensor)
     values = {k: codegen.load(v) if isinstance(v, Source) else v for k, v in constants.items()}
     kernel = getattr(importlib.import_module(step.module), step.kernel)
     try:

@@ -25,7 +25,7 @@ from graphnet.ir.types import DTYPES
 from graphnet.lowering import codegen
 from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Copy, Fill, Step, bind
+from graphnet.lowering.steps import Arg, Box, Copy, Fill, Step, bind
 from graphnet.lowering.watch import watched
 
 Storage = dict[str, torch.Tensor]
@@ -159,6 +159,21 @@ def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref]
     return tensor
 
 
+def operands(args: tuple[Arg, ...], tensor: Callable[[Ref], torch.Tensor]) -> list[Any]:
+    """What a launch passes for its arguments. Descriptors are made here, once."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def real(a: Arg) -> Any:
+        if isinstance(a, tuple):
+            return tuple(tensor(r) for r in a)
+        if isinstance(a, Box):
+            strides = [a.size[1], 1]
+            return TensorDescriptor(tensor(a.ref), list(a.size), strides, list(a.block))
+        return None if a is None else tensor(a)
+
+    return [real(a) for a in args]
+
+
 def contiguous(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, ...]]]:
     """Storage with contiguous twins where a tensor is not, and (tensor, twin) of those."""
     names = set(plan.storage.values())
@@ -176,10 +191,7 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
         a, b = tensor(ref(step.source)), tensor(ref(step.target))
         return lambda: b.copy_(a)
     args, constants, options = bind(step)
-    real = [
-        tuple(tensor(r) for r in a) if isinstance(a, tuple) else None if a is None else tensor(a)
-        for a in args
-    ]
+    real = operands(args, tensor)
     with _as_kernels():
         values = {
             k: codegen.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
