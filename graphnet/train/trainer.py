@@ -16,7 +16,7 @@ from graphnet.errors import ConfigError, DataError, NumericsError, StateDictErro
 from graphnet.frontends.dsl import Module
 from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.metrics import RunningMean, topk_wrong
-from graphnet.train.schedule import Schedule
+from graphnet.train.schedule import Schedule, turn
 
 _DRAIN = 1024  # losses fetched at a time at most; the device keeps 4,096
 _DRAIN_S = 0.5  # seconds between two fetches, each of which waits for the device
@@ -58,7 +58,8 @@ class Callback:
 class Trainer:
     """Trains a net: `Trainer(net, gn.CrossEntropyLoss(), gn.SGD(0.01)).fit(train, val, epochs=3)`.
 
-    schedule   step -> lr, see graphnet.train.schedule; None leaves the optimizer's lr alone
+    schedule   step -> lr, see graphnet.train.schedule; None leaves the optimizer's lr alone. One
+               with `observe(loss)` hears the validation loss (else the training loss) of each epoch
     callbacks  `Callback` objects, called in order
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
@@ -124,6 +125,8 @@ class Trainer:
                     break
                 self.epoch, self.partial = self.epoch + 1, None
                 self.history.append(metrics)
+                if hasattr(self.schedule, "observe"):
+                    self.schedule.observe(metrics.get("val_loss", metrics["train_loss"]))
                 for c in self.callbacks:
                     c.on_epoch(self, metrics)
             if self.stop:
@@ -179,7 +182,7 @@ class Trainer:
                 break
             x, y = batch
             if self.schedule is not None:
-                program.optimizer.lr = self.schedule(self.step)
+                turn(program.optimizer, self.schedule(self.step))
             loss = program(x, y)
             self.step += 1
             now.batches += 1
@@ -269,6 +272,7 @@ class Trainer:
             "history": list(self.history),
             "partial": None if self.partial is None else asdict(self.partial),
             "data": self.data.state() if hasattr(self.data, "state") else None,
+            "schedule": self.schedule.state() if hasattr(self.schedule, "state") else None,
         }
 
     def load_progress(self, progress: Mapping[str, Any]) -> None:
@@ -277,6 +281,9 @@ class Trainer:
         self.history = list(progress["history"])
         self.partial = None if progress["partial"] is None else Partial(**progress["partial"])
         self._data_state = progress["data"]
+        learned = progress.get("schedule")
+        if learned is not None and hasattr(self.schedule, "load_state"):
+            self.schedule.load_state(learned)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Optimizer state and progress; the net's own state_dict is saved beside it."""
