@@ -77,7 +77,8 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         self.net, self.loss, self.optimizer = net, loss, optimizer
-        self.schedule, self.callbacks = schedule, list(callbacks)
+        self.schedule: Any = schedule
+        self.callbacks = list(callbacks)
         self.target, self.precision, self.seed = target, precision, seed
         self.epoch, self.step, self.stop = 0, 0, False
         self.history: list[dict[str, float]] = []
