@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graphnet import config
 from graphnet.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -53,6 +54,8 @@ def lower(
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere."""
     from graphnet.lowering.plan import make_plan
+    from graphnet.lowering.tables import table_for
+    from graphnet.lowering.tuning import using
     from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
@@ -67,9 +70,36 @@ def lower(
         trainable=keys,
         multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
     )  # fmt: skip
-    plan = make_plan(stages.fused, target)
+    # The interpreter's tiles are part of tests: only who asks for tuned ones gets them.
+    known = table_for(tuned_as(target)) if target == "cuda" or config.tune() else {}
+    with using(known):
+        plan = make_plan(stages.fused, target)
     dump(plan)
     return Lowered(stages, plan, target, precision, keys)
+
+
+def tuned_as(target: str) -> str | None:
+    """Under which name a target's tuning is kept: the GPU's, or the one that we build for."""
+    from graphnet.lowering.watch import gpu_here
+
+    return {"cuda": gpu_here() or "h200", "interpret": "interpreter"}.get(target)
+
+
+def tune(low: Lowered, seconds: float = 60.0, **options: Any) -> Any:
+    """Searches configurations for what a lowered net launches, on its own target, and keeps them.
+
+    Keys that are known already are left alone. The result is a `Found`, every trial in it; what
+    is lowered from now on uses it. The options are those of `graphnet.lowering.search.search`.
+    """
+    from graphnet.lowering import search, tables
+
+    gpu = tuned_as(low.target)
+    if gpu is None:
+        raise ConfigError(f"target {low.target!r} has no launches to tune", help="use cuda")
+    known = options.pop("known", tables.table_for(gpu))
+    found = search.search(low.plan, gpu=gpu, seconds=seconds, known=known, **options)
+    tables.remember(found.entries)
+    return found
 
 
 def compile(
@@ -96,9 +126,14 @@ def compile(
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
     device = _device(_resolve(target))
-    low = lower(
-        net, shape, target=target, precision=precision, loss=loss, optimizer=optimizer, grads=grads
-    )
+    how: dict[str, Any] = {
+        "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
+        "grads": grads,
+    }  # fmt: skip
+    low = lower(net, shape, **how)
+    if config.tune() and low.plan.launches:
+        tune(low)
+        low = lower(net, shape, **how)
     prepare = importlib.import_module(f"graphnet.lowering.targets.{low.target}").prepare
     common: dict[str, Any] = {
         "stages": low.stages, "plan": low.plan, "prepare": prepare, "seed": seed,

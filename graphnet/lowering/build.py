@@ -210,10 +210,18 @@ def _config(launch: Launch) -> dict[str, int]:
     return {**sizes, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
+def key_parts(work: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the binary of a request, by name."""
+    versions = {
+        "templates": kernels_hash(), "triton": importlib.metadata.version("triton"),
+        "ptxas": ptxas()[1],
+    }  # fmt: skip
+    return {**work, **versions}
+
+
 def key_of(work: dict[str, Any]) -> str:
     """SHA-256 of everything that decides the binary."""
-    parts = [work, kernels_hash(), importlib.metadata.version("triton"), ptxas()[1]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key_parts(work), sort_keys=True).encode()).hexdigest()
 
 
 def _cached(folder: Path, key: str) -> dict[str, Any] | None:
@@ -227,10 +235,12 @@ def _cached(folder: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _keep(folder: Path, key: str, answer: dict[str, Any]) -> dict[str, Any]:
+def _keep(
+    folder: Path, key: str, answer: dict[str, Any], work: dict[str, Any]
+) -> dict[str, Any]:
     write_whole(folder / f"{key}.cubin", base64.b64decode(answer["cubin"]))
     write_whole(folder / f"{key}.ptx", answer["ptx"].encode())
-    about = {c: answer[c] for c in _COUNTS}
+    about = {**{c: answer[c] for c in _COUNTS}, "parts": key_parts(work)}
     # The entry comes last: it vouches for the binary.
     write_whole(folder / f"{key}.json", json.dumps(about, indent=1).encode())
     return about
@@ -303,10 +313,10 @@ class _Pool:
         process.wait()
 
 
-def compile_launches(
-    launches: Sequence[Launch], arch: int = 90
+def _answers(
+    launches: Sequence[Launch], arch: int
 ) -> tuple[list[tuple[str, dict[str, Any]]], set[str]]:
-    """((key, what is known of the binary) per launch, keys that were compiled now)."""
+    """((key, what is known of the binary, or its "error") per launch, keys compiled now)."""
     folder = private_dir("binaries")
     work = [request(s, arch) for s in launches]
     keys = [key_of(w) for w in work]
@@ -316,14 +326,29 @@ def compile_launches(
     heavy = lambda p: 0 if p[1]["kernel"].startswith(("conv", "matmul", "linear")) else 1
     if missing:
         answers = _Pool(sorted(missing.items(), key=heavy)).run()
-        for s, k in zip(launches, keys, strict=True):
-            if k in answers and "error" in answers[k]:
-                raise CompileError(
-                    f"{s.kernel} does not compile: {answers[k]['error']}",
-                    layer=", ".join(s.where.layers) or None, where=s.where.place or None,
-                )  # fmt: skip
-        known |= {k: _keep(folder, k, a) for k, a in answers.items()}
+        known |= {
+            k: a if "error" in a else _keep(folder, k, a, missing[k]) for k, a in answers.items()
+        }
     return [(k, known[k] or {}) for k in keys], set(missing)
+
+
+def compile_launches(
+    launches: Sequence[Launch], arch: int = 90
+) -> tuple[list[tuple[str, dict[str, Any]]], set[str]]:
+    """((key, what is known of the binary) per launch, keys that were compiled now)."""
+    found, fresh = _answers(launches, arch)
+    for s, (_, about) in zip(launches, found, strict=True):
+        if "error" in about:
+            raise CompileError(
+                f"{s.kernel} does not compile: {about['error']}",
+                layer=", ".join(s.where.layers) or None, where=s.where.place or None,
+            )  # fmt: skip
+    return found, fresh
+
+
+def try_launches(launches: Sequence[Launch], arch: int = 90) -> list[dict[str, Any]]:
+    """What is known of each launch's binary; one that does not compile says so in "error"."""
+    return [about for _, about in _answers(launches, arch)[0]]
 
 
 def build_plan(

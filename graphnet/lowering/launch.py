@@ -20,12 +20,19 @@ from graphnet.lowering.launch_gemm import LINEARS
 from graphnet.lowering.launch_pool import POOLS
 from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
 from graphnet.lowering.steps import Launch, Step, arguments, make, source
-from graphnet.lowering.tuning import choose, next_power
+from graphnet.lowering.tuning import choices, choose, next_power
 from graphnet.lowering.work import Work, take_apart
 
 
 def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:
     """The steps that compute an equation; none for a view. `name` gives each value's buffer."""
+    with choices() as asked:
+        steps = _steps(eqn, name)
+    once = tuple(dict.fromkeys(asked))
+    return [replace(s, choices=once) if isinstance(s, Launch) else s for s in steps]
+
+
+def _steps(eqn: Eqn, name: Callable[[Value], str]) -> list[Step]:
     if eqn.op in MOVES:
         return run_move(eqn, name)
     _check_layouts(eqn)

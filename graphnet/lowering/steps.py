@@ -8,6 +8,7 @@ from typing import Any
 
 from graphnet.ir.graph import NOWHERE, Where
 from graphnet.lowering.codegen import Epilogue, Ref, Source
+from graphnet.lowering.tuning import Choice
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Launch:
     flops, bytes  its own work, each buffer that it touches counted once; `math` is how products
                 are formed
     why         for whom a loader was chosen: the reason, for people
+    choices     where the configurations of its equation come from
     """
 
     kernel: str
@@ -56,6 +58,7 @@ class Launch:
     math: str = "ieee"
     why: str = field(default="", compare=False)
     where: Where = field(default=NOWHERE, compare=False)
+    choices: tuple[Choice, ...] = field(default=(), compare=False)
 
     @property
     def refs(self) -> tuple[Ref, ...]:

@@ -1,12 +1,13 @@
 """Launch configurations: a pure function of kind, shape and precision.
 
-The numbers are for sm_90 with 132 processors. Tiles are powers of two of at least 16, the least
+What was measured for a key wins (`using` a table, see tables.py), else the rules here decide. They
+are for sm_90 with 132 processors. Tiles are powers of two of at least 16, the least
 that `tl.dot` takes. Flattened loops get 4 warps: 8 are known to miscompile on Hopper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -172,6 +173,24 @@ def _four(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return m, n, k, groups
 
 
+Key = tuple[str, tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question to `choose` and its answer. `source` is "analytic", "measured" or "forced"."""
+
+    kind: str
+    shape: tuple[int, ...]
+    precision: str
+    config: Config
+    source: str
+
+    @property
+    def key(self) -> Key:
+        return self.kind, self.shape, self.precision
+
+
 def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config:
     """The configuration of a kernel.
 
@@ -181,26 +200,32 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
                losses; (pixels, channels) of normalization; (elements,) otherwise
     precision  "ieee", "tf32" or "bf16" of products; the image's element type of normalization
     """
-    if kind == "conv2d_taps":
-        config = _taps(*_four(shape), precision)
-    elif kind == "conv2d_wgrad_taps":
-        config = _wgrad_taps(*_four(shape), precision)
-    elif kind in PRODUCTS:
-        config = _product(*_four(shape), precision)
-    elif kind in WGRADS:
-        config = _wgrad(*_four(shape), precision)
-    elif kind in ("cross_entropy", "multi_margin"):
-        config = _loss(shape[0], shape[1])
-    elif kind in NORMS:
-        config = _norm(shape[0], shape[1], precision)
-    elif kind == "split_reduce":
-        config = Config(BLOCK=_tile(shape[0], 256, 32))
-    else:
-        config = Config(BLOCK=_tile(shape[0], 1024, 32))
+    found = _tables[-1].get((kind, shape, precision)) if _tables else None
+    config = found or analytic(kind, shape, precision)
+    source = "analytic" if found is None else "measured"
     for kinds, changes in _forced:
         if not kinds or kind in kinds:
-            config = _cut(replace(config, **changes), kind, shape)
+            config, source = _cut(replace(config, **changes), kind, shape), "forced"
+    for asked in _listening:
+        asked.append(Choice(kind, shape, precision, config, source))
     return config
+
+
+def analytic(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config:
+    """What the rules of this file say, whatever was measured."""
+    if kind == "conv2d_taps":
+        return _taps(*_four(shape), precision)
+    if kind == "conv2d_wgrad_taps":
+        return _wgrad_taps(*_four(shape), precision)
+    if kind in PRODUCTS:
+        return _product(*_four(shape), precision)
+    if kind in WGRADS:
+        return _wgrad(*_four(shape), precision)
+    if kind in ("cross_entropy", "multi_margin"):
+        return _loss(shape[0], shape[1])
+    if kind in NORMS:
+        return _norm(shape[0], shape[1], precision)
+    return Config(BLOCK=_tile(shape[0], 256 if kind == "split_reduce" else 1024, 32))
 
 
 def _cut(config: Config, kind: str, shape: tuple[int, ...]) -> Config:
@@ -215,6 +240,29 @@ def _cut(config: Config, kind: str, shape: tuple[int, ...]) -> Config:
 
 
 _forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+_tables: list[Mapping[Key, Config]] = []
+_listening: list[list[Choice]] = []
+
+
+@contextmanager
+def using(table: Mapping[Key, Config]) -> Iterator[None]:
+    """Inside, what stands in the table wins over the rules."""
+    _tables.append(table)
+    try:
+        yield
+    finally:
+        _tables.pop()
+
+
+@contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """The questions that are asked inside, in order."""
+    asked: list[Choice] = []
+    _listening.append(asked)
+    try:
+        yield asked
+    finally:
+        _listening.pop()
 
 
 @contextmanager

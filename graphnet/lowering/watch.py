@@ -69,8 +69,8 @@ def watched(plan: Plan, calls: Sequence[Call], tensor: Buffer) -> list[Call]:
 # ---- time ------------------------------------------------------------------------------------
 
 
-def _gpu() -> str | None:
-    """The known ceilings of the GPU at hand, by name."""
+def gpu_here() -> str | None:
+    """The name by which the ceilings of the GPU at hand are known; None without one."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower()
@@ -111,7 +111,7 @@ def timing_line(step: Step, seconds: float, gpu: str | None) -> str:
 
 
 def _timed(step: Step, call: Call, k: int) -> Call:
-    gpu = _gpu()
+    gpu = gpu_here()
 
     def run() -> None:
         print(f"graphnet: {k:3} {timing_line(step, clock(call), gpu)}", file=sys.stderr)
@@ -199,19 +199,39 @@ def _math(eqn: Eqn) -> str:
 def _compare(
     eqn: Eqn, step: Step, kept: Mapping[Value, torch.Tensor], got: Sequence[torch.Tensor | None]
 ) -> None:
-    double = [t.double() if t.is_floating_point() else t for t in (kept[v] for v in eqn.inputs)]
-    want = run_eqn(eqn, double)
+    want = oracle(eqn, kept)
+    if why := disagreement(eqn, got, want, kept):
+        raise NumericsError(
+            f"{step.kernel if isinstance(step, Launch) else step}: {why}",
+            layer=", ".join(eqn.where.layers) or None,
+            where=eqn.where.place or None,
+            help="GRAPHNET_DUMP=folder leaves the graph, the plan and the generated code",
+        )
+
+
+def oracle(eqn: Eqn, operands: Mapping[Value, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """The equation's results by its reference, in float64, from operands as they are stored."""
+    values = (operands[v] for v in eqn.inputs)
+    return run_eqn(eqn, [t.double() if t.is_floating_point() else t for t in values])
+
+
+def disagreement(
+    eqn: Eqn,
+    got: Sequence[torch.Tensor | None],
+    want: Sequence[torch.Tensor | None],
+    old: Mapping[Value, torch.Tensor],
+) -> str | None:
+    """The first result that differs from its reference, and how; None where none does.
+
+    old  the earlier value of results that replace a parameter or its momentum
+    """
     most = TOLERANCE[_math(eqn)]
     for v, g, w in zip(eqn.outputs, got, want, strict=True):
-        if v is not None and g is not None:
-            why = _differs(g, w, kept.get(v), max(most, OUT_TOLERANCE.get(v.type.dtype.name, 0.0)))
+        if v is not None and g is not None and w is not None:
+            why = _differs(g, w, old.get(v), max(most, OUT_TOLERANCE.get(v.type.dtype.name, 0.0)))
             if why:
-                raise NumericsError(
-                    f"{step.kernel if isinstance(step, Launch) else step}: {v}: {v.type} {why}",
-                    layer=", ".join(eqn.where.layers) or None,
-                    where=eqn.where.place or None,
-                    help="GRAPHNET_DUMP=folder leaves the graph, the plan and the generated code",
-                )
+                return f"{v}: {v.type} {why}"
+    return None
 
 
 def _differs(

@@ -70,7 +70,8 @@ def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
     return lambda: launch(*real, **values, **options)
 
 
-def _calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
+def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
+    """The plan's steps as calls, compiled and loaded."""
     out: list[Call] = []
     ref = lambda name: Ref(name, plan.types[name][0])
     for step in plan.steps:
@@ -148,8 +149,8 @@ def prepare(
         arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
         held, moved = contiguous(plan, storage)
         tensor = buffers(plan, held, arena)
-        calls = watched(plan, _calls(plan, tensor), tensor)
-        calls = [around(step, call) for step, call in zip(plan.steps, calls, strict=True)]
+        program = watched(plan, calls(plan, tensor), tensor)
+        program = [around(step, call) for step, call in zip(plan.steps, program, strict=True)]
 
     beside = torch.cuda.Stream(device)
     waits = _waits(plan)
@@ -157,7 +158,7 @@ def prepare(
     def once() -> None:
         for original, twin in moved:
             twin.copy_(original)
-        _run(calls, plan.streams, waits, beside)
+        _run(program, plan.streams, waits, beside)
         for original, twin in moved:
             original.copy_(twin)
 

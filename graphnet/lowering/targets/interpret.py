@@ -201,6 +201,12 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
     return lambda: kernel[step.grid](*real, **values, **options)
 
 
+def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Callable[[], Any]]:
+    """The plan's steps as calls, to be made in interpreted mode."""
+    with interpreted():
+        return [_call(s, tensor, plan) for s in plan.steps]
+
+
 def _poison(plan: Plan, arena: torch.Tensor) -> list[Callable[[], None]]:
     """Per step: fills with NaN bits what it is the first to write, so that nothing else may
     live there and nothing may be read before it is written."""
@@ -226,8 +232,7 @@ def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[
     arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
     held, moved = contiguous(plan, storage)
     tensor = buffers(plan, held, arena)
-    with interpreted():
-        calls = watched(plan, [_call(s, tensor, plan) for s in plan.steps], tensor)
+    program = watched(plan, calls(plan, tensor), tensor)
     fills = _poison(plan, arena) if poison else []
 
     @torch.no_grad()
@@ -235,7 +240,7 @@ def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[
         for original, twin in moved:
             twin.copy_(original)
         with interpreted():
-            for k, call in enumerate(calls):
+            for k, call in enumerate(program):
                 if fills:
                     fills[k]()
                 call()

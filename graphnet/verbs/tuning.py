@@ -1,0 +1,142 @@
+"""tune and cache: launch configurations, and what was kept on disk."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphnet.frontends.loading import input_shape, load_model
+from graphnet.verbs.common import Batch, Json, Model, Precision, Target, Train, app, emit, training
+
+cache = typer.Typer(no_args_is_help=True, help="What was compiled and tuned: list, why, clear.")
+app.add_typer(cache, name="cache")
+
+
+@app.command()
+def tune(
+    model: Model,
+    batch: Batch = 128,
+    mode: Annotated[bool, typer.Option("--train/--infer", help="what is tuned")] = True,
+    precision: Precision = "fp32",
+    target: Target = "auto",
+    seconds: Annotated[float, typer.Option(min=0.1, help="for the whole search")] = 120.0,
+    again: Annotated[bool, typer.Option("--again", help="also what is known already")] = False,
+    table: Annotated[Path | None, typer.Option(help="a table to add the results to")] = None,
+    out: Annotated[Path | None, typer.Option(help="file for every trial, as JSON")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search launch configurations: each candidate against the oracle first, then by time."""
+    from graphnet import api
+    from graphnet.lowering import tables
+    from graphnet.lowering.codegen import write_whole
+
+    net = load_model(model)
+    low = api.lower(
+        net, input_shape(net, batch), target=target, precision=precision, **training(mode)
+    )  # fmt: skip
+    options: dict[str, Any] = {"known": {}} if again else {}
+    found = api.tune(low, seconds, say=lambda line: typer.echo(line, err=True), **options)
+    result = {
+        "kind": "tune", "model": model, "batch": batch, "train": mode, "precision": precision,
+        "target": low.target, "gpu": found.gpu, "device": _device(low.target),
+        "date": datetime.date.today().isoformat(), "environment": tables.environment(found.gpu),
+        "keys": found.keys, "seconds": round(found.seconds, 1),
+        "rank_correlation": {k: round(v, 3) for k, v in found.rank_correlations().items()},
+        "rows": [t.as_dict() for t in found.trials],
+    }  # fmt: skip
+    if out is not None:
+        write_whole(out, json.dumps(result, indent=1).encode())
+    if table is not None:
+        tables.write(
+            table, found.gpu, [*(tables.read(table) if table.exists() else []), *found.entries]
+        )
+    if as_json:
+        emit(result)
+        return
+    bad = [t for t in found.trials if t.verdict == "wrong"]
+    for t in bad:
+        typer.echo(f"wrong: {t.kind} {t.config}: {t.error}")
+    gained = [e for e in found.entries if e.analytic_us and e.us and e.us < e.analytic_us]
+    typer.echo(
+        f"{found.keys} keys, {len(found.trials)} trials, {len(bad)} wrong, "
+        f"{len(gained)} faster than the rules, {found.seconds:.0f} s"
+    )
+
+
+def _device(target: str) -> str:
+    if target != "cuda":
+        return platform.processor() or platform.machine()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+@cache.command("list")
+def list_(as_json: Json = False) -> None:
+    """Binaries and tuning results, with size and age."""
+    from graphnet.lowering.cached import listing
+
+    rows = listing()
+    if as_json:
+        emit(rows)
+        return
+    for r in rows:
+        age = datetime.timedelta(seconds=round(r["age_s"]))
+        typer.echo(f"{r['kind']:7} {r['name'][:16]} {r['bytes']:>9,} B  {age!s:>16}  {r['what']}")
+    total = sum(r["bytes"] for r in rows)
+    typer.echo(f"{len(rows)} entries, {total:,} B")
+
+
+@cache.command()
+def why(
+    model: Model,
+    batch: Batch = 128,
+    train: Train = False,
+    precision: Precision = "fp32",
+    arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
+    as_json: Json = False,
+) -> None:
+    """Which kernels of a model are compiled already, and what sets the others apart."""
+    from graphnet.api import lower
+    from graphnet.lowering.build import arch_number
+    from graphnet.lowering.cached import why
+
+    net = load_model(model)
+    low = lower(
+        net, input_shape(net, batch), target="cuda", precision=precision, **training(train)
+    )  # fmt: skip
+    rows = why(low.plan.launches, arch_number(arch))
+    if as_json:
+        emit(rows)
+        return
+    for r in rows:
+        differs = r.get("differs")
+        reason = "hit" if r["hit"] else (
+            "miss: no binary of this kernel" if differs is None else
+            f"miss: {', '.join(differs[:6])}{', ...' if len(differs) > 6 else ''}"
+        )  # fmt: skip
+        typer.echo(f"{r['kernel']:24} {', '.join(r['layers'])[:28]:28} {reason}")
+    typer.echo(f"{sum(r['hit'] for r in rows)} of {len(rows)} launches hit")
+
+
+@cache.command()
+def clear(
+    tuning: Annotated[bool, typer.Option("--tuning", help="only tuning results")] = False,
+    binaries: Annotated[bool, typer.Option("--binaries", help="only what was compiled")] = False,
+    as_json: Json = False,
+) -> None:
+    """Empty the cache, or a part of it."""
+    from graphnet.lowering.cached import KINDS, clear
+
+    kinds = [k for k in KINDS if (tuning, binaries) == (False, False)
+             or (tuning and k == "tuning") or (binaries and k != "tuning")]  # fmt: skip
+    gone = clear(kinds)
+    if as_json:
+        emit(gone)
+    else:
+        typer.echo(f"removed {gone['files']} files, {gone['bytes']:,} B ({', '.join(kinds)})")
