@@ -172,8 +172,7 @@ class Alone:
 
 
 def _dtype(launch: Launch, name: str) -> str:
-    refs = (r for a in launch.args for r in (a if isinstance(a, tuple) else (a,)))
-    return next(r.dtype for r in refs if isinstance(r, Ref) and r.name == name)
+    return next(r.dtype for r in launch.refs if r.name == name)
 
 
 def _itemsize(launch: Launch, name: str) -> int:

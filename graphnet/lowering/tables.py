@@ -23,7 +23,7 @@ from typing import Any
 from graphnet.errors import CompileError, ConfigError
 from graphnet.lowering.build import kernels_hash, ptxas
 from graphnet.lowering.codegen import private_dir, write_whole
-from graphnet.lowering.tuning import Choice, Config, Key
+from graphnet.lowering.tuning import Config, Key
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -71,11 +71,6 @@ class Entry:
             return cls(**{**data, "shape": tuple(data["shape"]), "config": config})
         except (TypeError, KeyError) as error:
             raise ConfigError(f"no tuning entry: {error!r} in {data!r}") from None
-
-
-def analytic_entry(choice: Choice) -> Entry:
-    """What the rules say for a key, as an entry."""
-    return Entry(choice.kind, choice.shape, choice.precision, choice.config)
 
 
 # ---- where an entry holds --------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +26,13 @@ def tune(
     seconds: Annotated[float, typer.Option(min=0.1, help="for the whole search")] = 120.0,
     again: Annotated[bool, typer.Option("--again", help="also what is known already")] = False,
     table: Annotated[Path | None, typer.Option(help="a table to add the results to")] = None,
-    out: Annotated[Path | None, typer.Option(help="file for every trial, as JSON")] = None,
+    out: Annotated[Path | None, typer.Option(help="file or folder for every trial, as JSON")] = None,
     as_json: Json = False,
 ) -> None:
     """Search launch configurations: each candidate against the oracle first, then by time."""
     from graphnet import api
+    from graphnet.bench import facts
+    from graphnet.bench.result import SCHEMA
     from graphnet.lowering import tables
     from graphnet.lowering.codegen import write_whole
 
@@ -42,19 +43,21 @@ def tune(
     options: dict[str, Any] = {"known": {}} if again else {}
     found = api.tune(low, seconds, say=lambda line: typer.echo(line, err=True), **options)
     result = {
-        "kind": "tune", "model": model, "batch": batch, "train": mode, "precision": precision,
-        "target": low.target, "gpu": found.gpu, "device": _device(low.target),
-        "date": datetime.date.today().isoformat(), "environment": tables.environment(found.gpu),
-        "keys": found.keys, "seconds": round(found.seconds, 1),
+        "schema": SCHEMA, "kind": "tune", "date": facts.now(), "model": model,
+        "mode": "train" if mode else "infer", "batch": batch, "precision": precision,
+        "target": low.target, "gpu": found.gpu, "machine": facts.machine(_device(low.target)),
+        "versions": facts.versions(), "keys": found.keys, "seconds": round(found.seconds, 1),
         "rank_correlation": {k: round(v, 3) for k, v in found.rank_correlations().items()},
         "rows": [t.as_dict() for t in found.trials],
     }  # fmt: skip
     if out is not None:
-        write_whole(out, json.dumps(result, indent=1).encode())
-    if table is not None:
-        tables.write(
-            table, found.gpu, [*(tables.read(table) if table.exists() else []), *found.entries]
+        name = f"{found.gpu}-{facts.slug(model)}-tune-b{batch}-{precision}-{result['date'][:10]}"
+        write_whole(
+            out / f"{name}.json" if out.is_dir() else out, json.dumps(result, indent=1).encode()
         )
+    if table is not None:
+        have = tables.read(table) if table.exists() else []
+        tables.write(table, found.gpu, [*have, *found.entries])
     if as_json:
         emit(result)
         return
@@ -68,12 +71,10 @@ def tune(
     )
 
 
-def _device(target: str) -> str:
-    if target != "cuda":
-        return platform.processor() or platform.machine()
+def _device(target: str) -> Any:
     import torch
 
-    return torch.cuda.get_device_name()
+    return torch.device("cuda" if target == "cuda" else "cpu")
 
 
 @cache.command("list")
