@@ -84,14 +84,16 @@ def _products(choice: Choice, first: Config) -> Iterator[Config]:
     if choice.precision == "ieee":
         depths = [b for b in depths if b <= 32]
     splits = (1, 2, 4, 8, 16, 32) if wgrad else (1,)
+    loaders = ("", "tma") if choice.kind in TAPS and low else ("",)
     for bm, (bn, bt), bk, split in product(rows, columns, depths, splits):
         if bn + bt > 2 * next_power(n) or bm * bn < 256 or (split > 1 and k // split < 2 * bk):
             continue
         if low and bm < 64 and m >= 64:
             continue  # wgmma takes at least 64 rows
-        for warps, stages in product((4, 8), (2, 3, 4)):
+        for warps, stages, loader in product((4, 8), (2, 3, 4), loaders):
             yield replace(
-                first, BM=bm, BN=bn, BT=bt, BK=bk, SPLIT=split, num_warps=warps, num_stages=stages
+                first, BM=bm, BN=bn, BT=bt, BK=bk, SPLIT=split, num_warps=warps, num_stages=stages,
+                loader=loader,
             )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ interleaved rounds; a wrong one is recorded as wrong, however fast it would have
 from __future__ import annotations
 
 import datetime
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,19 +19,17 @@ from typing import Any
 import torch
 
 from graphnet.errors import GraphnetError
-from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.ir.types import DTYPES
+from graphnet.ir.graph import Eqn
 from graphnet.lowering import tables
+from graphnet.lowering.alone import Alone
 from graphnet.lowering.build import try_launches
 from graphnet.lowering.candidates import candidates, predict_us, rank_correlation
-from graphnet.lowering.codegen import Ref
 from graphnet.lowering.cost import CEILINGS
 from graphnet.lowering.launch import launches
-from graphnet.lowering.memory import Slot, round_up
 from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Copy, Launch, Step
+from graphnet.lowering.steps import Launch, Step
 from graphnet.lowering.tuning import Choice, Config, Key, analytic, using
-from graphnet.lowering.watch import clock, disagreement, oracle
+from graphnet.lowering.watch import clock
 
 KEEP = 24  # candidates of a key that are tried, the model's best
 GAIN = 0.97  # the rules' choice stays unless another takes at most this share of its time
@@ -98,133 +95,6 @@ class Found:
             if rho is not None:
                 out.setdefault(key[0], []).append(rho)
         return {kind: statistics.fmean(v) for kind, v in out.items()}
-
-
-# ---- one equation, alone ---------------------------------------------------------------------
-
-
-class Alone:
-    """An equation with operands of its own, its reference, and a way to run any launches of it."""
-
-    def __init__(self, graph: Graph, eqn: Eqn, target: str, seed: int = 0) -> None:
-        self.eqn, self.target = eqn, target
-        self.module = importlib.import_module(f"graphnet.lowering.targets.{target}")
-        self.device = torch.device("cuda" if target == "cuda" else "cpu")
-        made = _Operands(graph, self.device, seed)
-        self.operands = {v: made.of(v) for v in _integers_first(eqn.inputs)}
-        old = {new: before for before, new in graph.commits}
-        self.old = {v: self.operands[old[v]] for v in eqn.results if old.get(v) in self.operands}
-        self.want = oracle(eqn, self.operands)
-        self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
-
-    def plan(self, steps: Sequence[Step]) -> Plan:
-        """A plan of these steps alone, every buffer in a place of its own, operands first."""
-        types = {v.name: (v.type.dtype.name, v.type.layout.numel(v.type.shape))
-                 for v in (*self.operands, *self.eqn.results)}  # fmt: skip
-        program: list[Step] = []
-        for s in steps:
-            if isinstance(s, Launch):
-                types |= {n: (_dtype(s, n), size // _itemsize(s, n)) for n, size in s.scratch}
-                program += [Copy(a, b) for a, b in s.starts_as]
-            program.append(s)
-        arena, offset = {}, 0
-        for name, (dtype, count) in types.items():
-            size = DTYPES[dtype].itemsize * count
-            arena[name] = Slot(offset, size)
-            offset += round_up(size)
-        return Plan(
-            Graph(self.eqn.op, (), (), ()), self.target, tuple(program), arena=arena,
-            arena_bytes=offset, types=types, streams=(0,) * len(program),
-        )  # fmt: skip
-
-    def prepare(self, steps: Sequence[Step]) -> tuple[Callable[[], None], Callable[[Ref], Any]]:
-        """(run the steps once, buffer by reference)."""
-        plan = self.plan(steps)
-        if plan.arena_bytes > self.arena.numel():
-            self.arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=self.device)
-        tensor = self.module.buffers(plan, {}, self.arena[: plan.arena_bytes])
-        program = self.module.calls(plan, tensor)
-
-        def run() -> None:
-            for call in program:
-                call()
-
-        return run, tensor
-
-    def fill(self, tensor: Callable[[Ref], torch.Tensor]) -> None:
-        """NaN everywhere, then the operands."""
-        self.arena.fill_(0xFF)
-        for v, value in self.operands.items():
-            flat = tensor(Ref(v.name, v.type.dtype.name))
-            flat.zero_()  # what pads a layout
-            v.type.layout.write(value, flat)
-
-    def verdict(self, run: Callable[[], None], tensor: Callable[[Ref], torch.Tensor]) -> str | None:
-        """Runs once over fresh buffers; how the results differ from the reference, or None."""
-        self.fill(tensor)
-        run()
-        got = [
-            None if v is None
-            else v.type.layout.read(tensor(Ref(v.name, v.type.dtype.name)), v.type.shape)
-            for v in self.eqn.outputs
-        ]  # fmt: skip
-        return disagreement(self.eqn, got, self.want, self.old)
-
-
-def _dtype(launch: Launch, name: str) -> str:
-    return next(r.dtype for r in launch.refs if r.name == name)
-
-
-def _itemsize(launch: Launch, name: str) -> int:
-    return DTYPES[_dtype(launch, name)].itemsize
-
-
-def _integers_first(values: Sequence[Value]) -> list[Value]:
-    """What comes from its producer fixes values that others are drawn freely for."""
-    return sorted(dict.fromkeys(values), key=lambda v: v.type.dtype.torch.is_floating_point)
-
-
-class _Operands:
-    """Random operands that make sense: indices come from the equation that makes them."""
-
-    def __init__(self, graph: Graph, device: torch.device, seed: int) -> None:
-        self.graph, self.device = graph, device
-        self.random = torch.Generator().manual_seed(seed)
-        self.producers = graph.producers()
-        self.roles = {i.value: i.role for i in graph.inputs}
-        self.made: dict[Value, torch.Tensor] = {}
-
-    def of(self, v: Value) -> torch.Tensor:
-        if v not in self.made:
-            self._make(v)
-        return self.made[v]
-
-    def _make(self, v: Value) -> None:
-        dtype, shape = v.type.dtype.torch, v.type.shape
-        if not dtype.is_floating_point and v in self.producers:
-            e = self.producers[v]
-            args = {a: self.of(a) for a in _integers_first(e.inputs)}
-            for r, value in zip(e.outputs, oracle(e, args), strict=True):
-                if r is not None and value is not None:
-                    self.made[r] = value.to(r.type.dtype.torch)
-            return
-        if dtype.is_floating_point:
-            value = torch.randn(shape, generator=self.random)
-            if shape == ():
-                value = torch.tensor(0.1)  # a rate
-            elif self.roles.get(v) in ("param", "derived") and len(shape) > 1:
-                value /= (v.type.numel / shape[0]) ** 0.5
-            elif self.roles.get(v) == "slot":
-                value = value.abs()  # a second moment is not negative
-        elif shape == ():
-            value = torch.tensor(self.graph.input("x").value.type.shape[0])  # live rows, counters
-        else:
-            value = torch.randint(0, self._classes(v), shape, generator=self.random)
-        self.made[v] = value.to(dtype).to(self.device)
-
-    def _classes(self, labels: Value) -> int:
-        readers = [e for e in self.graph.eqns if labels in e.inputs]
-        return min((e.inputs[0].type.shape[-1] for e in readers), default=2)
 
 
 # ---- the search ------------------------------------------------------------------------------
@@ -319,6 +189,7 @@ def _try_key(
     def trial(c: Config, predicted: float, verdict: str, error: str | None = None) -> None:
         trials.append(Trial(*choice.key, layers, c, predicted, None, verdict, error))
 
+    seen: set[tuple] = set()
     for c in candidates(choice, update):
         with using({**known, choice.key: c}):
             try:
@@ -326,6 +197,11 @@ def _try_key(
             except GraphnetError as error:
                 trial(c, float("inf"), "failed", str(error))
                 continue
+        alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages)
+                      for group in steps for s in group if isinstance(s, Launch))  # fmt: skip
+        if alike in seen:  # a loader that cannot be had here
+            continue
+        seen.add(alike)
         made.append((c, sum(predict_us(s, model) for s in steps), steps))
     first, *others = made
     made = [first, *sorted(others, key=lambda m: m[1])[: keep - 1]]

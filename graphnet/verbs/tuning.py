@@ -26,7 +26,7 @@ def tune(
     seconds: Annotated[float, typer.Option(min=0.1, help="for the whole search")] = 120.0,
     again: Annotated[bool, typer.Option("--again", help="also what is known already")] = False,
     table: Annotated[Path | None, typer.Option(help="a table to add the results to")] = None,
-    out: Annotated[Path | None, typer.Option(help="file or folder for every trial, as JSON")] = None,
+    out: Annotated[Path | None, typer.Option(help="file or folder for all trials (JSON)")] = None,
     as_json: Json = False,
 ) -> None:
     """Search launch configurations: each candidate against the oracle first, then by time."""
@@ -80,7 +80,7 @@ def _device(target: str) -> Any:
 @cache.command("list")
 def list_(as_json: Json = False) -> None:
     """Binaries and tuning results, with size and age."""
-    from graphnet.lowering.cached import listing
+    from graphnet.lowering.inventory import listing
 
     rows = listing()
     if as_json:
@@ -105,7 +105,7 @@ def why(
     """Which kernels of a model are compiled already, and what sets the others apart."""
     from graphnet.api import lower
     from graphnet.lowering.build import arch_number
-    from graphnet.lowering.cached import why
+    from graphnet.lowering.inventory import why
 
     net = load_model(model)
     low = lower(
@@ -132,7 +132,7 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Empty the cache, or a part of it."""
-    from graphnet.lowering.cached import KINDS, clear
+    from graphnet.lowering.inventory import KINDS, clear
 
     kinds = [k for k in KINDS if (tuning, binaries) == (False, False)
              or (tuning and k == "tuning") or (binaries and k != "tuning")]  # fmt: skip

@@ -11,7 +11,7 @@ from benchmarks import tables as workloads
 from graphnet import config
 from graphnet.api import lower, tune
 from graphnet.cli import main
-from graphnet.lowering import cached, search, tables
+from graphnet.lowering import inventory, search, tables
 from graphnet.lowering.candidates import candidates, predict_us, rank_correlation
 from graphnet.lowering.launch import launches
 from graphnet.lowering.tuning import Choice, Config, analytic, choose, forced, using
@@ -302,17 +302,17 @@ def test_tune_and_cache(tmp_path, capsys, monkeypatch):
 def test_cache_says_why_a_launch_misses(capsys):
     small = plan("cuda").plan.launches
     launch = next(s for s in small if s.kernel == "mean_reduce" or s.kernel == "record_step")
-    (row,) = cached.why([launch])
+    (row,) = inventory.why([launch])
     assert row["hit"] is False and row["differs"] is None
-    gone = cached.clear()
+    gone = inventory.clear()
     assert gone == {"files": 0, "bytes": 0}
     from graphnet.lowering.build import compile_launches
 
     compile_launches([launch])
-    assert cached.why([launch])[0]["hit"] is True
+    assert inventory.why([launch])[0]["hit"] is True
     constants = tuple((k, v + 1 if isinstance(v, int) else v) for k, v in launch.constants)
     other = search.replace(launch, constants=constants, num_warps=2)
-    (row,) = cached.why([other])
+    (row,) = inventory.why([other])
     assert row["hit"] is False and "num_warps 1 -> 2" in row["differs"]
-    assert [r["kind"] for r in cached.listing()] == ["binary"]
-    assert cached.clear(["binaries"])["files"] == 3
+    assert [r["kind"] for r in inventory.listing()] == ["binary"]
+    assert inventory.clear(["binaries"])["files"] == 3
