@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,38 @@ def restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     trainer.load_state_dict({k: t for k, t in found.tensors.items() if k in own})
     trainer.net.load_state_dict({k: t for k, t in found.tensors.items() if k not in own})
     trainer.load_progress(found.state)
+
+
+class Quarantine(Callback):
+    """quarantine.jsonl: `{"path": ..., "reason": ...}` for each image file that was left out.
+
+    Written whenever there are more of them, so also when there were too many.
+    """
+
+    def __init__(self, run: Path, data: Sequence[Any]) -> None:
+        self.path = run / "quarantine.jsonl"
+        self.data = [d for d in data if hasattr(d, "report")]
+        self.known: dict[str, str] = {}
+        if self.path.exists():  # of the run that is taken up again
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.known = {r["path"]: r["reason"] for r in map(json.loads, lines)}
+        for note in dict.fromkeys(d.note for d in self.data if d.note):
+            print(note, file=sys.stderr, flush=True)
+
+    def write(self) -> None:
+        found = {r["path"]: r["reason"] for d in self.data for r in d.report()}
+        if new := found.keys() - self.known.keys():
+            self.known |= found
+            rows = [json.dumps({"path": p, "reason": r}) for p, r in sorted(self.known.items())]
+            checkpoint.atomic_write(self.path, ("\n".join(rows) + "\n").encode())
+            text = f"{len(new)} image files left out, {len(self.known)} in all: see {self.path}"
+            print(text, file=sys.stderr, flush=True)
+
+    def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self.write()
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.write()
 
 
 class Progress(Callback):

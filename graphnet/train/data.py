@@ -1,16 +1,18 @@
 """Data sets: `load("digits", "train")`, and the batches of an epoch.
 
     mnist:DIR        the IDX files, .gz or unpacked
+    cifar10:PATH     the binary version (a folder, or its .tar.gz), or an image folder
     digits           scikit-learn's 8x8 digits, upscaled to 28x28
     synthetic        seeded random classes, any shape
     imagefolder:DIR  DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
 
-The readers stand in readers.py; here is what they give, and how it is cut into batches.
+The readers stand in readers.py; here is what they give, and how it is cut into batches. Image
+folders are decoded while they are read: folder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 
 from graphnet.errors import ConfigError, DataError
+from graphnet.train.folder import MAX_BAD, Folder, Reading, Window
 
-SPECS = ("mnist:DIR", "digits", "synthetic", "imagefolder:DIR")
+SPECS = ("mnist:DIR", "cifar10:PATH", "digits", "synthetic", "imagefolder:DIR")
 SPLITS = ("train", "test")
 _NORMALISE_AT_ONCE = 512 << 20  # bytes of fp32 up to which a whole set is normalised up front
 
@@ -78,37 +81,81 @@ class Dataset:
         """(C, H, W) of one image."""
         return tuple(self.images.shape[1:])
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """(C, H, W) as it is kept: no crops are cut from images in memory."""
+        return self.shape
+
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         """Rows of `images` as the net sees them: float32, (value - mean) / std."""
         x = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
         mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
+    def read(self, rows: Sequence[int], workers: int = 0) -> torch.Tensor:
+        """The images of some rows, as they are stored."""
+        return self.images[torch.as_tensor(rows)]
 
-def load(spec: str, split: str, *, shape: Sequence[int] | None = None) -> Dataset:
+    @classmethod
+    def of(cls, images: Any, labels: Any) -> Dataset:
+        """Of tensors or NumPy arrays; labels of any integer type."""
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        if not (labels.dtype.is_floating_point or labels.dtype == torch.bool):
+            labels = labels.long()
+        return cls(images, labels)
+
+
+def check_classes(data: Dataset | Folder, classes: int) -> None:
+    """DataError where a net with `classes` outputs cannot tell all labels of the data apart."""
+    least, most = int(data.labels.min()), int(data.labels.max())
+    if least < 0 or most >= classes:
+        raise DataError(
+            f"{data.name} has labels from {least} to {most}, the net has {classes} outputs",
+            help=f"its last layer needs {most + 1}" if least >= 0 else "labels begin at 0",
+        )
+
+
+def load(
+    spec: str,
+    split: str,
+    *,
+    shape: Sequence[int] | None = None,
+    resize: int | None = None,
+    max_bad: float = MAX_BAD,
+    cache: bool = True,
+) -> Dataset | Folder:
     """Reads a data set.
 
-    spec   one of `SPECS`
-    split  "train" or "test"
-    shape  (C, H, W): what synthetic makes and imagefolder resizes to; another set must have it
+    spec     one of `SPECS`
+    split    "train" or "test"
+    shape    (C, H, W): what synthetic makes and images in files are brought to; another set must
+             have it
+    resize   images in files are kept as resize x resize, and `shape` is cut from that
+    max_bad  share of the image files that may be unreadable
+    cache    keep decoded image files on disk
     DataError for an unknown spec, and for files that are missing, damaged or do not fit.
     """
     from graphnet.train import readers
 
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}", help=f"one of {', '.join(SPLITS)}")
-    kind, colon, folder = spec.partition(":")
-    usage = f"one of {', '.join(SPECS)}"
-    if kind in ("mnist", "imagefolder"):
-        if not folder:
-            raise DataError(f"data {spec!r} names no folder", help=f"use {kind}:DIR")
-        if kind == "imagefolder":
-            return readers.imagefolder(folder, split, shape)
-        data = readers.mnist(folder, split)
+    kind, colon, path = spec.partition(":")
+    data: Dataset | Folder
+    if kind in ("mnist", "cifar10", "imagefolder"):
+        if not path:
+            what = "PATH" if kind == "cifar10" else "DIR"
+            raise DataError(f"data {spec!r} names no folder", help=f"use {kind}:{what}")
+        if kind == "mnist":
+            data = readers.mnist(path, split)
+        else:
+            read = readers.cifar10 if kind == "cifar10" else readers.imagefolder
+            data = read(path, split, shape, resize=resize, max_bad=max_bad, cache=cache)
     elif kind in ("digits", "synthetic") and not colon:
         data = readers.digits(split) if kind == "digits" else readers.synthetic(split, shape)
     else:
-        raise DataError(f"unknown data {spec!r}", help=usage)
+        raise DataError(f"unknown data {spec!r}", help=f"one of {', '.join(SPECS)}")
+    if resize is not None and not isinstance(data, Folder):
+        raise DataError(f"{spec} is not resized", help="resize is for images in files")
     if shape is not None and tuple(shape) != data.shape:
         raise DataError(
             f"the images of {spec} are {'x'.join(map(str, data.shape))}, "
@@ -127,24 +174,66 @@ def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.from_numpy(np.argsort(raw, kind="stable"))
 
 
+def crops(
+    n: int, seed: int, epoch: int, stored: Sequence[int], shape: Sequence[int], flip: bool
+) -> Callable[[np.ndarray], list[Window]]:
+    """rows -> where each is cut in this epoch, and whether it is mirrored: by seed, epoch, row."""
+    key = np.array([seed % (1 << 64), epoch], dtype=np.uint64)
+    # The counter starts far behind what `permutation` draws under the same key.
+    words = np.random.Philox(key=key, counter=[0, 0, 0, 1]).random_raw(n)
+
+    def place(shift: int, room: int) -> np.ndarray:
+        sixteen = (words >> np.uint64(shift)) & np.uint64(0xFFFF)
+        return (sixteen * np.uint64(room + 1) >> np.uint64(16)).astype(np.int64)
+
+    tops, lefts = place(0, stored[1] - shape[1]), place(16, stored[2] - shape[2])
+    mirrored = (words >> np.uint64(63)).astype(bool) & flip
+    return lambda rows: list(
+        zip(tops[rows].tolist(), lefts[rows].tolist(), mirrored[rows].tolist(), strict=True)
+    )
+
+
 class Batches:
-    """The batches (x f32 normalised NCHW, y i64) of a Dataset, one epoch per iteration.
+    """The batches (x f32 normalised NCHW, y i64) of a data set, one epoch per iteration.
 
     The order depends on seed and epoch alone. The last batch may be smaller. After a whole
     iteration comes the next epoch; one that was left early starts over. `state()` between two
     batches tells what is left, and `load_state` makes the next iteration begin there.
+
+    reading  worker processes, batches ahead, pinned memory: for image files
+    cut      "centre", or "random" by seed, epoch and row: where images that are stored larger than
+             the net's input are cut
+    flip     with "random": mirror half of them
+    raw      x is what is stored, as it is: whole uint8 images, for a net that begins with its own
+             augmentation
+    rows     of the data set, in the batch that was given last
     """
 
-    def __init__(self, dataset: Dataset, batch: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: Dataset | Folder,
+        batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        *,
+        reading: Reading = Reading(),  # noqa: B008 - immutable
+        cut: str = "centre",
+        flip: bool = False,
+        raw: bool = False,
+    ) -> None:
         if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch is a positive int, not {batch!r}")
+        if cut not in ("centre", "random"):
+            raise ConfigError(f"cut is centre or random, not {cut!r}")
         self.dataset, self.batch, self.seed, self.shuffle = dataset, batch, seed, shuffle
+        self.reading, self.cut, self.flip, self.raw = reading, cut, flip, raw
         self.epoch, self._cursor = 0, 0
         self._start = 0  # where an iteration of this epoch begins: not 0 only when resuming
         self._ready: torch.Tensor | None = None
+        self.rows = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch; quarantined files can make it a little shorter."""
         return -(-len(self.dataset) // self.batch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -155,16 +244,34 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         data, n, epoch = self.dataset, len(self.dataset), self.epoch
-        if self._ready is None and data.images.numel() * 4 <= _NORMALISE_AT_ONCE:
-            self._ready = data.normalised(data.images)
         order = permutation(n, self.seed, epoch) if self.shuffle else torch.arange(n)
-        for at in range(self._start, n, self.batch):
-            rows = order[at : at + self.batch]
-            self._cursor = min(at + self.batch, n)
-            whole = self._ready
-            x = data.normalised(data.images[rows]) if whole is None else whole[rows]
-            yield x, data.labels[rows]
+        read = self._memory if isinstance(data, Dataset) else self._files
+        for x, self.rows, self._cursor in read(data, order, epoch):
+            yield x.pin_memory() if self.reading.pin else x, data.labels[self.rows]
         self.epoch, self._start, self._cursor = epoch + 1, 0, 0
+
+    def _memory(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
+        if not self.raw and self._ready is None:
+            if data.images.numel() * 4 <= _NORMALISE_AT_ONCE:
+                self._ready = data.normalised(data.images)
+        for at in range(self._start, len(order), self.batch):
+            rows = order[at : at + self.batch]
+            if self._ready is not None:
+                x = self._ready[rows]
+            else:
+                x = data.images[rows] if self.raw else data.normalised(data.images[rows])
+            yield x, rows, at + len(rows)
+
+    def _files(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
+        stored, shape = data.stored, data.shape
+        top, left = ((s - n) // 2 for s, n in zip(stored[1:], shape[1:], strict=True))
+        windows: Any = lambda rows: [(top, left, False)] * len(rows)
+        if self.cut == "random":
+            windows = crops(len(order), self.seed, epoch, stored, shape, self.flip)
+        where = None if self.raw else windows
+        stream = data.stream(order.numpy(), self._start, self.batch, self.reading, where)
+        for images, rows, place in stream:
+            yield images if self.raw else data.normalised(images), rows, place
 
     def state(self) -> dict[str, Any]:
         """Where the iteration stands, as JSON: epoch, samples taken, and what the order needs."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from graphnet.errors import DataError
 from graphnet.train.data import Dataset, permutation
+from graphnet.train.decode import SUFFIXES, BadImage, decode
+from graphnet.train.folder import MAX_BAD, File, Folder
 
 _MAX_BYTES = 4 << 30  # a header may claim anything; no set that belongs in memory is larger
 _DIGITS = tuple("0123456789")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 _SPLIT_SEED = 20_240_901  # of the digits' split; changing it changes every reported error
 
 
@@ -151,11 +154,112 @@ def synthetic(split: str, shape: Sequence[int] | None = None, classes: int = 10)
     return Dataset(images, labels, names, "synthetic", (0.5,), (0.21,))
 
 
+# ---- CIFAR-10 --------------------------------------------------------------------------------
+
+_CIFAR = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_RECORD = 1 + 3 * 32 * 32
+
+
+def cifar10(
+    place: str, split: str, shape: Sequence[int] | None = None, **options: Any
+) -> Dataset | Folder:
+    """The binary version, unpacked or as the .tar.gz it comes in; or an image folder."""
+    path = Path(place)
+    names = ["test_batch.bin"]
+    if split == "train":
+        names = [f"data_batch_{k}.bin" for k in range(1, 6)]
+    if path.is_file():
+        return _cifar_tensors(_from_archive(path, names))
+    if not path.is_dir():
+        raise DataError(f"{path} is neither a folder nor a file", help=_CIFAR_HELP)
+    for home in (path, path / "cifar-10-batches-bin"):
+        if (home / names[0]).is_file():
+            return _cifar_tensors([(str(home / n), _bytes_of(home / n)) for n in names])
+    if (path / "train").is_dir():
+        known = imagefolder(place, split, shape or (3, 32, 32), **options)
+        known.name = "cifar10"
+        if known.shape[0] == 3:
+            known.mean, known.std = _CIFAR_MEAN, _CIFAR_STD
+        return known
+    if any(path.glob("**/data_batch_1")):
+        raise DataError(f"{path} holds pickled batches, which are not read", help=_CIFAR_HELP)
+    raise DataError(f"{path} has neither {names[0]} nor a folder train", help=_CIFAR_HELP)
+
+
+_CIFAR_HELP = (
+    "give the folder or the .tar.gz of CIFAR-10's binary version, or one with train/CLASS/*.jpg"
+)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _from_archive(path: Path, names: Sequence[str]) -> list[tuple[str, bytes]]:
+    """Members of a tar by their last name, read in memory: nothing is unpacked."""
+    found: dict[str, bytes] = {}
+    kinds = set()
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                kinds.add(name.rpartition(".")[2].lower() if "." in name else name)
+                if name in names and member.isreg():
+                    if member.size > 10_000 * _RECORD:
+                        raise DataError(f"{path}: {name} has {member.size} bytes")
+                    file = archive.extractfile(member)
+                    found[name] = file.read() if file is not None else b""
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{path} is no whole tar file: {error}", help=_AGAIN) from None
+    if missing := [n for n in names if n not in found]:
+        unpack = f"unpack it (tar xf {path.name}) and give imagefolder:DIR, DIR holding train/"
+        raise DataError(
+            f"{path} has no {missing[0]}",
+            help=unpack if kinds & {s[1:] for s in SUFFIXES} else _CIFAR_HELP,
+        )
+    return [(f"{path}:{n}", found[n]) for n in names]
+
+
+def _cifar_tensors(files: Sequence[tuple[str, bytes]]) -> Dataset:
+    images, labels = [], []
+    for name, data in files:
+        if not data or len(data) % _RECORD:
+            raise DataError(
+                f"{name}: {len(data)} bytes are no whole number of {_RECORD}-byte records",
+                help=_AGAIN,
+            )
+        records = np.frombuffer(bytearray(data), dtype=np.uint8).reshape(-1, _RECORD)
+        if (most := int(records[:, 0].max())) > 9:
+            row = int((records[:, 0] > 9).argmax())
+            raise DataError(f"{name}: record {row} has label {most}, the largest of CIFAR-10 is 9")
+        labels.append(records[:, 0].astype(np.int64))
+        images.append(records[:, 1:].reshape(-1, 3, 32, 32))
+    return Dataset(
+        torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)),
+        _CIFAR, "cifar10", _CIFAR_MEAN, _CIFAR_STD,
+    )  # fmt: skip
+
+
 # ---- folders of images -----------------------------------------------------------------------
 
 
-def imagefolder(folder: str, split: str, shape: Sequence[int] | None = None) -> Dataset:
-    """DIR/SPLIT/CLASS/*.jpg, cropped to the aspect ratio of `shape` and resized to it."""
+def imagefolder(
+    folder: str,
+    split: str,
+    shape: Sequence[int] | None = None,
+    *,
+    resize: int | None = None,
+    max_bad: float = MAX_BAD,
+    cache: bool = True,
+) -> Folder:
+    """DIR/SPLIT/CLASS/*.jpg: cropped to the aspect ratio of `shape` and resized to it, or to
+    `resize` x `resize`, from which `shape` is cut."""
     c, h, w = shape or (3, 224, 224)
     if c not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, the net takes {c}")
@@ -167,28 +271,43 @@ def imagefolder(folder: str, split: str, shape: Sequence[int] | None = None) -> 
             f"{home} has {len(found)} classes, train {len(names)}; only one has: {odd}",
             help="give both splits the same class folders",
         )
-    files: list[tuple[Path, int]] = []
+    if resize is not None and resize < max(h, w):
+        raise DataError(
+            f"images resized to {resize}x{resize}, the net takes {h}x{w}",
+            help=f"resize to at least {max(h, w)}",
+        )
+    stored = (c, h, w) if resize is None else (c, resize, resize)
+    files: list[File] = []
     for label, name in enumerate(names):
-        mine = sorted(p for p in (home / name).iterdir() if p.suffix.lower() in _SUFFIXES)
+        mine = _files(home / name, label)
         if not mine:
             raise DataError(
                 f"class folder {home / name} holds 0 images, expected at least 1",
-                help=f"images end in {', '.join(_SUFFIXES)}",
+                help=f"images end in {', '.join(SUFFIXES)}",
             )
-        files += [(p, label) for p in mine]
-    if (size := len(files) * c * h * w) > _MAX_BYTES:
-        raise DataError(
-            f"{home}: {len(files)} images of {c}x{h}x{w} are {size} bytes, at most {_MAX_BYTES}",
-            help="use smaller images or fewer of them",
-        )
-    images = torch.empty(len(files), c, h, w, dtype=torch.uint8)
-    for at, (path, _) in enumerate(files):
-        images[at] = read_image(path, (c, h, w))
-    labels = torch.tensor([label for _, label in files])
+        files += mine
     # ImageNet's constants; for one channel their means.
     mean = (0.485, 0.456, 0.406) if c == 3 else (0.449,)
     std = (0.229, 0.224, 0.225) if c == 3 else (0.226,)
-    return Dataset(images, labels, names, "imagefolder", mean, std)
+    return Folder(
+        home.resolve(), files, names, (c, h, w), stored,
+        mean=mean, std=std, max_bad=max_bad, cache=cache,
+    )  # fmt: skip
+
+
+def _files(folder: Path, label: int) -> list[File]:
+    """The image files of a class, by name."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(SUFFIXES):
+                try:
+                    about = entry.stat()
+                    size, mtime = about.st_size, about.st_mtime_ns
+                except OSError:  # a link to nothing: decoding says so
+                    size = mtime = -1
+                found.append(File(entry.path, label, size, mtime))
+    return sorted(found, key=lambda f: f.path)
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -209,20 +328,12 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_image(path: Path, shape: Sequence[int]) -> torch.Tensor:
-    """One image file as uint8 [C, H, W]; DataError where it cannot be read whole."""
-    from PIL import Image, ImageOps
-
-    c, h, w = shape
+def read_image(path: str | os.PathLike[str], shape: Sequence[int]) -> torch.Tensor:
+    """One image file as uint8 [C, H, W], as training reads it; DataError where it is no image."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path}: mode {image.mode}, expected 8 bits", help="convert it")
-            fitted = ImageOps.fit(image.convert("RGB" if c == 3 else "L"), (w, h))
-            pixels = np.array(fitted)  # a copy: Pillow's own buffer is read-only
-    except DataError:
-        raise
-    # Pillow's decoders raise many types on damaged files, SyntaxError and struct.error among them.
-    except Exception as error:
-        raise DataError(f"cannot read image {path}: {error}", help="remove or replace it") from None
-    return torch.from_numpy(pixels.reshape(h, w, c)).permute(2, 0, 1)
+        data = decode(path, shape)
+    except BadImage as error:
+        raise DataError(
+            f"cannot read image {path}: {error}", help="remove or replace it"
+        ) from None
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(tuple(shape))

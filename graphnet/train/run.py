@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from graphnet.ops.loss import CrossEntropyLoss
 from graphnet.ops.update import SGD
 from graphnet.runtime.program import Evaluate
 from graphnet.train import checkpoint, plots, rundir, schedule
-from graphnet.train.callbacks import Checkpoints, Metrics, Progress, restore
-from graphnet.train.data import Batches, load
+from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
+from graphnet.train.data import Batches, Dataset, check_classes, load
+from graphnet.train.folder import MAX_BAD, Folder, Reading
 from graphnet.train.metrics import RunningMean, confusion_matrix, topk_wrong
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
@@ -41,6 +42,9 @@ class RunConfig:
     nesterov: bool = False
     schedule: str = "cosine"
     seed: int = 0
+    workers: int = 2
+    resize: int = 0
+    max_bad: float = MAX_BAD
 
 
 def run_training(
@@ -68,8 +72,12 @@ def run_training(
         shape = input_shape(net, settings.batch)
         if found is not None and _finished(found.state, settings):
             return _result(settings, out, found.state["history"], found.step, 0)
-        train, test = (load(settings.data, split, shape=shape[1:]) for split in ("train", "test"))
-        batches = Batches(train, settings.batch, seed=settings.seed)
+        train, test = (_load(settings, split, shape) for split in ("train", "test"))
+        reading = _reading(settings)
+        batches = Batches(
+            train, settings.batch, seed=settings.seed, reading=reading, cut="random"
+        )  # fmt: skip
+        tests = Batches(test, settings.batch, shuffle=False, reading=reading)
         rate = schedule.by_name(settings.schedule, settings.lr, settings.epochs * len(batches))
         sgd = SGD(
             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
@@ -80,19 +88,29 @@ def run_training(
             precision=settings.precision, seed=settings.seed,
         )  # fmt: skip
         signals.watch(trainer)
-        trainer.compile(shape)
+        check_classes(train, trainer.compile(shape).classes)
         if found is not None:
             restore(trainer, found)
         elif not resume:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
-        trainer.callbacks += [Metrics(out), Checkpoints(out)]
+        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, (train, test))]
         if not quiet:
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(train)))
-        trainer.fit(batches, test, settings.epochs, settings.batch)
+        trainer.fit(batches, tests, settings.epochs, settings.batch)
         stopped = 0 if trainer.epoch >= settings.epochs else signals.received
         _pictures(out, settings, trainer)
         return _result(settings, out, trainer.history, trainer.step, stopped)
+
+
+def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Folder:
+    resize = settings.resize or None
+    return load(settings.data, split, shape=shape[1:], resize=resize, max_bad=settings.max_bad)
+
+
+def _reading(settings: RunConfig) -> Reading:
+    pin = settings.target in ("auto", "cuda") and torch.cuda.is_available()
+    return Reading(settings.workers, pin=pin)
 
 
 def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunConfig:
@@ -196,23 +214,26 @@ def evaluate_run(
     shape = input_shape(net, batch)
     own = set(net.state_dict())
     net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
-    test = load(spec, "test", shape=shape[1:])
+    settings = replace(settings or RunConfig(name, spec), data=spec, target=target)
+    test = _load(settings, "test", shape)
     ev = compile(net, shape, target=target, loss=CrossEntropyLoss())
     assert isinstance(ev, Evaluate)
+    check_classes(test, ev.classes)
     mean, top1, top5 = RunningMean(), 0, 0
     classes = ev.classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    start = time.perf_counter()
-    for x, y in Batches(test, batch, shuffle=False):
+    start, images = time.perf_counter(), 0
+    for x, y in Batches(test, batch, shuffle=False, reading=_reading(settings)):
+        images += len(x)
         loss, logits = ev(x, y)
         mean.add(loss, len(x))
         top1 += int(topk_wrong(logits, y))
         top5 += int(topk_wrong(logits, y, min(5, classes)))
         confusion += confusion_matrix(logits.argmax(1), y, classes)
     return {
-        "model": name, "data": spec, "checkpoint": str(file), "images": len(test),
-        "loss": mean.value(), "top1_error": 100 * top1 / len(test),
-        "top5_error": 100 * top5 / len(test), "confusion": confusion.tolist(),
+        "model": name, "data": spec, "checkpoint": str(file), "images": images,
+        "loss": mean.value(), "top1_error": 100 * top1 / images,
+        "top5_error": 100 * top5 / images, "confusion": confusion.tolist(),
         "classes": list(test.classes), "seconds": time.perf_counter() - start,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,8 +104,8 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Trains until `epochs` epochs are done in all and returns their metrics.
 
-        train, val  a Dataset, a pair (images f32[N,C,H,W], labels), or an iterable of batches
-                    that may have `set_epoch(epoch)`
+        train, val  a Dataset or a Folder, a pair (images [N,C,H,W], labels) of tensors or arrays,
+                    or an iterable of batches (a torch DataLoader) that may have `set_epoch(epoch)`
         A resumed trainer goes on behind its last whole epoch. NumericsError when the loss is
         not finite.
         """
@@ -251,12 +251,14 @@ class Trainer:
 
     def _batches(self, data: Any, batch: int, *, shuffle: bool) -> Any:
         from graphnet.train.data import Batches, Dataset
+        from graphnet.train.folder import Folder
 
-        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], torch.Tensor):
-            data = Dataset(*data)
-        if isinstance(data, Dataset):
+        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "ndim"):
+            data = Dataset.of(*data)
+        if isinstance(data, Dataset | Folder):
             return Batches(data, batch, seed=self.seed, shuffle=shuffle)
-        if isinstance(data, Iterable) and iter(data) is not data:
+        # `iter` of a DataLoader starts its workers, so it is not called to find out.
+        if isinstance(data, Iterable) and not isinstance(data, Iterator):
             return data
         raise DataError(
             f"{type(data).__name__} cannot be read epoch after epoch",
@@ -310,7 +312,9 @@ def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
     """Shape of one sample: what the net declares, else that of the first batch."""
     if net.input_shape is not None:
         return tuple(net.input_shape)
-    if hasattr(batches, "dataset"):  # drawing a batch would move its place
+    from graphnet.train.data import Batches
+
+    if isinstance(batches, Batches):  # drawing a batch would move its place
         return tuple(batches.dataset.shape)
     for x, _ in batches:
         return tuple(x.shape[1:])

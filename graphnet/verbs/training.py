@@ -9,12 +9,15 @@ import typer
 
 from graphnet.verbs.common import Batch, Json, Model, Precision, Target, app, emit
 
+RESIZE = "keep image files in this size and train on random crops from them (0: the net's size)"
+DATA = "mnist:DIR, cifar10:PATH, digits, synthetic or imagefolder:DIR"
+
 
 @app.command()
 def train(
     model: Model,
     ctx: typer.Context,
-    data: Annotated[str, typer.Option(help="mnist:DIR, digits, synthetic or imagefolder:DIR")],
+    data: Annotated[str, typer.Option(help=DATA)],
     out: Annotated[Path, typer.Option(help="run folder to create")],
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     batch: Batch = 128,
@@ -26,6 +29,9 @@ def train(
     nesterov: Annotated[bool, typer.Option("--nesterov")] = False,
     schedule: Annotated[str, typer.Option(help="constant or cosine (with warm-up)")] = "cosine",
     seed: Annotated[int, typer.Option()] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode image files")] = 2,
+    resize: Annotated[int, typer.Option(min=0, help=RESIZE)] = 0,
+    max_bad: Annotated[float, typer.Option(help="share of image files that may be bad")] = 0.001,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +41,7 @@ def train(
     settings = RunConfig(
         model=model, data=data, epochs=epochs, batch=batch, target=target, precision=precision,
         lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
-        schedule=schedule, seed=seed,
+        schedule=schedule, seed=seed, workers=workers, resize=resize, max_bad=max_bad,
     )  # fmt: skip
     given = {
         name for name in ctx.params

@@ -1,0 +1,106 @@
+"""One image file to bytes: strict about what it is, and `BadImage` is all that it raises.
+
+Used by the decode workers, so it imports Pillow and neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+MAX_PIXELS = 25_000_000  # an image file of 1 MB may claim a gigapixel
+MAX_BYTES = 512 << 20
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff",
+)  # fmt: skip
+_DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BadImage(Exception):
+    """Why a file is no image that can be used."""
+
+
+def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> bytes:
+    """The image as C x H x W bytes: cropped to the aspect ratio in its middle, then resized.
+
+    CMYK, palette, 16-bit and grey images are converted, alpha is dropped, the content decides
+    about the format and not the name. EXIF is not looked at. A JPEG of at least four times the
+    size is decoded at a fraction of its resolution, never below twice what is needed.
+    BadImage for everything that cannot be read whole, and for animations, images of more than
+    25 million pixels or with a side of one.
+    """
+    from PIL import Image, ImageOps
+
+    c, h, w = shape
+    try:
+        with warnings.catch_warnings():  # damaged EXIF, for example: the pixels are what counts
+            warnings.simplefilter("ignore")
+            with Image.open(_stream(source), formats=FORMATS) as image:
+                _check(image)
+                if image.format == "JPEG":
+                    image.draft(None, (2 * w, 2 * h))
+                ready = converted(image, c)
+                if ready.size != (w, h):
+                    ready = ImageOps.fit(ready, (w, h))
+                return b"".join(band.tobytes() for band in ready.split())
+    except BadImage:
+        raise
+    # Pillow's decoders raise many types on damaged files, SyntaxError and struct.error among them.
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(_REASONS.get(type(error).__name__, text)) from None
+
+
+_REASONS = {"UnidentifiedImageError": f"not an image of the formats {', '.join(FORMATS)}"}
+
+
+def _stream(source: str | os.PathLike[str] | bytes) -> BytesIO:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    # Without O_NONBLOCK, opening a named pipe waits for its other end for ever.
+    handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    with open(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise BadImage("not a regular file")
+        if about.st_size > MAX_BYTES:
+            raise BadImage(f"{about.st_size} bytes, at most {MAX_BYTES}")
+        data = file.read()
+    if not data:
+        raise BadImage("the file is empty")
+    return BytesIO(data)
+
+
+def _check(image: Any) -> None:
+    w, h = image.size
+    if w * h > MAX_PIXELS:
+        raise BadImage(f"{w}x{h} = {w * h} pixels, at most {MAX_PIXELS}")
+    if min(w, h) < 2:
+        raise BadImage(f"{w}x{h} pixels: a side of one shows nothing")
+    # A camera's MPO is a JPEG with previews behind it; Pillow calls it animated.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise BadImage(f"animated: {image.n_frames} frames")
+
+
+def converted(image: Any, channels: int) -> Any:
+    """The image in RGB or, for one channel, in grey: 8 bits each."""
+    from PIL import Image
+
+    wanted = "RGB" if channels == 3 else "L"
+    if image.mode == wanted:
+        image.load()
+        return image
+    if image.mode in _DEEP or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # The high byte, as Pillow itself takes it from 16-bit colour.
+        high = image.convert("I").tobytes()[1::4]
+        image = Image.frombytes("L", image.size, high)
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"mode {image.mode}: numbers whose range is not known")
+    elif image.mode in ("P", "CMYK", "YCbCr", "HSV", "LAB"):
+        image = image.convert("RGB")
+    return image.convert(wanted)

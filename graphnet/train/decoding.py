@@ -1,0 +1,190 @@
+"""The parent's side of decoding: shared memory, the workers that fill it, and their failures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import queue
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from graphnet.errors import DataError
+from graphnet.train.decode import BadImage, decode
+from graphnet.train.rowstore import RowStore, write_row
+
+Job = tuple[int, int, str]  # slot of the memory, row of the data set, file
+_CHUNK = 16  # files in a request: enough to hide the pipe, few enough to share out evenly
+LIMIT_S = 30.0  # for one file; 25 million pixels take less than one second
+
+
+class Decoders:
+    """Decodes files into `slots` pieces of memory: `run(jobs)` says what went wrong with each.
+
+    workers  processes; 0 decodes in the caller. They start with the first job.
+    cache    where decoded rows are kept, or None
+    `run` may be called from several threads. Close it when done: `with Decoders(...) as d`.
+    """
+
+    def __init__(
+        self, workers: int, shape: Sequence[int], slots: int, cache: RowStore | None
+    ) -> None:
+        self.shape, self.cache, self.workers = tuple(shape), cache, workers
+        self.size = shape[0] * shape[1] * shape[2]
+        self.stride = -(-self.size // 8) * 8
+        self._handle = os.memfd_create("graphnet-images")
+        os.ftruncate(self._handle, slots * self.stride)
+        self.memory = mmap.mmap(self._handle, slots * self.stride)
+        self._threads: ThreadPoolExecutor | None = None
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        if workers:
+            # A thread for each process: it waits for the answers.
+            self._threads = ThreadPoolExecutor(workers, "graphnet-decode")
+            for _ in range(workers):
+                self._idle.put(_Worker(self._command(), self._handles()))
+
+    def run(self, jobs: Sequence[Job]) -> list[str | None]:
+        """Decodes; the reason for each file that is no image, None for the others."""
+        if self._threads is None:
+            return [self._here(job) for job in jobs]
+        size = max(1, min(_CHUNK, -(-len(jobs) // (2 * self.workers))))
+        chunks = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+        answers = self._threads.map(self._ask, chunks)
+        return [reason for answer in answers for reason in answer]
+
+    def slot(self, number: int) -> memoryview:
+        """The bytes of the image in a slot."""
+        return memoryview(self.memory)[number * self.stride : number * self.stride + self.size]
+
+    def _here(self, job: Job) -> str | None:
+        slot, row, path = job
+        try:
+            data = decode(path, self.shape)
+        except BadImage as error:
+            return str(error)
+        self.slot(slot)[:] = data
+        if self.cache is not None:
+            with contextlib.suppress(OSError):  # a full disk: the row is decoded again later
+                write_row(self.cache.images, self.cache.sums, row, self.stride, data)
+        return None
+
+    def _ask(self, jobs: Sequence[Job]) -> list[str | None]:
+        worker = self._idle.get()
+        try:
+            try:
+                return worker.ask(jobs)
+            except _WorkerFailed as error:
+                if len(jobs) == 1:
+                    return [str(error)]
+            # One of them ends the worker or holds it up: alone, it shows.
+            reasons: list[str | None] = []
+            for job in jobs:
+                try:
+                    reasons += worker.ask([job])
+                except _WorkerFailed as error:
+                    reasons.append(str(error))
+            return reasons
+        finally:
+            self._idle.put(worker)
+
+    def _handles(self) -> tuple[int, ...]:
+        mine = () if self.cache is None else (self.cache.images, self.cache.sums)
+        return (self._handle, *mine)
+
+    def _command(self) -> list[str]:
+        files = (-1, -1) if self.cache is None else (self.cache.images, self.cache.sums)
+        numbers = [str(v) for v in (self.stride, self._handle, *files)]
+        shape = ",".join(map(str, self.shape))
+        return [sys.executable, "-m", "graphnet.train.decode_worker", shape, *numbers]
+
+    def close(self) -> None:
+        """Ends the workers. The memory goes when its last view does."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            for _ in range(self.workers):
+                self._idle.get().end()
+        os.close(self._handle)
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _WorkerFailed(Exception):
+    """The worker died over a request or took too long; the next request starts a new one."""
+
+
+class _Worker:
+    """A process of `decode_worker`, started when it is first asked."""
+
+    def __init__(self, command: list[str], handles: tuple[int, ...]) -> None:
+        self.command, self.handles = command, handles
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, jobs: Sequence[Job]) -> list[str | None]:
+        if self.process is None:
+            self._start()
+        return self._exchange(jobs)
+
+    def _start(self) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # A file: nobody reads along, and a full pipe would stop the worker.
+        with tempfile.TemporaryFile() as said:
+            try:
+                self.process = subprocess.Popen(
+                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                    bufsize=0, pass_fds=self.handles, env={**os.environ, "PYTHONPATH": path},
+                )  # fmt: skip
+                self._exchange([])  # whether it works at all is not the fault of a file
+            except (OSError, _WorkerFailed) as error:
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines()
+                raise DataError(
+                    f"a decode worker does not start: {lines[-1] if lines else error}",
+                    help="use workers=0 to decode in this process",
+                ) from None
+
+    def _exchange(self, jobs: Sequence[Job]) -> list[str | None]:
+        process = self.process
+        assert process is not None and process.stdin and process.stdout
+        answer, until = b"", time.monotonic() + LIMIT_S * max(1, len(jobs))
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        try:
+            process.stdin.write(json.dumps(jobs).encode() + b"\n")
+            while not answer.endswith(b"\n"):
+                if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                    process.kill()
+                    self.end()
+                    raise _WorkerFailed(f"decoding takes more than {LIMIT_S:.0f} s")
+                piece = os.read(process.stdout.fileno(), 1 << 16)
+                if not piece:
+                    raise BrokenPipeError
+                answer += piece
+        except BrokenPipeError:
+            code = self.end()
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise _WorkerFailed(f"the decoder ended with {how}") from None
+        return json.loads(answer)
+
+    def end(self) -> int:
+        """Ends the process and returns its exit code."""
+        if self.process is None:
+            return 0
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        code = self.process.wait()
+        self.process = None
+        return code

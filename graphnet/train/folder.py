@@ -1,0 +1,285 @@
+"""Images in files: a data set that is decoded as it is read, through a cache on disk.
+
+Files that are no image are quarantined: left out, counted and listed with the reason. The order of
+the others stays what it is, whichever epoch or process found out. Above a stated share of them
+reading stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from graphnet.errors import CompileError, ConfigError, DataError
+from graphnet.train.decoding import Decoders
+from graphnet.train.rowstore import RowStore
+
+Window = tuple[int, int, bool]  # top, left, mirrored
+MAX_BAD = 0.001
+
+
+@dataclass(frozen=True)
+class File:
+    """One image: its path, and what tells whether it has changed."""
+
+    path: str
+    label: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read: worker processes, batches ahead, pinned memory; none of it shows in
+    what is read."""
+
+    workers: int = 0
+    prefetch: int = 2
+    pin: bool = False
+
+    def __post_init__(self) -> None:
+        for what, least in (("workers", 0), ("prefetch", 1)):
+            value = getattr(self, what)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{what} is a number of at least {least}, not {value!r}")
+
+
+class Folder:
+    """A data set of image files.
+
+    shape     (C, H, W) of an image as the net takes it
+    stored    (C, S, T) as it is decoded and kept: crops of `shape` are cut from it
+    max_bad   share of the files that may be quarantined; DataError above it
+    cache     keep decoded images under GRAPHNET_CACHE_DIR
+    quarantined   {row: reason} of the files found so far
+    note      why nothing is kept although it was asked for, or None
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[File],
+        classes: Sequence[str],
+        shape: Sequence[int],
+        stored: Sequence[int] | None = None,
+        *,
+        name: str = "imagefolder",
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        max_bad: float = MAX_BAD,
+        cache: bool = True,
+    ) -> None:
+        if not files:
+            raise DataError(f"{root}: the data set is empty")
+        if not (isinstance(max_bad, int | float) and 0 <= max_bad <= 1):
+            raise ConfigError(f"max_bad is a share from 0 to 1, not {max_bad!r}")
+        self.root, self.files, self.classes, self.name = root, files, tuple(classes), name
+        self.shape, self.stored = tuple(shape), tuple(stored or shape)
+        if self.stored[0] != self.shape[0] or any(
+            s < n for s, n in zip(self.stored, self.shape, strict=True)
+        ):
+            raise DataError(
+                f"images kept as {_size(self.stored)}, the net takes {_size(self.shape)}",
+                help="keep them at least as large as the net's input",
+            )
+        self.mean, self.std, self.max_bad = tuple(mean), tuple(std), max_bad
+        self.labels = torch.tensor([f.label for f in files])
+        self.quarantined: dict[int, str] = {}
+        self.note: str | None = None
+        self.cache = self._open_cache() if cache else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as the net sees them: float32, (value / 255 - mean) / std."""
+        mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def read(self, rows: Sequence[int], workers: int = 0) -> torch.Tensor:
+        """The images of some rows, uint8 as they are stored; without the quarantined ones."""
+        order = np.asarray(rows, dtype=np.int64)
+        found = [x for x, *_ in self.stream(order, 0, max(1, len(order)), Reading(workers))]
+        return torch.cat(found) if found else torch.empty(0, *self.stored, dtype=torch.uint8)
+
+    # ---- the cache --------------------------------------------------------------------------
+
+    def key(self) -> str:
+        """Hash of all that the decoded bytes depend on: the files as they are, the size, Pillow."""
+        import PIL
+
+        digest = hashlib.sha256()
+        digest.update(json.dumps([1, PIL.__version__, self.stored, str(self.root)]).encode())
+        for f in self.files:
+            digest.update(json.dumps([f.path, f.size, f.mtime_ns]).encode())
+        return digest.hexdigest()[:32]
+
+    def _open_cache(self) -> RowStore | None:
+        from graphnet.lowering.codegen import private_dir
+
+        size = int(np.prod(self.stored))
+        about = {"of": str(self.root), "stored": list(self.stored)}
+        try:
+            home = private_dir("images")
+            made = (home / (key := self.key())).exists()
+            free, need = shutil.disk_usage(home).free, len(self) * size
+            if made or need <= 0.9 * free:
+                return RowStore(home, key, len(self), size, about)
+            why = f"they take {need} bytes, {home} has {free} free"
+        except CompileError as error:
+            why = error.message
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+        self.note = f"decoded images are not kept, every epoch decodes again: {why}"
+        return None
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def stream(
+        self,
+        order: np.ndarray,
+        start: int,
+        batch: int,
+        reading: Reading,
+        windows: Callable[[np.ndarray], Sequence[Window]] | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """(images u8, rows, place in `order` behind them) of each batch of `order[start:]`.
+
+        windows  rows -> where `shape` is cut from each image; None gives images as stored
+        Each batch but the last has `batch` images: quarantined files are skipped, not replaced.
+        """
+        places = np.arange(start, len(order))
+        if self.quarantined:
+            known = np.fromiter(self.quarantined, dtype=np.int64)
+            places = places[~np.isin(order[places], known)]
+        held: list[_Part] = []
+        with _Reader(self, batch, reading, windows) as reader:
+            for part in reader.parts(order, places):
+                self._quarantine(part)
+                if not held and len(part.places) == batch:
+                    yield part.result(order)
+                    continue
+                held.append(part)
+                if sum(len(p.places) for p in held) >= batch:
+                    whole, rest = _joined(held, batch)
+                    held = [rest] if len(rest.places) else []
+                    yield whole.result(order)
+        if held and any(len(p.places) for p in held):
+            yield _joined(held, batch)[0].result(order)
+
+    def _quarantine(self, part: _Part) -> None:
+        self.quarantined.update(part.failed)
+        bad, most = len(self.quarantined), self.max_bad * len(self)
+        if part.failed and bad > most:
+            row, reason = next(iter(self.quarantined.items()))
+            raise DataError(
+                f"{bad} of {len(self)} files under {self.root} are no images, more than the share "
+                f"{self.max_bad:g} that is allowed; the first: {self.files[row].path}: {reason}",
+                help="remove or replace them, or allow a larger share (max_bad)",
+            )
+
+    def report(self) -> list[dict[str, str]]:
+        """The quarantined files with their reasons, in the order of the listing."""
+        rows = sorted(self.quarantined)
+        return [{"path": self.files[r].path, "reason": self.quarantined[r]} for r in rows]
+
+
+@dataclass
+class _Part:
+    """Images that were read together; `places` says where in the order each stood."""
+
+    images: torch.Tensor
+    places: np.ndarray
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def result(self, order: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
+        rows = torch.from_numpy(order[self.places])
+        return self.images, rows, int(self.places[-1]) + 1
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _joined(parts: Sequence[_Part], batch: int) -> tuple[_Part, _Part]:
+    """The first `batch` images of the parts, and the others."""
+    images = torch.cat([p.images for p in parts])
+    places = np.concatenate([p.places for p in parts])
+    return _Part(images[:batch], places[:batch]), _Part(images[batch:], places[batch:])
+
+
+class _Reader:
+    """Reads batches of a Folder: a few at once in threads, or in the caller without workers."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        batch: int,
+        reading: Reading,
+        windows: Callable[[np.ndarray], Sequence[Window]] | None,
+    ) -> None:
+        self.folder, self.batch, self.windows, self.pin = folder, batch, windows, reading.pin
+        ahead = reading.prefetch if reading.workers else 0
+        self.threads = ThreadPoolExecutor(ahead, "graphnet-read") if ahead else None
+        self.buffers = ahead + 1  # one is being used up
+        self.decoders = Decoders(
+            reading.workers, folder.stored, self.buffers * batch, folder.cache
+        )  # fmt: skip
+
+    def parts(self, order: np.ndarray, places: np.ndarray) -> Iterator[_Part]:
+        """The images at `places`, in their order, `batch` at a time."""
+        waiting: deque[Future[_Part]] = deque()
+        for number, at in enumerate(range(0, len(places), self.batch)):
+            mine = places[at : at + self.batch]
+            work = (order[mine], mine, number % self.buffers)
+            if self.threads is None:
+                yield self._read(*work)
+                continue
+            waiting.append(self.threads.submit(self._read, *work))
+            if len(waiting) == self.buffers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _read(self, rows: np.ndarray, places: np.ndarray, buffer: int) -> _Part:
+        """Reads rows from the cache, decodes those it lacks, and cuts the windows."""
+        folder, cache, first = self.folder, self.folder.cache, buffer * self.batch
+        views = [None if cache is None else cache.get(row) for row in rows.tolist()]
+        jobs = [
+            (first + k, row, folder.files[row].path)
+            for k, row in enumerate(rows.tolist())
+            if views[k] is None
+        ]
+        failed = {}
+        for (slot, row, _), reason in zip(jobs, self.decoders.run(jobs), strict=True):
+            if reason is None:
+                views[slot - first] = self.decoders.slot(slot)
+            else:
+                failed[row] = reason
+        good = [(k, view) for k, view in enumerate(views) if view is not None]
+        c, h, w = folder.stored if self.windows is None else folder.shape
+        images = torch.empty(len(good), c, h, w, dtype=torch.uint8, pin_memory=self.pin)
+        windows = [(0, 0, False)] * len(rows) if self.windows is None else self.windows(rows)
+        for into, (k, view) in zip(images.numpy(), good, strict=True):
+            top, left, mirrored = windows[k]
+            whole = np.frombuffer(view, dtype=np.uint8).reshape(folder.stored)
+            piece = whole[:, top : top + h, left : left + w]
+            into[:] = piece[:, :, ::-1] if mirrored else piece
+        return _Part(images, places[[k for k, _ in good]], failed)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.threads is not None:
+            self.threads.shutdown(cancel_futures=True)
+        self.decoders.close()

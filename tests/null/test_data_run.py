@@ -1,0 +1,132 @@
+"""Runs and trainers on image files, arrays and loaders: what is left out is listed, what is wrong
+ends in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import graphnet as gn
+from graphnet import config
+from graphnet.cli import main
+from graphnet.errors import DataError
+from graphnet.train.data import Dataset
+from graphnet.train.run import RunConfig, evaluate_run, run_training
+from tests.image_files import make, train
+
+NET = """
+import graphnet as gn
+net = gn.Sequential(
+    gn.Conv2d(3, 4, 5, stride=4), gn.ReLU(), gn.Flatten(), gn.Linear(100, CLASSES)
+)
+net.input_shape = (3, 24, 24)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path):
+    with config.override(CACHE_DIR=str(tmp_path / "cache")):
+        yield
+
+
+@pytest.fixture
+def net_file(tmp_path):
+    def write(classes):
+        path = tmp_path / f"net{classes}.py"
+        path.write_text(NET.replace("CLASSES", str(classes)))
+        return f"{path}:net"
+
+    return write
+
+
+def test_a_run_lists_what_it_left_out(tmp_path, net_file, capsys):
+    make(tmp_path / "d", 20)
+    for name in ("train/cat/004.png", "test/dog/013.png"):
+        (tmp_path / "d" / name).write_bytes(b"")
+    settings = RunConfig(
+        net_file(2), f"imagefolder:{tmp_path / 'd'}", epochs=2, batch=6, target="cpu", max_bad=0.05
+    )
+    result = run_training(settings, tmp_path / "run", quiet=True)
+    lines = (tmp_path / "run/quarantine.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["path"][-11:] for r in rows] == ["dog/013.png", "cat/004.png"]
+    assert {r["reason"] for r in rows} == {"the file is empty"}
+    assert capsys.readouterr().err.count("2 image files left out") == 1
+    assert result["steps"] == 8 and result["epochs"] == 2  # 19 images each time, in 4 batches
+    found = evaluate_run(tmp_path / "run", target="cpu")
+    assert found["images"] == 19 and found["top1_error"] == pytest.approx(result["top1_error"])
+
+
+def test_a_run_with_too_many_bad_files_lists_them_all_the_same(tmp_path, net_file):
+    make(tmp_path / "d", 20)
+    (tmp_path / "d/train/cat/004.png").write_bytes(b"junk")
+    settings = RunConfig(net_file(2), f"imagefolder:{tmp_path / 'd'}", batch=6, target="cpu")
+    with pytest.raises(DataError, match="1 of 20 files"):
+        run_training(settings, tmp_path / "run", quiet=True)
+    assert "not an image" in (tmp_path / "run/quarantine.jsonl").read_text()
+
+
+def test_resize_trains_on_crops_and_resumes(tmp_path, net_file):
+    make(tmp_path / "d", 20, size=(40, 40))
+    settings = RunConfig(
+        net_file(2), f"imagefolder:{tmp_path / 'd'}", epochs=2, batch=6, target="cpu", resize=32,
+        workers=0,
+    )  # fmt: skip
+    losses = [run_training(settings, tmp_path / n, quiet=True)["train_loss"] for n in "ab"]
+    assert losses[0] == losses[1] and (tmp_path / "a/config.toml").read_text().count("resize = 32")
+
+
+def bad_data(tmp_path):
+    make(tmp_path / "d", 4)
+    make(tmp_path / "e", 4)
+    (tmp_path / "e/train/cow").mkdir()
+    return {
+        "cifar:x": "unknown data 'cifar:x'; help: one of mnist:DIR, cifar10:PATH",
+        f"imagefolder:{tmp_path}/no": "has no folder train",
+        f"imagefolder:{tmp_path}/e": "cow holds 0 images, expected at least 1",
+        f"imagefolder:{tmp_path}/d": "labels from 0 to 1, the net has 1 outputs",
+        f"cifar10:{tmp_path}": "neither data_batch_1.bin nor a folder train",
+        "digits": "the images of digits are 1x28x28, the net takes 3x24x24",
+    }
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_bad_data_is_one_line_exit_code_2_and_no_folder(tmp_path, net_file, capsys, at):
+    spec, said = list(bad_data(tmp_path).items())[at]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["train", net_file(1), "--data", spec, "--target", "cpu", "--out", str(out)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and said in err, err
+    assert not out.exists()
+
+
+# ---- what a Trainer takes --------------------------------------------------------------------
+
+
+def small():
+    torch.manual_seed(0)
+    net = gn.Sequential(gn.Flatten(), gn.Linear(12, 3))
+    return gn.Trainer(net, gn.CrossEntropyLoss(), gn.SGD(lr=0.1), target="cpu")
+
+
+def test_a_trainer_takes_arrays_loaders_and_folders(tmp_path):
+    x = torch.randn(30, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(30) % 3
+    pairs = torch.utils.data.TensorDataset(x, y)
+    in_order = [(x[at : at + 8], y[at : at + 8]) for at in range(0, 30, 8)]
+    want = small().fit(in_order, epochs=2, batch=8)
+    loaders = [torch.utils.data.DataLoader(pairs, 8, num_workers=n) for n in (0, 1)]
+    for data in loaders:
+        history = small().fit(data, data, epochs=2, batch=8)
+        assert [m["train_loss"] for m in history] == [m["train_loss"] for m in want]
+    losses = [
+        small().fit(pair, epochs=2, batch=8)[-1]["train_loss"]
+        for pair in ((x, y), (x.numpy(), y.numpy().astype(np.int16)), Dataset(x, y))
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    make(tmp_path)
+    assert small().fit(train(tmp_path, (3, 2, 2)), epochs=2, batch=5)[-1]["step"] == 6
+    with pytest.raises(DataError, match="cannot be read epoch after epoch"):
+        small().fit(iter(in_order), epochs=1, batch=8)
