@@ -141,9 +141,9 @@ class _Bench:
             # What runs in a group shares its seconds; the groups share by what could run in them.
             self.group([*mine, *beside], c.seconds / len(kinds))
             beside = []
+            if c.by_layer and self.result["layers"] is None:  # early: a late end keeps it
+                self.by_layer(work)
         self.count()
-        if c.by_layer:
-            self.by_layer(work)
         self.result["complete"] = True
         self.save()
         return self.result
@@ -206,6 +206,7 @@ class _Bench:
             "graphnet": layers.launch_times(work, self.target),
         }  # fmt: skip
         self.result["ceilings"] = facts.ceilings(self.device, work.precision)
+        self.save()
 
 
 def run_bench(c: BenchConfig, out: Path | None = None, say: Say = lambda text: None) -> Any:

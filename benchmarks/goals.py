@@ -1,0 +1,128 @@
+"""What the project set out to reach on an H200, and whether a committed result shows it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graphnet.lowering import tables
+
+Result = Mapping[str, Any]
+GPU = "H200"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach.
+
+    find     the figure in the results of this GPU; None where nobody has measured it
+    least    whether a larger figure is better
+    """
+
+    what: str
+    unit: str
+    goal: float
+    find: Callable[[list[Result]], float | None]
+    least: bool = False
+    stretch: float | None = None
+
+    def row(self, results: Iterable[Result]) -> tuple[str, str, str, str]:
+        """(what, goal, measured, verdict)"""
+        sign = ">=" if self.least else "<="
+        text = f"{sign} {self.goal:g}{self.unit}"
+        if self.stretch is not None:
+            text += f" (stretch {self.stretch:g}{self.unit})"
+        here = [r for r in results if GPU in r["machine"]["device"]]
+        found = self.find(here)
+        if found is None:
+            return self.what, text, "not measured", "-"
+        ahead = lambda limit: found >= limit if self.least else found <= limit
+        verdict = "reached" if ahead(self.goal) else "**missed**"
+        if self.stretch is not None and ahead(self.stretch):
+            verdict = "stretch reached"
+        return self.what, text, f"{found:.4g}{self.unit}", verdict
+
+
+def newest(results: list[Result], model: str, batch: int, precisions: tuple[str, ...],
+           mode: str = "train") -> Result | None:  # fmt: skip
+    """The latest bench of a workload."""
+    fits = [
+        r for r in results
+        if r["kind"] == "bench" and r["model"].rpartition(":")[2] == model and r["mode"] == mode
+        and r["batch"] == batch and r["precision"] in precisions and r["rows"]
+    ]  # fmt: skip
+    return max(fits, key=lambda r: r["date"], default=None)
+
+
+def ours_ms(result: Result) -> float | None:
+    """Our best time of a step."""
+    name = result["best"].get("graphnet")
+    return next((row["ms"]["median"] for row in result["rows"] if row["name"] == name), None)
+
+
+def _ms(scale: float, *workload: Any) -> Callable[[list[Result]], float | None]:
+    def find(results: list[Result]) -> float | None:
+        found = newest(results, *workload)
+        ms = ours_ms(found) if found else None
+        return None if ms is None else scale * ms
+
+    return find
+
+
+def _ratio(kinds: tuple[str, ...], *workload: Any) -> Callable[[list[Result]], float | None]:
+    """Our lead over the best of these kinds."""
+
+    def find(results: list[Result]) -> float | None:
+        found = newest(results, *workload)
+        ratios = found["ratio"] if found else {}
+        return min((ratios[k]["median"] for k in kinds if k in ratios), default=None)
+
+    return find
+
+
+def _mnist(results: list[Result]) -> float | None:
+    """Median over the seeds, where most of at least ten seeds reached 99 %."""
+    full = [r for r in results if r["kind"] == "mnist99" and len(r["rows"]) >= 10]
+    if not full:
+        return None
+    rows = max(full, key=lambda r: r["date"])["rows"]
+    reached = sum(row["accuracy"] >= 0.99 for row in rows)
+    if 2 * reached <= len(rows):
+        return float("inf")
+    return 1e3 * statistics.median(row["train_s"] for row in rows)
+
+
+def _wrong(results: list[Result]) -> float | None:
+    """Configurations of the shipped table that the tuner found wrong."""
+    shipped = {_config(e.as_dict() | {"kernel": e.kind}) for e in tables.shipped(GPU.lower())}
+    rows = [row for r in results if r["kind"] == "tune" for row in r["rows"]]
+    tried = [r["verdict"] for r in rows if r["verdict"] != "skipped" and _config(r) in shipped]
+    return float(tried.count("wrong")) if tried else None
+
+
+def _config(row: Mapping[str, Any]) -> str:
+    """What identifies a configuration of one key."""
+    names = ("kernel", "shape", "precision", "config")
+    return json.dumps([row.get(name) for name in names], sort_keys=True)
+
+
+_ALEXNET = ("alexnet", 128, ("bf16",))
+_LENET = ("lenet5", 128, ("fp32", "tf32", "bf16"))
+_A, _L = "alexnet, batch 128, bf16, training step", "lenet5, batch 128, training step"
+GOALS = (
+    Goal(f"{_A}: against eager", "x", 3, _ratio(("eager",), *_ALEXNET), True),
+    Goal(f"{_A}: against torch.compile", "x", 1.5, _ratio(("compile", "compile-max"), *_ALEXNET),
+         True),
+    Goal(f"{_A}: against eager in one CUDA graph", "x", 1.3, _ratio(("eager-graph",), *_ALEXNET),
+         True),
+    Goal(_A, " ms", 1.9, _ms(1, *_ALEXNET), stretch=1.6),
+    Goal(f"{_L}: against eager", "x", 25, _ratio(("eager",), *_LENET), True),
+    Goal(f"{_L}: against eager in one CUDA graph", "x", 4, _ratio(("eager-graph",), *_LENET), True),
+    Goal(_L, " us", 15, _ms(1e3, *_LENET), stretch=10),
+    Goal("LeNet-5 from scratch to 99 % on MNIST, median of 10 seeds", " ms", 50, _mnist,
+         stretch=15),
+    Goal("wrong results among the shipped configurations", "", 0, _wrong),
+)  # fmt: skip

@@ -1,0 +1,337 @@
+"""The results, their schema, tables and pictures; the scripts under benchmarks/."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from benchmarks import index, mnist99, plots, run
+from benchmarks.goals import GOALS
+from graphnet.bench import bench
+from graphnet.lowering import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
+LENET = "cpu-lenet5-train-b128-fp32-2026-11-24"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads wait for each other for long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def measured(one_thread):
+    """A whole result, measured here."""
+    return bench.run_bench(
+        bench.BenchConfig("lenet5", 4, target="cpu", rounds=2, seconds=0.1, parity_steps=2)
+    )
+
+
+def on_gpu(result, gpu="NVIDIA H200", **changes):
+    """The result as if a GPU had measured it."""
+    r = copy.deepcopy(result)
+    r["machine"] |= {
+        "device": gpu, "arch": "sm_90", "processors": 132, "memory": 1, "driver": "580.1",
+    }  # fmt: skip
+    return r | {"target": "cuda", **changes}
+
+
+def with_ours(result, ms, ratios):
+    name = result["best"]["graphnet"]
+    for row in result["rows"]:
+        if row["name"] == name:
+            row["ms"] = {"median": ms, "low": ms, "high": ms}
+    result["ratio"] = {k: {"median": v, "low": v, "high": v} for k, v in ratios.items()}
+    return result
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def test_every_result_fits_the_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    results = index.read()
+    assert LENET in results
+    for stem, result in results.items():
+        jsonschema.validate(result, SCHEMA)
+        device = result["machine"]["device"]
+        assert stem.startswith("cpu-" if device == "cpu" else device.lower().split()[-1]), stem
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r.pop("parity"),
+        lambda r: r.update(surprise=1),
+        lambda r: r["machine"].pop("driver"),
+        lambda r: r["rows"][0].pop("ms"),
+        lambda r: r["rows"][0]["ms"].update(median=-1.0),
+        lambda r: r.update(date="yesterday"),
+        lambda r: r.update(schema=1),
+        lambda r: r.update(kind="rumour"),
+        lambda r: r["versions"].pop("ptxas"),
+    ],
+)
+def test_the_schema_refuses(spoil, measured):
+    whole = on_gpu(measured)
+    jsonschema.validate(whole, SCHEMA)
+    spoil(whole)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(whole, SCHEMA)
+
+
+def test_tables_and_pictures_are_those_of_the_results():
+    assert index.stale() == [], "python benchmarks/run.py"
+    assert run.stale_plots(index.read()) == [], "python benchmarks/run.py"
+    assert run.main(["--check"]) == 0 and run.main(["--wrong"]) == 2
+
+
+def test_another_result_makes_the_tables_stale(measured):
+    results = {**index.read(), "cpu-another": measured}
+    assert set(index.stale(results)) == {index.PAGES[0]}
+    assert set(index.stale({"owt": owt(measured)})) == set(index.PAGES)
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def verdicts(*results):
+    return {g.what: g.row(results)[2:] for g in GOALS}
+
+
+def test_goals_are_reached_missed_or_not_measured(measured):
+    assert {v for v, _ in verdicts(measured).values()} == {"not measured"}  # a CPU is no H200
+    alexnet = on_gpu(measured, model="alexnet", batch=128, precision="bf16")
+    fast = with_ours(alexnet, 1.7, {"eager": 3.5, "compile": 1.7, "compile-max": 1.4})
+    found = verdicts(fast)
+    name = "alexnet, batch 128, bf16, training step"
+    assert found[name] == ("1.7 ms", "reached")
+    assert found[f"{name}: against eager"] == ("3.5x", "reached")
+    # Against the better of the two ways to compile.
+    assert found[f"{name}: against torch.compile"] == ("1.4x", "**missed**")
+    assert found[f"{name}: against eager in one CUDA graph"] == ("not measured", "-")
+    assert verdicts(with_ours(fast, 1.5, {}))[name] == ("1.5 ms", "stretch reached")
+    h100 = on_gpu(fast, "NVIDIA H100 80GB HBM3")
+    assert {v for v, _ in verdicts(h100).values()} == {"not measured"}
+    other = on_gpu(fast, batch=64)
+    assert {v for v, _ in verdicts(other).values()} == {"not measured"}
+
+
+def seeds(times, accuracy=0.991):
+    return [
+        {"seed": k, "steps": 705, "compile_s": 1.0, "train_s": t, "accuracy": accuracy}
+        for k, t in enumerate(times)
+    ]
+
+
+def test_the_goal_of_ten_seeds_takes_ten_that_arrive():
+    what = "LeNet-5 from scratch to 99 % on MNIST, median of 10 seeds"
+    r = {"kind": "mnist99", "date": "2026-11-24T00:00:00Z", "machine": {"device": "NVIDIA H200"}}
+    assert verdicts({**r, "rows": seeds([0.03] * 9)})[what] == ("not measured", "-")
+    assert verdicts({**r, "rows": seeds([0.03] * 10)})[what] == ("30 ms", "reached")
+    assert verdicts({**r, "rows": seeds([0.03] * 10, 0.98)})[what][1] == "**missed**"
+
+
+def tuned(*pairs, shape=(1, 2), verdict="right", **more):
+    return [
+        {"kernel": "conv2d_taps", "layers": ["conv1"], "shape": list(shape), "config": {},
+         "predicted_us": p, "median_us": m, "verdict": verdict, **more}
+        for p, m in pairs
+    ]  # fmt: skip
+
+
+def of_tuner(rows, gpu="NVIDIA H200"):
+    about = {"schema": 2, "kind": "tune", "date": "2026-11-24T00:00:00Z", "versions": {}}
+    return on_gpu({**about, "machine": {}, "rows": rows}, gpu)
+
+
+def test_rank_correlation_within_each_key():
+    same = tuned((1, 10), (2, 20), (3, 90), (4, 91))
+    opposite = tuned((1, 9), (2, 8), (3, 7), (4, 6), shape=(3, 4))
+    assert index.order(same) == (1.0, 1) and index.order(opposite) == (-1.0, 1)
+    assert index.order(same + opposite) == (0.0, 2)
+    wrong = tuned((5, None), verdict="wrong")
+    assert index.order(same + wrong) == (1.0, 1) and index.order(wrong) == (None, 0)
+    table = index.tuning({"h200-tune-lenet5": of_tuner(same + wrong)})
+    assert "| 5 | 4 | 1 | 1.00 over 1 keys |" in table and "not measured" not in table
+    assert "not measured" in index.tuning({"interpreter": of_tuner(same, "cpu")})
+
+
+def test_a_wrong_configuration_of_the_shipped_table_shows():
+    what = "wrong results among the shipped configurations"
+    entry = tables.shipped("h200")[0].as_dict()
+    key = {n: entry[n] for n in ("shape", "precision", "config")} | {"kernel": entry["kind"]}
+    right, wrong = (tuned((1, 2), verdict=v, **key) for v in ("right", "wrong"))
+    elsewhere = tuned((1, 2), verdict="wrong")
+    assert verdicts(of_tuner(right + elsewhere))[what] == ("0", "reached")
+    assert verdicts(of_tuner(wrong))[what] == ("1", "**missed**")
+    assert verdicts(of_tuner(elsewhere))[what] == ("not measured", "-")
+
+
+def owt(measured):
+    r = on_gpu(measured, model="alexnet_owt", mode="grads", batch=128, dropout=False)
+    return with_ours(r | {"precision": "bf16"}, 2.0, {"eager": 2.0})
+
+
+def test_published_figures_stand_beside_ours(measured):
+    before = index.history({})
+    assert "| cuDNN R4, fp16 (Torch) | 71 | 25 / 46 | 1,803 |" in before
+    assert before.count("not measured") == 7 and "graphnet, bf16, " not in before
+    after = index.history({"x": owt(measured)})
+    assert "| **graphnet, bf16, H200** | 2 | - | 64,000 | our run |" in after
+    assert "torch: eager" in after and after.count("not measured") == 6
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+
+def test_pictures_are_drawn_once_and_go_with_their_result(measured, tmp_path):
+    from PIL import Image
+
+    results = {"a": measured, "b": {**measured, "layers": None}}
+    drawn = {p.name for p in plots.draw(results, tmp_path)}
+    assert drawn == {"a-bars.png", "a-roofline.png", "b-bars.png"}
+    with Image.open(tmp_path / "a-roofline.png") as image:
+        assert min(image.size) > 400
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is on it
+    assert plots.draw(results, tmp_path) == [] and run.stale_plots(results, tmp_path) == []
+    changed = {"a": {**measured, "seconds": 1e6}}
+    assert run.stale_plots(changed, tmp_path) == ["a-bars.png", "a-roofline.png", "b-bars.png"]
+    plots.draw(changed, tmp_path)
+    assert run.stale_plots(changed, tmp_path) == [] and not (tmp_path / "b-bars.png").exists()
+
+
+# ---- scripts ---------------------------------------------------------------------------------
+
+
+def test_to_99_percent_runs_on_any_data_of_that_shape(tmp_path, capsys):
+    asked = ["--data", "digits", "--target", "cpu", "--epochs", "1", "--seeds", "0-1"]
+    assert mnist99.main([*asked, "--json", str(tmp_path)]) == 0
+    assert "0 of 2 seeds reached 99%" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert path.name.startswith("cpu-mnist99-fp32-") and len(found["rows"]) == 2
+    assert found["rows"][0]["steps"] == -(-1437 // 256)
+    assert 0.1 < found["rows"][0]["accuracy"] < 0.99
+
+
+def test_the_recorder_keeps_what_each_test_did(tmp_path):
+    (tmp_path / "test_x.py").write_text(
+        "import os, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'not so'\n"
+        "@pytest.mark.skip\ndef test_later(): pass\n"
+        "@pytest.fixture\ndef broken(): raise OSError('no disk')\n"
+        "def test_setup(broken): pass\n"
+        "def test_killed(): os._exit(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.record", "-p", "no:cacheprovider",
+         "--record", tmp_path, "--rootdir", tmp_path, tmp_path / "test_x.py"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 1}
+    assert [f["test"].split("::")[1] for f in found["failures"]] == ["test_bad", "test_setup"]
+    assert not found["complete"]
+
+
+MISSING = """
+import importlib, pkgutil, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import graphnet, tests.gpu, benchmarks.record, benchmarks.mnist99
+for package in (graphnet, tests.gpu):
+    for m in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if m.name != "graphnet.__main__":
+            importlib.import_module(m.name)
+print("all imported")
+"""
+
+
+def test_what_a_gpu_machine_lacks_is_not_imported():
+    lacks = {"matplotlib", "hypothesis", "jsonschema", "ruff", "mypy", "build", "xdist"}
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING.replace("{names}", repr(lacks))],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("all imported"), done.stderr
+
+
+STUB = """#!/usr/bin/env bash
+echo "$@" >> "$LOG"
+case "$*" in
+  *"-c import"*) exit 0 ;;          # torch sees a GPU
+  *alexnet_owt*) exit 3 ;;
+esac
+"""
+
+
+def gpu_sh(tmp_path, *options, **env):
+    return subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", *options], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "OUT": str(tmp_path / "out"), **env},
+    )  # fmt: skip
+
+
+def stubbed(tmp_path, *options, **env):
+    """(outcome, commands) of gpu.sh with a python that only writes down what it is asked for."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    log.unlink(missing_ok=True)
+    done = gpu_sh(tmp_path, *options, PYTHON=str(stub), LOG=str(log), **env)
+    return done, log.read_text().splitlines()
+
+
+def test_gpu_sh_runs_everything_in_order_of_value_and_goes_on_past_a_failure(tmp_path):
+    done, said = stubbed(tmp_path, GRAPHNET_DATA=str(tmp_path))
+    assert "alexnet_owt b128 bf16: failed (3)" in done.stdout and done.returncode == 1
+    assert "-p benchmarks.record" in said[1] and "tests/gpu/test_step.py tests" in said[1]
+    assert [line.split()[3] for line in said if " tune " in line] == ["lenet5", "alexnet"]
+    benches = [line.split("graphnet bench ")[1].split()[0] for line in said if " bench " in line]
+    assert benches == ["alexnet", "lenet5", "alexnet_owt", "benchmarks/nets.py:kernelbench_alexnet"]
+    assert sum("mnist99.py" in line for line in said) == 1
+    writes = [line for line in said if any(o in line for o in ("--json", "--record", "--out"))]
+    assert len(writes) == len(said) - 1 <= 8  # at most 8 small files
+    assert all(str(tmp_path / "out") in line for line in writes)
+    done, said = stubbed(tmp_path, "--part", "correctness")
+    assert done.returncode == 0 and len(said) == 2 and "pytest" in said[1]
+
+
+def test_gpu_sh_refuses(tmp_path):
+    done = gpu_sh(tmp_path, "--part", "everything")
+    assert done.returncode == 2 and "--part correctness|tune|bench" in done.stderr
+    hidden = gpu_sh(tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert hidden.returncode == 1 and "sees no GPU" in hidden.stderr
+
+
+@pytest.mark.slow
+def test_gpu_sh_runs_dry_from_end_to_end(tmp_path):
+    done = gpu_sh(tmp_path, "--dry-run", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").iterdir()}
+    assert len(found) <= 8
+    for result in found.values():
+        jsonschema.validate(result, SCHEMA)
+        assert result.get("complete", True)
