@@ -23,8 +23,10 @@ from graphnet.errors import (
 )
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.tracing import trace
+from graphnet.ops.gradient import Handling
 from graphnet.passes import pipeline
 from graphnet.passes.precision import POLICIES
+from graphnet.runtime.accumulate import Accumulated
 from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
 from graphnet.runtime.state import state_of
 
@@ -51,14 +53,22 @@ def lower(
     loss: Any = None,
     optimizer: Any = None,
     grads: bool = False,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    nonfinite: str | None = None,
+    apply: bool = True,
 ) -> Lowered:
-    """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere."""
+    """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
+
+    Of the two programs that accumulate, `apply` chooses the one that ends in the update.
+    """
     from graphnet.lowering.plan import make_plan
     from graphnet.lowering.tables import table_for
     from graphnet.lowering.tuning import using
     from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
+    handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     training = optimizer is not None or grads
     traced = trace(net, shape, loss=loss, training=training)
@@ -69,6 +79,7 @@ def lower(
         traced, precision=precision, optimizer=optimizer, grads=grads, target=target,
         trainable=keys,
         multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
+        handling=handling,
     )  # fmt: skip
     # The interpreter's tiles are part of tests: only who asks for tuned ones gets them.
     known = table_for(tuned_as(target)) if target == "cuda" or config.tune() else {}
@@ -112,6 +123,9 @@ def compile(
     loss: Any = None,
     optimizer: Any = None,
     grads: bool = False,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    nonfinite: str | None = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -122,13 +136,19 @@ def compile(
 
     target "auto" is cuda where there is a GPU, else cpu; precision is fp32, tf32 or bf16; `seed`
     draws the dropout masks. All programs of one net on one device share its state.
+
+    accumulate  a step applies the mean gradient of this many calls, at the last of them
+    clip_norm   scales the gradients down to this global norm; `step.optimizer.clip_norm` sets it
+    nonfinite   "stop": a step whose loss is not finite leaves the state as it was; "skip": so does
+                one whose gradients are not, and its recorded loss is NaN
+    Clipping and "skip" read all gradients before the first update: `inspect --why` has the price.
     """
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
     device = _device(_resolve(target))
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
-        "grads": grads,
+        "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
     }  # fmt: skip
     low = lower(net, shape, **how)
     if config.tune() and low.plan.launches:
@@ -140,7 +160,11 @@ def compile(
         "state": state_of(net, device), "target": low.target, "precision": precision,
     }  # fmt: skip
     if optimizer is not None:
-        return TrainStep(optimizer=optimizer, **common)
+        common |= {"optimizer": optimizer, "knobs": {"clip_norm": clip_norm} if clip_norm else {}}
+        if accumulate == 1:
+            return TrainStep(**common)
+        adding = lower(net, shape, **how, apply=False)
+        return Accumulated(every=accumulate, adding=adding, **common)
     if grads:
         return Gradients(keys=low.trainable, **common)
     return Infer(**common) if loss is None else Evaluate(**common)
@@ -155,6 +179,9 @@ def build(
     loss: Any = None,
     optimizer: Any = None,
     grads: bool = False,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    nonfinite: str | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
@@ -165,8 +192,9 @@ def build(
 
     start = time.perf_counter()
     low = lower(
-        net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer, grads=grads
-    )
+        net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer,
+        grads=grads, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite,
+    )  # fmt: skip
     return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 
 
@@ -187,6 +215,21 @@ def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads:
         raise ConfigError(f"{optimizer!r} is no optimizer", help="optimizer=gn.SGD(lr=0.01)")
     if optimizer is not None and grads:
         raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
+
+
+def _handling(
+    optimizer: Any, accumulate: Any, clip_norm: Any, nonfinite: Any, apply: bool
+) -> Handling:
+    """How the gradients are treated; ConfigError for what cannot be."""
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ConfigError(f"accumulate is a positive int, not {accumulate!r}")
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise ConfigError(f"clip_norm={clip_norm!r} is not a positive number")
+    if optimizer is None and (accumulate != 1 or clip_norm is not None or nonfinite is not None):
+        raise ConfigError(
+            "accumulate, clip_norm and nonfinite are about updates", help="give an optimizer"
+        )
+    return Handling(accumulate > 1, apply, clip_norm is not None, nonfinite)
 
 
 def _resolve(target: str) -> str:

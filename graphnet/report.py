@@ -200,7 +200,21 @@ def why_text(low: Lowered) -> str:
     for (rule, label), sentence in refused.items():
         place = _place(low, label)
         lines += [f"  {rule}", f"    at {label}{f', {place}' if place else ''}", f"    {sentence}"]
-    return "\n".join([*lines, *_loaders(low)])
+    return "\n".join([*lines, *_norm_price(low), *_loaders(low)])
+
+
+def _norm_price(low: Lowered) -> list[str]:
+    """What the norm of all gradients costs: none of them can stay in its kernel."""
+    norms = [e for e in low.stages.fused.eqns if e.op == "global_norm"]
+    moved = 3 * sum(v.type.bytes for e in norms for v in e.inputs)
+    if not norms:
+        return []
+    least = limits_us(0, moved, gpu="h200")[1]
+    return [
+        "",
+        f"the norm of all gradients keeps each of them out of its update's kernel: {count(moved)}B"
+        f" more are written and read at each step, at least {least:.3g} us on an H200",
+    ]
 
 
 def _loaders(low: Lowered) -> list[str]:

@@ -29,9 +29,12 @@ def elementwise(
 
 
 @triton.jit
-def record_step(ring, loss, step, RING: tl.constexpr):
-    """ring[step mod RING] = loss, then step + 1. One program."""
+def record_step(ring, loss, step, norm, RING: tl.constexpr, NORM: tl.constexpr):
+    """ring[step mod RING] = loss, or NaN where a norm is not finite; then step + 1. One program."""
     at = tl.load(step)
-    tl.store(ring + at % RING, tl.load(loss))
+    value = tl.load(loss)
+    if NORM:
+        value = tl.where(tl.abs(tl.load(norm)) < float("inf"), value, float("nan"))
+    tl.store(ring + at % RING, value)
     tl.debug_barrier()
     tl.store(step, at + 1)

@@ -84,11 +84,12 @@ def multi_margin(
         hit = cols[None, :] == label[:, None]
         right = tl.sum(tl.where(hit, z, 0.0), 1)
         gap = z - right[:, None] + MARGIN
-        other = inside & (cols[None, :] != label[:, None]) & alive[:, None]
+        # Not gap > 0: a NaN must reach the loss.
+        other = inside & (cols[None, :] != label[:, None]) & alive[:, None] & ~(gap <= 0.0)
         if LOSS:
-            total += tl.sum(tl.where(other & (gap > 0.0), gap, 0.0)) / C
+            total += tl.sum(tl.where(other, gap, 0.0)) / C
         if GRAD:
-            broken = tl.where(other & (gap > 0.0), 1.0, 0.0)
+            broken = tl.where(other, 1.0, 0.0)
             grad = tl.where(hit, -tl.sum(broken, 1)[:, None], broken) / (live * C)
             grad = tl.where(alive[:, None], grad, 0.0)
             EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)

@@ -94,6 +94,32 @@ def mean_reduce(work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def square_sum(
+    x, work, N: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """work[FIRST + program] = the sum of squares of its blocks of x[N], in order."""
+    program = tl.program_id(0)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    if N + PROGRAMS * BLOCK > INT32_MAX:
+        at = at.to(tl.int64)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, PROGRAMS * BLOCK):
+        v = tl.load(x + start + at, mask=start + at < N, other=0.0).to(tl.float32)
+        sums += v * v
+    tl.store(work + FIRST + program, tl.sum(sums))
+
+
+@triton.jit
+def norm_reduce(work, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sqrt(sum of work[COUNT]), by one program: a tree of fixed shape."""
+    i = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, COUNT, BLOCK):
+        sums += tl.load(work + start + i, mask=start + i < COUNT, other=0.0)
+    tl.store(out, tl.sqrt(tl.sum(sums)))
+
+
+@triton.jit
 def channel_sum(
     x, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,

@@ -6,6 +6,7 @@ under the interpreter and on the GPU. A registry test notices an op without a ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -286,6 +287,32 @@ def _scaled_sgd(w, g, lr, wd, l1):
     return w - 2 * lr * (g + 0.5 * wd * w + 0.5 * l1 * w.sign())
 
 
+def _draw_rows(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
+    rows = [torch.tensor(29, dtype=dtype)] if c.note == "mean" else []
+    return [*(fill(t, g, dtype) for t in c.ins[:2]), torch.tensor(7, dtype=torch.int32), *rows]
+
+
+def _draw_clip(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
+    w = fill(c.ins[0], g, dtype)
+    limit = 3.0 if c.note == "within" else 0.5
+    return [w, torch.tensor(2.0, dtype=dtype), torch.tensor(limit, dtype=dtype)]
+
+
+def _torch_clip(w, norm, limit):
+    """torch on a gradient of that norm of which w is a part."""
+    p, rest = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.new_zeros(1))
+    p.grad = w * (norm / 2 / w.norm())
+    rest.grad = (norm**2 - p.grad.norm() ** 2).sqrt()[None]
+    torch.nn.utils.clip_grad_norm_([p, rest], float(limit))
+    return p.grad * (2 * w.norm() / norm)
+
+
+def _draw_flags(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
+    flags = {"one": [-3.5], "fine": [1e30, -2.0], "inf": [1.0, -math.inf]}
+    scalars = [torch.tensor(v, dtype=dtype) for v in flags[c.note]]
+    return [*(fill(t, g, dtype) for t in c.ins[:2]), *scalars]
+
+
 _W, _S = f(4, 3), f()
 UPDATES = [
     Case("sgd_update", (_W, _W, _S, _S), _torch_sgd(False), draw=_draw_sgd),
@@ -315,6 +342,24 @@ UPDATES = [
     ),
     Case("adam_debias", (_S,) * 4,
          lambda c1, c2, g1, g2: (1 - (1 - c1) * (1 - g1), 1 - (1 - c2) * (1 - g2))),
+    Case("accumulate", (_W, _W, TensorType(i32, ())), lambda a, g, n: a + n * g, draw=_draw_rows),
+    Case("accumulate", (_W, _W, TensorType(i32, ()), _S), lambda a, g, n, rows: (a + n * g) / rows,
+         note="mean", draw=_draw_rows),
+    Case("global_norm", (_W, f(5), f(70, 31)),
+         lambda *g: torch.cat([x.flatten() for x in g]).norm()),
+    *(
+        Case("clip", (_W, _S, _S), _torch_clip, note=note, draw=_draw_clip)
+        for note in ("", "within")
+    ),
+    *(
+        Case("if_finite", (_W, _W, *(_S,) * (1 + (note != "one"))),
+             lambda new, old, *s: new if all(map(torch.isfinite, s)) else old, note=note,
+             draw=_draw_flags, exact=True)
+        for note in ("one", "fine", "inf")
+    ),
+    Case("record_step", (f(4096), _S, TensorType(i64, ()), _S),
+         lambda ring, loss, step, norm: (ring.index_fill(0, step % 4096, float(loss)), step + 1),
+         note="norm", exact=True),
     Case("record_step", (f(4096), _S, TensorType(i64, ())),
          lambda ring, loss, step: (ring.index_fill(0, step % 4096, float(loss)), step + 1),
          exact=True),

@@ -20,7 +20,7 @@ from graphnet.lowering.launch_gemm import LINEARS
 from graphnet.lowering.launch_pool import POOLS
 from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
 from graphnet.lowering.steps import Launch, Step, arguments, make, source
-from graphnet.lowering.tuning import choices, choose, next_power
+from graphnet.lowering.tuning import PROCESSORS, cdiv, choices, choose, next_power
 from graphnet.lowering.work import Work, take_apart
 
 
@@ -36,6 +36,8 @@ def _steps(eqn: Eqn, name: Callable[[Value], str]) -> list[Step]:
     if eqn.op in MOVES:
         return run_move(eqn, name)
     _check_layouts(eqn)
+    if eqn.op == "global_norm":
+        return _global_norm(eqn, name)
     work = take_apart(eqn, name, _FAMILIES)
     if work.anchors:
         steps = _FAMILIES[work.anchor.op](work)
@@ -122,16 +124,46 @@ def _pointwise(work: Work) -> Launch:
 
 
 def _record(work: Work) -> Launch:
-    ring, loss, step = (work.name[v] for v in work.eqn.inputs)
+    ring, loss, step, *norm = (work.name[v] for v in work.eqn.inputs)
     ring1, step1 = (work.name[v] for v in work.eqn.results)
-    args = (Ref(ring1, "f32"), Ref(loss, "f32"), Ref(step1, "i64"))
+    held = Ref(norm[0], "f32") if norm else None
+    args = (Ref(ring1, "f32"), Ref(loss, "f32"), Ref(step1, "i64"), held)
     size = work.eqn.inputs[0].type.numel
     pairs = ((ring, ring1), (step, step1))
     moved = 2 * (4 + 8)  # a loss and the counter, each read and written
     return make(
-        "record_step", "elementwise", args, {"RING": size}, (1,),
-        reads=(ring, loss, step), writes=(ring1, step1), starts_as=pairs, bytes=moved, num_warps=1,
+        "record_step", "elementwise", args, {"RING": size, "NORM": bool(norm)}, (1,),
+        reads=(ring, loss, step, *norm), writes=(ring1, step1), starts_as=pairs, bytes=moved,
+        num_warps=1,
     )  # fmt: skip
+
+
+def _global_norm(eqn: Eqn, name: Callable[[Value], str]) -> list[Step]:
+    """Partial sums of squares of each operand into one workspace, and their ordered sum."""
+    sizes = [v.type.numel for v in eqn.inputs]
+    block = choose("elementwise", (max(sizes),)).BLOCK
+    programs = [min(cdiv(n, block), PROCESSORS) for n in sizes]
+    out, work = name(eqn.out), Ref(f".squares{eqn.out}", "f32")
+    steps: list[Step] = []
+    for k, v in enumerate(eqn.inputs):
+        constants = {
+            "N": sizes[k], "FIRST": sum(programs[:k]), "PROGRAMS": programs[k], "BLOCK": block
+        }  # fmt: skip
+        scratch = ((work.name, 4 * sum(programs)),) if k == 0 else ()
+        steps.append(
+            make(
+                "square_sum", "reduce", (Ref(name(v), v.type.dtype.name), work), constants,
+                (programs[k],), reads=(name(v),), writes=(work.name,), scratch=scratch,
+                flops=2 * sizes[k], bytes=v.type.bytes + 4 * programs[k], where=eqn.where,
+            )
+        )  # fmt: skip
+    count = sum(programs)
+    last = make(
+        "norm_reduce", "reduce", (work, Ref(out, "f32")),
+        {"COUNT": count, "BLOCK": min(1024, next_power(count))}, (1,), reads=(work.name,),
+        writes=(out,), flops=count, bytes=4 * count + 4, where=eqn.where,
+    )  # fmt: skip
+    return [*steps, last]
 
 
 _FAMILIES: dict[str, Callable[[Work], list[Launch]]] = {
@@ -144,4 +176,5 @@ _FAMILIES: dict[str, Callable[[Work], list[Launch]]] = {
 
 def supported(op: str) -> bool:
     """Whether this module can turn the op into launches."""
-    return op in _FAMILIES or op in MOVES or op == "record_step" or get_op(op).elementwise
+    known = op in _FAMILIES or op in MOVES or op in ("record_step", "global_norm")
+    return known or get_op(op).elementwise

@@ -8,6 +8,7 @@ from graphnet.ops import (  # noqa: F401
     dropout,
     elementwise,
     fused,
+    gradient,
     linear,
     loss,
     lrn,

@@ -147,21 +147,27 @@ class SGDUpdate(Update):
 
 @register
 class RecordStep(Op):
-    """(ring', step'): the loss stands at ring[step mod its length], then the step counts on."""
+    """(ring', step'): the loss stands at ring[step mod its length], then the step counts on.
+
+    With a fourth operand, the norm of the gradients, NaN stands there where that is not finite.
+    """
 
     name = "record_step"
     kernel = "record"
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        ring, loss, step = ins
+        ring, loss, step, *norm = ins
+        if len(norm) > 1 or any(t.shape != () for t in norm):
+            raise ShapeError(f"record_step takes one norm at most, a scalar, got {norm}")
         if len(ring.shape) != 1 or loss.shape != () or step.shape != ():
             raise ShapeError(f"record_step: {ring}, {loss}, {step} are no ring, scalar and counter")
         return (ring, step)
 
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ring, loss, step = args
+        ring, loss, step, *norm = args
         out = ring.clone()
-        out[int(step) % len(ring)] = loss
+        good = all(bool(torch.isfinite(n)) for n in norm)
+        out[int(step) % len(ring)] = loss if good else float("nan")
         return (out, step + 1)
 
     def flops(

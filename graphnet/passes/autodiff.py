@@ -13,6 +13,7 @@ from graphnet.errors import GraphError
 from graphnet.ir.graph import Builder, Eqn, Graph, Input, Value, Where
 from graphnet.ir.op import get_op
 from graphnet.ir.types import TensorType, f32, i64
+from graphnet.ops.gradient import Handling
 from graphnet.passes.dce import dce
 
 RING = 4096  # losses kept on the device
@@ -89,12 +90,14 @@ def autodiff(
     optimizer: Any = None,
     grads: bool = False,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
+    handling: Handling | None = None,
 ) -> Graph:
     """The joint graph of a traced graph whose first result is the loss.
 
     trainable    names of the parameters to differentiate for
     optimizer    an `OptimizerSpec`; adds the update and its commits
     grads        return the gradients behind the loss, in the order of `trainable`
+    handling     accumulation, clipping and the guard of the gradients
     multipliers  by name, what a parameter multiplies the learning rate and the penalties with
     """
     b, env = _copy(traced, "joint")
@@ -110,38 +113,79 @@ def autodiff(
                 gradient[p] = b.one("full", attrs=attrs)
         return dce(b.build(loss, *(gradient[p] for p in params)))
     if optimizer is not None:
-        _update(b, traced, params, gradient, optimizer, multipliers or {})
+        how = handling or Handling()
+        ordered = _in_order(b, params, gradient)
+        if how.accumulate:
+            _accumulated(b, ordered, gradient, how.apply)
+        norm = None
+        if how.apply:
+            if how.norm:
+                norm = b.one("global_norm", *(gradient[p] for p in ordered))
+            if how.clip:
+                assert norm is not None
+                limit = b.input("clip_norm", TensorType(f32, ()), "hyper")
+                gradient = {p: b.one("clip", gradient[p], norm, limit) for p in ordered}
+            flags = [] if how.nonfinite is None else [v for v in (loss, norm) if v is not None]
+            _update(b, traced, ordered, gradient, optimizer, multipliers or {}, flags)
         have = {i.value.name: i.value for i in b.inputs}
         step = have.get("step") or b.input("step", TensorType(i64, ()), "counter")
         ring = b.input("ring", TensorType(f32, (RING,)), "counter")
-        new_ring, new_step = b.emit("record_step", [ring, loss, step])
+        record = [ring, loss, step, *([norm] if how.nonfinite and norm is not None else [])]
+        new_ring, new_step = b.emit("record_step", record)
         b.commit(ring, new_ring)  # type: ignore[arg-type]
         b.commit(step, new_step)  # type: ignore[arg-type]
     return dce(b.build(loss))
 
 
+def _in_order(
+    b: Builder, params: Sequence[Value], gradient: Mapping[Value, Value]
+) -> list[Value]:  # fmt: skip
+    """The parameters that have a gradient, in the order in which the gradients arise."""
+    made = {v: at for at, e in enumerate(b.eqns) for v in e.results}
+    return sorted((p for p in params if p in gradient), key=lambda p: made[gradient[p]])
+
+
+def _accumulated(
+    b: Builder, params: Sequence[Value], gradient: dict[Value, Value], last: bool
+) -> None:
+    """Adds each gradient, times its live rows, to a sum in the state; `last` makes the mean over
+    all rows of it and clears the sum."""
+    live = next(i.value for i in b.inputs if i.value.name == "live")
+    rows = [b.input("rows", TensorType(f32, ()), "hyper")] if last else []
+    full = get_op("full").attrs_type
+    for p in params:
+        total = b.input(f"{p.name}.grad_sum", p.type, "slot", p.name)
+        gradient[p] = b.one("accumulate", total, gradient[p], live, *rows)
+        zero = full(value=0.0, shape=p.type.shape, dtype="f32")  # type: ignore[call-arg]
+        b.commit(total, b.one("full", attrs=zero) if last else gradient[p])
+
+
 def _update(
-    b: Builder, traced: Graph, params: Sequence[Value], gradient: dict[Value, Value], spec: Any,
-    multipliers: Mapping[str, tuple[float, float]],
+    b: Builder, traced: Graph, params: Sequence[Value], gradient: Mapping[Value, Value], spec: Any,
+    multipliers: Mapping[str, tuple[float, float]], flags: Sequence[Value],
 ) -> None:  # fmt: skip
-    """One update per parameter, in the order in which the gradients arise."""
+    """One update per parameter; nothing changes where a flag is not finite."""
+
+    def commit(old: Value, new: Value) -> None:
+        b.commit(old, b.one("if_finite", new, old, *flags) if flags else new)
+
     hypers = {name: b.input(name, TensorType(f32, ()), "hyper") for name in spec.hypers}
     scalars, own = spec.scalars(b, hypers)
-    made = {v: at for at, e in enumerate(b.eqns) for v in e.results}
     layer: dict[Value, Where] = {}
     for e in traced.eqns:
         for v in e.inputs:
             layer.setdefault(v, Where(e.where.layers, e.where.place, "autodiff"))
-    for p in sorted((p for p in params if p in gradient), key=lambda p: made[gradient[p]]):
+    for p in params:
+        b.where = layer.get(p, Where(by="autodiff"))
         slots = [b.input(f"{p.name}.{s}", p.type, "slot", p.name) for s in spec.slots]
         attrs = spec.attrs(*multipliers.get(p.name, (1.0, 1.0)))
-        outs = b.emit(
-            spec.op, [p, gradient[p], *slots, *scalars], attrs, where=layer.get(p, b.where)
-        )
+        outs = b.emit(spec.op, [p, gradient[p], *slots, *scalars], attrs)
         for old, new in zip((p, *slots), outs, strict=True):
-            b.commit(old, new)  # type: ignore[arg-type]
+            assert new is not None
+            commit(old, new)
+    b.where = Where(by="autodiff")
     for old, new in own:
-        b.commit(old, new)
+        commit(old, new)
 
 
 def roles(graph: Graph, role: str) -> list[Input]:

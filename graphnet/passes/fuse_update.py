@@ -1,8 +1,9 @@
 """The weight gradient meets its optimizer update: the gradient is never written.
 
-This is the only place that joins `%g` with `*_update`. The driver's ordinary law refuses it when
-`%g` is also read by an all-reduce, a global norm, an accumulator or the `add` of a shared
-parameter.
+This is the only place that joins `%g` with `*_update`, and with what stands between them: a sum
+over steps, clipping, and the guard behind. The driver's ordinary law refuses it when `%g` is also
+read by an all-reduce, a global norm or the `add` of a shared parameter; then what follows the norm
+is one kernel, and the gradient is written and read.
 """
 
 from __future__ import annotations
@@ -15,21 +16,36 @@ from graphnet.passes.templates import is_update
 
 WGRADS = ("conv2d_wgrad", "linear_wgrad")
 UPDATES = tuple(name for name in all_ops() if is_update(name))
+# Where the gradient stands among the operands of what takes one.
+TAKERS = {"clip": 0, "accumulate": 1, **dict.fromkeys(UPDATES, 1)}
 
 
 def _joins(m: Match) -> str | None:
-    if m.edges[0] != m.root.inputs[1]:
+    eqns = m.root.body.eqns if m.root.body is not None else (m.root,)
+    if not any(e.op in TAKERS and e.inputs[TAKERS[e.op]] == m.edges[0] for e in eqns):
         return "the value is not the gradient of the update"
     return fits(m)
 
 
+def _rule(outer: str, inner: str, pattern: str) -> Rule:
+    return Rule(
+        f"{outer}(w, {inner}(x, dy)) => fused", P((outer,), P((pattern,))), build_merge, _joins
+    )
+
+
+# Each taker into its gradient's kernel, and into the taker before it where that kernel is closed.
 RULES = [
-    Rule(f"{u}(w, {g}(x, dy)) => fused", P((u,), P((f"anchor:{g}",))), build_merge, _joins)
-    for g in WGRADS
-    for u in UPDATES
+    *(_rule(u, g, f"anchor:{g}") for g in WGRADS for u in (*TAKERS, "chain")),
+    *(_rule(u, t, t) for t in ("clip", "accumulate") for u in (*TAKERS, "chain") if u != t),
+    # The guard reads the update's result, in whatever kernel that is.
+    *(
+        Rule(f"if_finite({name}(...)) => fused", P(("if_finite",), P((op,))), build_merge, fits)
+        for name, op in [(g, f"anchor:{g}") for g in WGRADS]
+        + [(u, u) for u in (*UPDATES, "chain", "adam_debias")]
+    ),
 ]
 # The low-precision copy is written by the kernel that writes the master; both are results.
 COPIES = [
     Rule(f"cast({inner}(...)) => fused", P(("cast",), P((op,))), build_merge, fits, keeps=True)
-    for inner, op in [(g, f"anchor:{g}") for g in WGRADS] + [(u, u) for u in UPDATES]
+    for inner, op in [(g, f"anchor:{g}") for g in WGRADS] + [(u, u) for u in (*UPDATES, "chain")]
 ]

@@ -27,7 +27,8 @@ def _pinned(graph: Graph) -> set[Value]:
     """Values that must be row-major."""
     out = set(graph.input_values) | graph.escaping()
     for e in graph.eqns:
-        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad"):
+        # A gradient that is written lies as its parameter does.
+        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad", "global_norm"):
             out.update((*e.inputs, *e.results))
     return out
 

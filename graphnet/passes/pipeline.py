@@ -9,6 +9,7 @@ from typing import Any
 from graphnet import config
 from graphnet.ir.graph import Graph
 from graphnet.ir.verify import verify
+from graphnet.ops.gradient import Handling
 from graphnet.passes.autodiff import autodiff
 from graphnet.passes.dce import cse, dce
 from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
@@ -43,6 +44,7 @@ def run(
     target: str = "cpu",
     trainable: Sequence[str] = (),
     multipliers: Mapping[str, tuple[float, float]] | None = None,
+    handling: Handling | None = None,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused. `disabled` names passes or rules, as GRAPHNET_DISABLE does."""
@@ -53,8 +55,9 @@ def run(
         if not train:
             return g
         return autodiff(
-            g, trainable=trainable, optimizer=optimizer, grads=grads, multipliers=multipliers
-        )
+            g, trainable=trainable, optimizer=optimizer, grads=grads, multipliers=multipliers,
+            handling=handling,
+        )  # fmt: skip
 
     def rules(*tables: Sequence) -> Callable[[Graph], Graph]:
         return lambda g: rewrite(g, [r for t in tables for r in t], log=log, disabled=off)

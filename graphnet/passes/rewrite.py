@@ -21,8 +21,9 @@ MAX_ROUNDS = 64
 @dataclass(frozen=True)
 class P:
     """Matches an equation whose op is in `ops` ("anchor:conv2d" also matches a fused equation
-    around that anchor). `operand` is the pattern of one of its operands: at a fixed position `at`,
-    or anywhere. `result` restricts which result of the inner equation is read."""
+    around that anchor, "chain" one of elementwise code alone). `operand` is the pattern of one of
+    its operands: at a fixed position `at`, or anywhere. `result` restricts which result of the
+    inner equation is read."""
 
     ops: tuple[str, ...]
     operand: P | None = None
@@ -30,10 +31,13 @@ class P:
     result: int | None = None
 
     def takes(self, eqn: Eqn) -> bool:
-        return any(
-            anchor_of(eqn) == op[7:] if op.startswith("anchor:") else eqn.op == op
-            for op in self.ops
-        )
+        return not _names(eqn).isdisjoint(self.ops)
+
+
+def _names(eqn: Eqn) -> set[str]:
+    """What patterns call an equation."""
+    anchor = anchor_of(eqn)
+    return {eqn.op, f"anchor:{anchor}" if anchor or eqn.body is None else "chain"}
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,16 @@ def _illegal(rule: Rule, m: Match) -> str | None:
             return f"{v} leaves the graph"
         for reader in m.readers.get(v, ()):
             if id(reader) not in inside:
-                return f"{v} is also read by {reader.op} ({reader.where or 'no layer'})"
+                why = f"{v} is also read by {reader.op} ({reader.where or 'no layer'})"
+                return why + _price(v, reader)
     return None
+
+
+def _price(v: Value, reader: Eqn) -> str:
+    """What a value costs that the norm of all gradients keeps out of its kernel."""
+    if reader.op != "global_norm":
+        return ""
+    return f": {v.type.bytes:,} bytes are written once and read twice at each step"
 
 
 def _closes_cycle(m: Match) -> str | None:
@@ -169,8 +181,7 @@ def _one(graph: Graph, rules: list[Rule], log: Log) -> Graph:
         for op in rule.pattern.ops:
             by_root.setdefault(op, []).append(rule)
     for root in reversed(graph.eqns):
-        named = {root.op, f"anchor:{anchor_of(root)}"}
-        for rule in (r for name in sorted(named) for r in by_root.get(name, ())):
+        for rule in (r for name in sorted(_names(root)) for r in by_root.get(name, ())):
             for eqns, edges in _find(rule, root, producers):
                 m = Match(graph, eqns, edges, producers, readers)
                 why = rule.guard(m) or _illegal(rule, m) or _closes_cycle(m)

@@ -25,14 +25,17 @@ class Optimizer:
         hypers: Mapping[str, torch.Tensor],
         entries: Sequence[Entry],
         state: State,
+        more: Mapping[str, float] | None = None,
+        counts: Sequence[str] = (),
     ) -> None:
-        """hypers: the device's scalars. entries: what outlives a step besides the parameters."""
+        """hypers: the device's scalars. entries: what outlives a step besides the parameters.
+        more: knobs that are not of the spec. counts: numbers of `state` to be saved."""
         own = self.__dict__
         own["spec"], own["_hypers"], own["_state"] = spec, hypers, state
         own["_entries"] = {e.name: e for e in entries}
-        own["_values"] = {}
-        for knob in spec.knobs:
-            self._write(knob, getattr(spec, knob))
+        own["_values"], own["_counts"] = {}, ("steps", *counts)
+        for knob, value in ({k: getattr(spec, k) for k in spec.knobs} | dict(more or {})).items():
+            self._write(knob, value)
 
     def _write(self, name: str, value: Any) -> None:
         numbers = self.spec.numbers(name, value)
@@ -71,12 +74,14 @@ class Optimizer:
         """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU."""
         out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._entries.items()}
         out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
-        out["step"] = torch.tensor(self._state.steps, dtype=torch.int64)
+        for name in self._counts:
+            out[name.removesuffix("s")] = torch.tensor(getattr(self._state, name))
         return out
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `state_dict`; StateDictError lists every key that does not fit."""
-        want = {*self._entries, *self._values, "step"}
+        counts = {n.removesuffix("s"): n for n in self._counts}
+        want = {*self._entries, *self._values, *counts}
         problems = [f"missing {k}" for k in sorted(want - set(state))]
         problems += [f"unexpected {k}" for k in sorted(set(state) - want)]
         problems += [
@@ -90,9 +95,9 @@ class Optimizer:
             entry.cell.live.copy_(state[key])
         for key in self._values:
             setattr(self, key, state[key].tolist())
-        steps = int(state["step"])
-        self._state.steps = steps
-        self._state.entries["step"].cell.live.fill_(steps)
+        for key, name in counts.items():
+            setattr(self._state, name, int(state[key]))
+        self._state.entries["step"].cell.live.fill_(self._state.steps)
 
     def __repr__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in self._values.items())

@@ -228,10 +228,16 @@ class TrainStep(Program):
     optimizer  the live view: set `lr`, `momentum`, `weight_decay` ... between steps
     """
 
-    def __init__(self, *, optimizer: Any, **kwargs: Any) -> None:
+    counts: tuple[str, ...] = ()  # numbers of the state that its optimizer saves
+
+    def __init__(
+        self, *, optimizer: Any, knobs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         own = [e for e in self._entries if e.role in ("slot", "counter") and e.name not in _OURS]
-        self.optimizer = Optimizer(optimizer, self._storage, own, self.state)
+        self.optimizer = Optimizer(
+            optimizer, self._storage, own, self.state, knobs, self.counts
+        )  # fmt: skip
         self._bound: Bound | None = None
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

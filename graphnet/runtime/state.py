@@ -60,6 +60,8 @@ class _Bank:
         self.cells: dict[str, Cell] = {}
         self.states: dict[torch.device, State] = {}
         self.steps = 0  # the host's copy of the step counter
+        self.pending = 0  # steps summed up since the last update, and their rows
+        self.pending_rows = 0
 
 
 _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
@@ -99,6 +101,24 @@ class State:
     @steps.setter
     def steps(self, value: int) -> None:
         self._bank.steps = value
+
+    @property
+    def pending(self) -> int:
+        """Steps whose gradients are summed up and not applied yet."""
+        return self._bank.pending
+
+    @pending.setter
+    def pending(self, value: int) -> None:
+        self._bank.pending = value
+
+    @property
+    def pending_rows(self) -> int:
+        """The live rows of these steps."""
+        return self._bank.pending_rows
+
+    @pending_rows.setter
+    def pending_rows(self, value: int) -> None:
+        self._bank.pending_rows = value
 
     @property
     def derived(self) -> list[Entry]:

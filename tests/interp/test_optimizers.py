@@ -21,10 +21,13 @@ def test_many_steps_with_a_drop_of_the_rate(name, steps):
     assert not any("_update" in s.kernel for s in race.step.plan.launches)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_adam_compiles_without_spills(precision):
+@pytest.mark.parametrize("options", [
+    {}, {"clip_norm": 1.0, "accumulate": 4, "nonfinite": "skip"}
+], ids=["fused", "handled"])  # fmt: skip
+def test_adam_compiles_without_spills(options):
     report = gn.build(
-        gn.models.lenet5(), (128, 1, 28, 28), precision=precision, loss=gn.CrossEntropyLoss(),
-        optimizer=gn.AdamW(weight_decay=0.1),
+        gn.models.lenet5(), (128, 1, 28, 28), precision="bf16", loss=gn.CrossEntropyLoss(),
+        optimizer=gn.AdamW(weight_decay=0.1), **options,
     )  # fmt: skip
     assert [r.name for r in report.rows if r.spill_bytes] == []
+    assert [r.name for r in report.rows if r.float_atomics] == []

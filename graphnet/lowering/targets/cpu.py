@@ -80,18 +80,19 @@ def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
 def _record(eqn: Eqn, storage: Storage) -> Task:
     """The loss into the ring, in place."""
     ring, step = (storage[eqn.inputs[k].name] for k in (0, 2))
-    loss = eqn.inputs[1]
+    loss, norm = eqn.inputs[1], eqn.inputs[3:]
 
     def make(slot: Slot) -> Call:
-        at = slot(loss)
+        at, flags = slot(loss), [slot(v) for v in norm]
 
         def call(env: Env) -> None:
-            ring[int(step) % len(ring)] = env[at]
+            good = all(bool(torch.isfinite(env[i])) for i in flags)
+            ring[int(step) % len(ring)] = env[at] if good else float("nan")
             step.add_(1)
 
         return call
 
-    return Task((loss,), eqn.results, make, (eqn,))
+    return Task((loss, *norm), eqn.results, make, (eqn,))
 
 
 class _Schedule:
@@ -125,23 +126,22 @@ class _Schedule:
     # ---- the end of the step ----------------------------------------------------------------
 
     def _tail(self) -> list[Task]:
-        kinds: dict[tuple, list[Eqn]] = {}
+        kinds: dict[tuple, list[cpu_update.Update]] = {}
         tasks, after = [], []
         targets = {new: old for old, new in self.graph.commits}
         for e in self.eqns:
-            if is_update(e.op) and self._in_place(e, targets):
-                kinds.setdefault((e.op, e.attrs, cpu_update.scalars_of(e)), []).append(e)
-                after += [r for v in e.results for r in self.readers.get(v, [])]
-            elif e.op == "record_step" and self._commits(e, targets):
+            if is_update(e.op) and (u := self._in_place(e, targets)) is not None:
+                kinds.setdefault(u.kind, []).append(u)
+                after += [r for v, _ in u.new for r in self.readers.get(v, [])]
+            elif e.op == "record_step" and self._commits(cpu_update.replaced(e), targets):
                 tasks.append(self._add(_record(e, self.storage)))
         for kind in kinds.values():
-            wide = {id(e): g for e in kind if (g := self._wide_gradient(e)) is not None}
-            tasks += [
-                self._add(cpu_update.wide_updated(wide[id(e)], e, self.storage))
-                for e in kind
-                if id(e) in wide
-            ]
-            rest = [e for e in kind if id(e) not in wide]
+            rest = []
+            for u in kind:
+                if (wgrad := self._wide_gradient(u.eqn)) is not None:
+                    tasks.append(self._add(cpu_update.wide_updated(wgrad, u, self.storage)))
+                else:
+                    rest.append(u)
             tasks += [self._add(cpu_update.updated(rest, self.storage))] if rest else []
         return tasks + [self._add(generic(e)) for e in dict.fromkeys(after)]
 
@@ -158,27 +158,42 @@ class _Schedule:
         self.fused.add(g)
         return made
 
-    def _commits(self, e: Eqn, targets: dict[Value, Value]) -> bool:
-        """Whether each result does nothing but replace the state that it was made from."""
+    def _commits(self, pairs: list[tuple[Value, Value]], targets: dict[Value, Value]) -> bool:
+        """Whether each value does nothing but replace the state that stands beside it."""
         return all(
             targets.get(v) == old
             and v not in self.graph.returns
             and self.storage[old.name].is_contiguous()
-            for v, old in cpu_update.replaced(e)
+            for v, old in pairs
         )
 
-    def _in_place(self, e: Eqn, targets: dict[Value, Value]) -> bool:
-        """Whether an update can join the one call at the end of the step."""
-        if not self._commits(e, targets):
-            return False
+    def _guards(self, e: Eqn) -> tuple[Eqn, ...]:
+        """The `if_finite` of each result of an update, where all of them have one."""
+        found = [
+            r
+            for v, old in cpu_update.replaced(e)
+            for r in self.read_by(v)
+            if r.op == "if_finite" and r.inputs[:2] == (v, old)
+        ]
+        alike = len({g.inputs[2:] for g in found}) == 1
+        return tuple(found) if alike and len(found) == len(e.results) else ()
+
+    def _in_place(self, e: Eqn, targets: dict[Value, Value]) -> cpu_update.Update | None:
+        """The update with its guards, where it can join the call at the end of the step."""
+        update = cpu_update.Update(e, self._guards(e))
+        if not self._commits(update.new, targets):
+            return None
+        inner = set(e.results) if update.guards else set()
+        if any(len(self.readers[v]) > 1 for v in inner):
+            return None
         # Only the low-precision copy may read the new parameter, behind the update.
         copies = all(
             r.op == "cast" and r.out in targets and not self.readers.get(r.out)
-            for v in e.results
+            for v, _ in update.new
             for r in self.readers.get(v, [])
         )
-        state = [self.storage[old.name] for _, old in cpu_update.replaced(e)]
-        return copies and all(t.dtype == torch.float32 for t in state)
+        state = update.state(self.storage)
+        return update if copies and all(t.dtype == torch.float32 for t in state) else None
 
     # ---- the rest ---------------------------------------------------------------------------
 

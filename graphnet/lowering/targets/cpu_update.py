@@ -9,6 +9,7 @@ of it are made in a buffer that stays, and used up at once. (A fresh buffer of A
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,26 +78,71 @@ def _fused_sgd(attrs: Any) -> Apply:
     return apply
 
 
-def updated(updates: Sequence[Eqn], storage: Storage) -> Task:
+@dataclass(frozen=True)
+class Update:
+    """An update with what guards its results: `if_finite` equations on the same flags, or none."""
+
+    eqn: Eqn
+    guards: tuple[Eqn, ...] = ()
+
+    @property
+    def eqns(self) -> tuple[Eqn, ...]:
+        return (self.eqn, *self.guards)
+
+    @property
+    def flags(self) -> tuple[Value, ...]:
+        return self.guards[0].inputs[2:] if self.guards else ()
+
+    @property
+    def kind(self) -> tuple:
+        """Updates of one kind can be one call."""
+        return self.eqn.op, self.eqn.attrs, scalars_of(self.eqn), self.flags
+
+    @property
+    def new(self) -> list[tuple[Value, Value]]:
+        """(value that leaves it, the state that it replaces)."""
+        if self.guards:
+            return [(g.out, g.inputs[1]) for g in self.guards]
+        return replaced(self.eqn)
+
+    def state(self, storage: Storage) -> list[torch.Tensor]:
+        return [storage[old.name] for _, old in replaced(self.eqn)]
+
+    def results(self, storage: Storage, slot: Slot) -> list[tuple[int, torch.Tensor]]:
+        """Where each value is found afterwards: in the state."""
+        return [
+            (slot(v), storage[old.name])
+            for v, old in (*replaced(self.eqn), *(self.new if self.guards else ()))
+        ]
+
+
+def _finite(env: Env, flags: Sequence[int]) -> bool:
+    return all(bool(torch.isfinite(env[i])) for i in flags)
+
+
+def updated(updates: Sequence[Update], storage: Storage) -> Task:
     """All updates of one kind in one call, in place on the state."""
-    scalars, apply = scalars_of(updates[0]), _applied(updates[0])
-    states = [[storage[old.name] for _, old in replaced(e)] for e in updates]
-    grads = [e.inputs[1] for e in updates]
-    new = [(v, storage[old.name]) for e in updates for v, old in replaced(e)]
+    first = updates[0]
+    scalars, apply = scalars_of(first.eqn), _applied(first.eqn)
+    states = [u.state(storage) for u in updates]
+    grads = [u.eqn.inputs[1] for u in updates]
 
     def make(slot: Slot) -> Call:
         ig, numbers = [slot(g) for g in grads], [slot(v) for v in scalars]
-        out = [(slot(v), t) for v, t in new]
+        flags = [slot(v) for v in first.flags]
+        out = [pair for u in updates for pair in u.results(storage, slot)]
 
         def call(env: Env) -> None:
-            apply(states, [env[i] for i in ig], [env[i] for i in numbers])
+            if _finite(env, flags):
+                apply(states, [env[i] for i in ig], [env[i] for i in numbers])
             for at, t in out:
                 env[at] = t
 
         return call
 
-    results = tuple(v for e in updates for v in e.results)
-    return Task((*grads, *scalars), results, make, tuple(updates))
+    eqns = tuple(e for u in updates for e in u.eqns)
+    results = tuple(v for e in eqns for v in e.results)
+    return Task((*grads, *scalars, *first.flags), results, make, eqns)
 
 
 def bias_gradient(wgrad: Eqn) -> Task:
@@ -115,23 +161,22 @@ def bias_gradient(wgrad: Eqn) -> Task:
     return Task((dy,), (db,), make, ())
 
 
-def wide_updated(wgrad: Eqn, update: Eqn, storage: Storage) -> Task:
+def wide_updated(wgrad: Eqn, update: Update, storage: Storage) -> Task:
     """dy^T x by rows, each block used by the update at once."""
     x, dy = wgrad.inputs
-    scalars, apply = scalars_of(update), _applied(update)
-    state = [storage[old.name] for _, old in replaced(update)]
+    scalars, apply = scalars_of(update.eqn), _applied(update.eqn)
+    state = update.state(storage)
     rows = max(1, _BUFFER // state[0].shape[1])
     held = torch.empty(min(rows, state[0].shape[0]), state[0].shape[1])
-    new = [(v, storage[old.name]) for v, old in replaced(update)]
 
     def make(slot: Slot) -> Call:
         ix, idy, numbers = slot(x), slot(dy), [slot(v) for v in scalars]
-        out = [(slot(v), t) for v, t in new]
+        flags, out = [slot(v) for v in update.flags], update.results(storage, slot)
 
         def call(env: Env) -> None:
             image, above = env[ix], env[idy].t().contiguous()
             hypers = [env[i] for i in numbers]
-            for start in range(0, above.shape[0], rows):
+            for start in range(0, above.shape[0] if _finite(env, flags) else 0, rows):
                 part = slice(start, start + rows)
                 g = held[: above[part].shape[0]]
                 torch.mm(above[part], image, out=g)
@@ -141,4 +186,5 @@ def wide_updated(wgrad: Eqn, update: Eqn, storage: Storage) -> Task:
 
         return call
 
-    return Task((x, dy, *scalars), update.results, make, (update,))
+    results = tuple(v for e in update.eqns for v in e.results)
+    return Task((x, dy, *scalars, *update.flags), results, make, update.eqns)

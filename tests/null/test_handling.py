@@ -1,0 +1,180 @@
+"""Accumulation, clipping and the guard: against torch, and against one large batch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import graphnet as gn
+from graphnet.report import why_text
+from tests.optimizers import CLASSES, MARGIN, WIDTH, Race
+
+LOSS = gn.CrossEntropyLoss()
+PLAIN = (gn.SGD(0.1, 0.9, weight_decay=0.01),
+         lambda p, lr: torch.optim.SGD(p, lr, 0.9, weight_decay=0.01))  # fmt: skip
+ADAM = (gn.AdamW(0.02), lambda p, lr: torch.optim.AdamW(p, lr))
+
+
+def together(race, sizes):
+    """Feeds batches of these rows one by one, and to the twin as one."""
+    parts = [race.batch(n) for n in sizes]
+    for x, y in parts:
+        race.step(x, y)
+    return tuple(torch.cat(t) for t in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+@pytest.mark.parametrize("row", [PLAIN, ADAM], ids=["sgd", "adamw"])
+def test_micro_batches_are_one_large_batch(row, target):
+    """Also with batches that are not full: the mean is over all rows, not over batches."""
+    race = Race(*row, target, accumulate=3)
+    for sizes in ((6, 6, 6), (6, 1, 4), (2, 2, 2), (6, 6, 5)):
+        before = race.net.state_dict()
+        batch = together(race, sizes[:2])
+        assert all(torch.equal(v, before[k]) for k, v in race.net.state_dict().items())
+        last = race.batch(sizes[2])
+        race.step(*last)
+        race.teach(*(torch.cat(t) for t in zip(batch, last, strict=True)))
+        assert race.error() <= 1e-6
+    sums = {k: v for k, v in race.step.optimizer.state_dict().items() if "grad_sum" in k}
+    assert len(sums) == 2 and all(float(v.abs().max()) == 0 for v in sums.values())
+    assert race.step.state.steps == 12
+
+
+def torch_clipped(race, x, y, limit):
+    race.other.zero_grad()
+    nn.functional.multi_margin_loss(race.twin(x.double()), y, margin=MARGIN).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(race.twin.parameters(), limit))
+    race.other.step()
+    return norm
+
+
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_is_torchs(target, accumulate):
+    race = Race(*PLAIN, target, clip_norm=0.8, accumulate=accumulate)
+    norms = []
+    for at in range(6):
+        if at == 3:
+            race.step.optimizer.clip_norm = 0.5
+        x, y = together(race, (6, 4)[:accumulate])
+        norms.append(torch_clipped(race, x, y, 0.8 if at < 3 else 0.5))
+        assert race.error() <= 2e-6
+    assert min(norms) < 0.8 < max(norms) or min(norms) > 0.5  # it did clip
+    race.step.optimizer.clip_norm = 1e6  # and no more
+    x, y = together(race, (6, 4)[:accumulate])
+    race.teach(x, y)
+    assert race.error() <= 2e-6
+
+
+def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
+    def lowered(**options):
+        return gn.api.lower(
+            gn.models.lenet5(), (32, 1, 28, 28), target="cuda", loss=LOSS,
+            optimizer=gn.SGD(0.1, 0.9), **options,
+        )  # fmt: skip
+
+    def alone(low):
+        return [e for e in low.stages.fused.eqns if e.op.endswith("_wgrad")]
+
+    free, summed, clipped = lowered(), lowered(accumulate=4), lowered(clip_norm=1.0)
+    assert not alone(free) and not alone(summed) and len(alone(clipped)) == 5
+    assert "the norm of all gradients keeps" not in why_text(summed)
+    said = why_text(clipped)
+    assert "is also read by global_norm" in said
+    assert "740 kB more are written and read at each step, at least 0.172 us on an H200" in said
+    # What follows the norm is one kernel a parameter.
+    joined = [f for f in clipped.stages.fused.eqns if f.body and f.body.eqns[0].op == "clip"]
+    assert len(joined) == 10 and {f.body.eqns[-1].op for f in joined} == {"sgd_update"}
+    guarded = lowered(nonfinite="stop")
+    assert not alone(guarded) and len(guarded.plan.launches) == len(free.plan.launches)
+    assert len(alone(lowered(nonfinite="skip"))) == 5
+
+
+def bad_batch(race):
+    x, y = race.batch()
+    x[2, 3] = math.nan
+    return x, y
+
+
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+@pytest.mark.parametrize("row", [PLAIN, ADAM], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_leaves_the_state_alone(row, target, policy):
+    race = Race(*row, target, nonfinite=policy)
+    race.turn()
+    before = {**race.net.state_dict(), **race.step.optimizer.state_dict()}
+    assert math.isnan(float(race.step(*bad_batch(race))))
+    after = {**race.net.state_dict(), **race.step.optimizer.state_dict()}
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"step"}
+    for _ in range(3):  # as if the batch had never been
+        race.turn()
+        assert race.error() <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # it is the point
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+def test_skip_also_guards_against_a_gradient(target):
+    """A finite loss whose gradient overflows: weights of 1e30 behind an activation of 0."""
+    net = gn.Sequential(gn.Linear(4, 3), gn.Linear(3, 3))
+    net[0].weight.data, net[0].bias.data = torch.zeros(3, 4), torch.zeros(3)
+    net[1].weight.data = torch.tensor([[1e30], [2e30], [3e30]]).expand(3, 3)
+    x, y = torch.full((2, 4), 1e20), torch.tensor([0, 1])
+    step = gn.compile(
+        net, (2, 4), target=target, loss=gn.MultiMarginLoss(), optimizer=gn.SGD(0.1),
+        nonfinite="skip",
+    )  # fmt: skip
+    before = net.state_dict()
+    assert math.isnan(float(step(x, y)))  # said in the same step, by a loss that is finite
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_bad_micro_batch_spoils_its_group_alone():
+    race = Race(*PLAIN, "cpu", accumulate=2, nonfinite="stop")
+    race.step(*bad_batch(race))
+    before = race.net.state_dict()
+    race.step(*race.batch())
+    assert all(torch.equal(v, before[k]) for k, v in race.net.state_dict().items())
+    for _ in range(2):
+        race.teach(*together(race, (6, 3)))
+        assert race.error() <= 1e-6
+
+
+def test_a_group_goes_on_where_it_was_saved():
+    whole, second = (Race(*ADAM, "cpu", accumulate=3, clip_norm=1.0) for _ in range(2))
+    batches = [whole.batch(n) for n in (6, 6, 2, 6, 5, 6)]
+    for k, (x, y) in enumerate(batches):
+        whole.step(x, y)
+        if k == 3:
+            saved = whole.net.state_dict(), whole.step.optimizer.state_dict()
+    assert int(saved[1]["pending"]) == 1 and int(saved[1]["pending_row"]) == 6
+    second.net.load_state_dict(saved[0])
+    second.step.optimizer.load_state_dict(saved[1])
+    for x, y in batches[4:]:
+        second.step(x, y)
+    for key, value in whole.net.state_dict().items():
+        assert torch.equal(value, second.net.state_dict()[key])
+
+
+def test_bound_data_run_through_both_programs():
+    net = gn.Sequential(gn.Linear(WIDTH, CLASSES))
+    step = gn.compile(
+        net, (4, WIDTH), target="cpu", loss=LOSS, optimizer=gn.SGD(0.1), accumulate=2
+    )  # fmt: skip
+    step.bind(torch.randn(10, WIDTH), torch.arange(10) % CLASSES)
+    before = net.state_dict()["0.weight"]
+    assert step.run(1).shape == (1,) and torch.equal(before, net.state_dict()["0.weight"])
+    step.run(1)
+    assert not torch.equal(before, net.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("options", [
+    {"accumulate": 0}, {"accumulate": 1.5}, {"clip_norm": 0}, {"clip_norm": -1.0},
+    {"clip_norm": "big"}, {"nonfinite": "ignore"}, {"clip_norm": 1.0, "optimizer": None},
+])  # fmt: skip
+def test_bad_settings_are_refused(options):
+    net = gn.Sequential(gn.Linear(WIDTH, CLASSES))
+    options = {"optimizer": gn.SGD(0.1)} | options
+    with pytest.raises(gn.ConfigError):
+        gn.compile(net, (4, WIDTH), target="cpu", loss=LOSS, **options)
