@@ -19,7 +19,7 @@ _NAMES = {
     ),
     "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
     "graphnet.frontends.tracing": ("trace",),
-    "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss"),
+    "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss", "MulticlassHingeLoss"),
     "graphnet.ops.adam": ("Adam", "AdamW"),
     "graphnet.ops.update": ("SGD",),
     "graphnet.train.trainer": ("Trainer",),
@@ -30,6 +30,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 _MODULES = {
+    "init": "graphnet.frontends.init",
     "models": "graphnet.frontends.models",
     "random": "graphnet.runtime.random",
     "schedule": "graphnet.train.schedule",
@@ -42,7 +43,7 @@ __all__ = ["__version__", *sorted([*_HOME, *_MODULES])]
 if TYPE_CHECKING:
     from graphnet.api import build, check_gradients, compile, load, save
     from graphnet.errors import GraphnetError
-    from graphnet.frontends import models
+    from graphnet.frontends import init, models
     from graphnet.frontends.dsl import Module, Parameter, Sequential
     from graphnet.frontends.layers import (
         AdaptiveAvgPool2d,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
     from graphnet.frontends.tracing import trace
     from graphnet.ops.adam import Adam, AdamW
-    from graphnet.ops.loss import CrossEntropyLoss, MultiMarginLoss
+    from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
     from graphnet.ops.update import SGD
     from graphnet.runtime import random
     from graphnet.train import schedule

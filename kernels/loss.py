@@ -66,9 +66,10 @@ def multi_margin(
     logits, labels, live_ptr, loss, work, args,
     M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
-    MARGIN: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, EPILOGUE: tl.constexpr,
+    MARGIN: tl.constexpr, DIVISOR: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Mean over live rows of (1/C) sum over j != y of max(0, z_j - z_y + MARGIN)."""
+    """Mean over live rows of sum over j != y of max(0, z_j - z_y + MARGIN) / DIVISOR."""
     live = tl.load(live_ptr).to(tl.float32)
     cols = tl.arange(0, BN)
     total = 0.0
@@ -87,10 +88,10 @@ def multi_margin(
         # Not gap > 0: a NaN must reach the loss.
         other = inside & (cols[None, :] != label[:, None]) & alive[:, None] & ~(gap <= 0.0)
         if LOSS:
-            total += tl.sum(tl.where(other, gap, 0.0)) / C
+            total += tl.sum(tl.where(other, gap, 0.0)) / DIVISOR
         if GRAD:
             broken = tl.where(other, 1.0, 0.0)
-            grad = tl.where(hit, -tl.sum(broken, 1)[:, None], broken) / (live * C)
+            grad = tl.where(hit, -tl.sum(broken, 1)[:, None], broken) / (live * DIVISOR)
             grad = tl.where(alive[:, None], grad, 0.0)
             EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)
     if LOSS:

@@ -142,7 +142,7 @@ MOVES = [
 def _draw_loss(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     logits = fill(c.ins[0], g, dtype)
     labels = torch.randint(0, logits.shape[1], logits.shape[:1], generator=g)
-    live = 4 if c.note == "live" else logits.shape[0]
+    live = 4 if c.note.startswith("live") else logits.shape[0]
     labels[live:] = 0
     return [logits, labels, torch.tensor(live, dtype=torch.int32)]
 
@@ -167,6 +167,24 @@ def _loss_rows() -> list[Case]:
                 Case(op, ins, loss, attrs(op, **a), note, _draw_loss, wrt=(0,)),
                 Case(f"{op}_grad", ins, grad, attrs(f"{op}_grad", **a), note, _draw_loss),
             ]
+
+    def lecture(z, y, live):
+        """1/N sum_i sum_{j != y_i} max(0, f_j - f_{y_i} + 1), term by term."""
+        terms = [
+            torch.clamp(z[i, j] - z[i, y[i]] + 1, min=0)
+            for i in range(int(live)) for j in range(z.shape[1]) if j != y[i]
+        ]  # fmt: skip
+        return torch.stack(terms).sum() / live
+
+    def lecture_grad(z, y, live):
+        return pulled_back(lambda v: lecture(v, y, live), [z], z.new_ones(()))[0]
+
+    for op, fn, wrt in (("multi_margin", lecture, (0,)), ("multi_margin_grad", lecture_grad, None)):
+        ins = (f(7, 5), TensorType(i64, (7,)), TensorType(i32, ()))
+        for note in ("lecture", "live"):
+            a = attrs(op, mean=False)
+            rows.append(Case(op, ins, fn, a, f"{note}-sum" if note == "live" else note, _draw_loss,
+                             wrt=wrt))  # fmt: skip
     return rows
 
 

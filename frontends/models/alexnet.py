@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
-
 from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module, Sequential
+from graphnet.frontends.init import LATE, normal_
 from graphnet.frontends.layers import (
     AdaptiveAvgPool2d,
     Conv2d,
@@ -22,8 +21,7 @@ from graphnet.frontends.layers import (
     ReLU,
 )
 
-_BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
-_INITS = {"torch": None, "bvlc": 0.1, "paper": 1.0}  # where biases of _BIAS_ONE start
+_INITS = {"torch": None, "bvlc": 0.1, "paper": 1.0}  # where biases of init.LATE start
 
 
 def _init(net: Sequential, init: str) -> None:
@@ -31,15 +29,8 @@ def _init(net: Sequential, init: str) -> None:
     if init not in _INITS:
         raise ConfigError(f"unknown init {init!r}", help=f"one of {', '.join(_INITS)}")
     start = _INITS[init]
-    if start is None:
-        return
-    for key, p in net.named_parameters():
-        layer, kind = key.split(".")
-        with torch.no_grad():
-            if kind == "weight":
-                torch.nn.init.normal_(p.data, std=0.01)
-            else:
-                p.data.fill_(start if layer in _BIAS_ONE else 0.0)
+    if start is not None:
+        normal_(net, std=0.01, bias=dict.fromkeys(LATE, start))
 
 
 def _tower(

@@ -73,7 +73,7 @@ def _loss(work: Work) -> list[Launch]:
     own = (
         {"SMOOTHING": a.label_smoothing}  # type: ignore[attr-defined]
         if kernel == "cross_entropy"
-        else {"MARGIN": a.margin}  # type: ignore[attr-defined]
+        else {"MARGIN": a.margin, "DIVISOR": n if a.mean else 1}  # type: ignore[attr-defined]
     )
     constants = {
         "M": m, "C": n, "S0": s0, "S1": s1, "BM": c.BM, "BN": c.BN, "PROGRAMS": c.SPLIT, **own,

@@ -27,7 +27,10 @@ class CrossEntropyAttrs(Attrs):
 
 @dataclass(frozen=True)
 class MultiMarginAttrs(Attrs):
+    """mean: divided by the number of classes, as torch does."""
+
     margin: float = 1.0
+    mean: bool = True
 
 
 class _Loss(Op):
@@ -126,7 +129,8 @@ def _margins(
 
 @register
 class MultiMargin(_Loss):
-    """Multiclass hinge: (1/live) sum over rows of (1/C) sum_{j != y} max(0, z_j - z_y + margin)."""
+    """Multiclass hinge: (1/live) sum over rows of (1/C) sum_{j != y} max(0, z_j - z_y + margin);
+    without `mean` no 1/C."""
 
     name = "multi_margin"
     attrs_type = MultiMarginAttrs
@@ -135,13 +139,14 @@ class MultiMargin(_Loss):
         z, labels, live = args
         alive, count = _rows(z, live)
         m, others = _margins(z, labels, attrs.margin)
-        rows = (m.clamp(min=0) * others).sum(1) / z.shape[1]
+        rows = (m.clamp(min=0) * others).sum(1) / (z.shape[1] if attrs.mean else 1)
         return ((rows * alive).sum() / count,)
 
 
 @register
 class MultiMarginGrad(_LossGrad):
-    """1/(C live) where the margin is broken, minus their number at the label."""
+    """1/(C live) where the margin is broken, minus their number at the label; without `mean` no
+    1/C."""
 
     name = "multi_margin_grad"
     attrs_type = MultiMarginAttrs
@@ -152,7 +157,7 @@ class MultiMarginGrad(_LossGrad):
         m, others = _margins(z, labels, attrs.margin)
         broken = (m > 0).to(z.dtype) * others
         grad = broken.scatter_add(1, labels[:, None], -broken.sum(1, keepdim=True))
-        return (grad * alive[:, None] / (count * z.shape[1]),)
+        return (grad * alive[:, None] / (count * (z.shape[1] if attrs.mean else 1)),)
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,18 @@ class MultiMarginLoss:
 
     def attrs(self) -> MultiMarginAttrs:
         return MultiMarginAttrs(float(self.margin))
+
+
+@dataclass(frozen=True)
+class MulticlassHingeLoss:
+    """The lecture's hinge: (1/N) sum_i sum_{j != y_i} max(0, f_j - f_{y_i} + margin).
+
+    `MultiMarginLoss` times the number of classes. Its lambda R(W) is the optimizer's: weight_decay
+    for L2, l1 for L1.
+    """
+
+    margin: float = 1.0
+    op = "multi_margin"
+
+    def attrs(self) -> MultiMarginAttrs:
+        return MultiMarginAttrs(float(self.margin), mean=False)
