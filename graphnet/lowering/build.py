@@ -194,6 +194,7 @@ def request(launch: Launch, arch: int) -> dict[str, Any]:
     return {
         "module": launch.module,
         "kernel": launch.kernel,
+        "code": None if launch.code is None else launch.code.text,
         "args": [_passed(a) for a in args],
         "constants": {
             k: {"epilogue": v.text} if isinstance(v, Source) else v for k, v in constants.items()

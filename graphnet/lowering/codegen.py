@@ -282,8 +282,10 @@ def materialise(source: Source, folder: Path | None = None) -> Path:
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def load(source: Source, package: str = "graphnet_generated") -> Any:
-    """The jit function of a source; `package` keeps copies for different modes apart."""
+def load(
+    source: Source, package: str = "graphnet_generated", function: str = "epilogue"
+) -> Any:
+    """A jit function of a source; `package` keeps copies for different modes apart."""
     key = (package, source.sha)
     if key not in _loaded:
         path = materialise(source)
@@ -297,4 +299,4 @@ def load(source: Source, package: str = "graphnet_generated") -> Any:
             del sys.modules[spec.name]
             raise
         _loaded[key] = module
-    return _loaded[key].epilogue
+    return getattr(_loaded[key], function)

@@ -31,6 +31,7 @@ class Plan:
     streams   the stream of each step; what two streams hold may run at once
     storage   buffer to the graph input or returned value whose storage it is
     arena     buffer to its place; `types` gives element type and stored count of every buffer
+    inner     the plan that one persistent kernel was made of
     """
 
     graph: Graph
@@ -42,6 +43,7 @@ class Plan:
     arena_bytes: int = 0
     types: dict[str, tuple[str, int]] = field(default_factory=dict)
     streams: tuple[int, ...] = ()
+    inner: Plan | None = None
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -236,8 +238,11 @@ def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int])
     )  # fmt: skip
 
 
-def make_plan(graph: Graph, target: str) -> Plan:
-    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory."""
+def make_plan(graph: Graph, target: str, *, parallel: bool = False) -> Plan:
+    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory.
+
+    parallel  whatever does not depend on each other may run at once, not only two streams
+    """
     if target == "cpu":
         return Plan(graph, target)
     planner = _Planner(graph)
@@ -252,7 +257,7 @@ def make_plan(graph: Graph, target: str) -> Plan:
     steps = tuple(program[k] for k in order)
     moved = {(at[a], at[b]) for a, b in edges}
     streams = streams_of(steps, moved)
-    ordered = tuple(sorted(chained(streams, moved)))
+    ordered = tuple(sorted(moved if parallel else chained(streams, moved)))
     lives: dict[str, Life] = {}
     for name, type in planner.types.items():
         if name in storage:

@@ -39,6 +39,8 @@ class Launch:
                 are formed
     why         for whom a loader was chosen: the reason, for people
     choices     where the configurations of its equation come from
+    code        the file that holds the kernel, where it is no template but was generated whole
+    cooperative  all programs run at once and wait for each other, between its `phases`
     """
 
     kernel: str
@@ -59,6 +61,9 @@ class Launch:
     why: str = field(default="", compare=False)
     where: Where = field(default=NOWHERE, compare=False)
     choices: tuple[Choice, ...] = field(default=(), compare=False)
+    code: Source | None = None
+    cooperative: bool = False
+    phases: int = 1
 
     @property
     def refs(self) -> tuple[Ref, ...]:
@@ -69,7 +74,8 @@ class Launch:
     @property
     def epilogues(self) -> tuple[Source, ...]:
         """The generated files that the launch needs."""
-        return tuple(v for _, v in self.constants if isinstance(v, Source))
+        own = (self.code,) if self.code is not None else ()
+        return own + tuple(v for _, v in self.constants if isinstance(v, Source))
 
     @property
     def programs(self) -> int:
@@ -136,9 +142,11 @@ def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any
     A Ref among the arguments stands for a pointer and a Box for a descriptor, a Source among the
     constexprs for its function.
     """
-    options = {
+    options: dict[str, Any] = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
+    if launch.cooperative:
+        options["launch_cooperative_grid"] = True
     return launch.args, dict(launch.constants), options
 
 

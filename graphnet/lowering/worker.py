@@ -77,12 +77,20 @@ def _constant(value: Any) -> Any:
     return load(Source(value["epilogue"])) if isinstance(value, dict) else value
 
 
+def _kernel(request: dict[str, Any]) -> Any:
+    from graphnet.lowering.codegen import Source, load
+
+    if request["code"] is not None:
+        return load(Source(request["code"]), function=request["kernel"])
+    return getattr(importlib.import_module(request["module"]), request["kernel"])
+
+
 def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request: binary, text and counts."""
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(request["arch"]))
-    kernel = getattr(importlib.import_module(request["module"]), request["kernel"])
+    kernel = _kernel(request)
     args = [_argument(a) for a in request["args"]]
     constants = {k: _constant(v) for k, v in request["constants"].items()}
     start = time.perf_counter()

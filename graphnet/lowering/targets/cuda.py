@@ -56,7 +56,10 @@ def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
     args, constants, options = bind(step)
     real = operands(args, tensor)
     values = {k: codegen.load(v) if isinstance(v, Source) else v for k, v in constants.items()}
-    kernel = getattr(importlib.import_module(step.module), step.kernel)
+    kernel = (
+        getattr(importlib.import_module(step.module), step.kernel) if step.code is None
+        else codegen.load(step.code, function=step.kernel)
+    )  # fmt: skip
     try:
         binary = kernel.warmup(*real, grid=step.grid, **values, **options)
         binary._init_handles()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,9 +125,12 @@ def _kernels(module: str) -> ModuleType:
 
 
 @contextmanager
-def _as_kernels() -> Iterator[None]:
-    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it."""
-    for name in ("common", "random"):
+def _as_kernels(text: str = "") -> Iterator[None]:
+    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it.
+
+    text  of a generated file whose imports are to be there
+    """
+    for name in ("common", "random", *re.findall(r"from graphnet\.kernels\.(\w+) import", text)):
         _kernels(f"{_KERNELS}.{name}")
     own = {n: m for n, m in sys.modules.items() if n == _KERNELS or n.startswith(f"{_KERNELS}.")}
     copies = {
@@ -192,12 +196,15 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
         return lambda: b.copy_(a)
     args, constants, options = bind(step)
     real = operands(args, tensor)
-    with _as_kernels():
+    with _as_kernels(step.code.text if step.code is not None else ""):
         values = {
             k: codegen.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
             for k, v in constants.items()
         }
-    kernel = getattr(_kernels(step.module), step.kernel)
+        if step.code is not None:
+            kernel = codegen.load(step.code, "graphnet_interpreted", step.kernel)
+        else:
+            kernel = getattr(_kernels(step.module), step.kernel)
     return lambda: kernel[step.grid](*real, **values, **options)
 
 
