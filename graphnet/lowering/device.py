@@ -80,7 +80,7 @@ class _Told(ast.NodeTransformer):
         if _is_id(node):
             (at,) = node.args
             assert isinstance(at, ast.Constant)
-            return ast.Name(IDS[at.value], ast.Load())
+            return ast.Name(IDS[int(at.value)], ast.Load())  # type: ignore[arg-type]
         if isinstance(node.func, ast.Name):
             home = self.module.home(node.func.id)
             if home and _asks(home, node.func.id):
@@ -109,6 +109,7 @@ class Functions:
         told = _Told(home)
         told.visit(node)
         node.args.args[:0] = [ast.arg(i) for i in IDS]
+        node.decorator_list = [ast.parse("triton.jit(noinline=True)", mode="eval").body]
         self.texts[key] = ""  # keeps its place: what it calls may call it
         for other in told.calls:
             self.need(*other)
