@@ -57,6 +57,7 @@ def lower(
     clip_norm: float | None = None,
     nonfinite: str | None = None,
     apply: bool = True,
+    persistent: bool = False,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
@@ -84,9 +85,27 @@ def lower(
     # The interpreter's tiles are part of tests: only who asks for tuned ones gets them.
     known = table_for(tuned_as(target)) if target == "cuda" or config.tune() else {}
     with using(known):
-        plan = make_plan(stages.fused, target)
+        plan = make_plan(stages.fused, target, parallel=persistent)
+        if persistent:
+            plan = _folded(plan, optimizer, accumulate)
     dump(plan)
     return Lowered(stages, plan, target, precision, keys)
+
+
+def _folded(plan: Any, optimizer: Any, accumulate: int) -> Any:
+    """The plan as one persistent kernel; ConfigError where it cannot be one."""
+    from graphnet.lowering.persistent import fold, programs_here
+
+    if optimizer is None or accumulate > 1 or plan.target == "cpu":
+        what = (
+            "without an optimizer" if optimizer is None
+            else f"with accumulate={accumulate}" if accumulate > 1 else "on the cpu target"
+        )  # fmt: skip
+        raise ConfigError(
+            f"persistent=True {what}: it is a training step in one kernel",
+            help="give an optimizer, accumulate=1 and target='cuda'",
+        )
+    return fold(plan, programs=programs_here(plan.target))
 
 
 def tuned_as(target: str) -> str | None:
@@ -126,6 +145,7 @@ def compile(
     accumulate: int = 1,
     clip_norm: float | None = None,
     nonfinite: str | None = None,
+    persistent: bool = False,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -142,6 +162,9 @@ def compile(
     nonfinite   "stop": a step whose loss is not finite leaves the state as it was; "skip": so does
                 one whose gradients are not, and its recorded loss is NaN
     Clipping and "skip" read all gradients before the first update: `inspect --why` has the price.
+
+    persistent=True runs a training step as one kernel in which all programs wait for each other,
+    and `run(n)` as one launch of it: for nets so small that launches are what they wait for.
     """
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
@@ -149,6 +172,7 @@ def compile(
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
+        "persistent": persistent,
     }  # fmt: skip
     low = lower(net, shape, **how)
     if config.tune() and low.plan.launches:
@@ -161,6 +185,10 @@ def compile(
     }  # fmt: skip
     if optimizer is not None:
         common |= {"optimizer": optimizer, "knobs": {"clip_norm": clip_norm} if clip_norm else {}}
+        if persistent:
+            from graphnet.runtime.persistent import PersistentStep
+
+            return PersistentStep(**common)
         if accumulate == 1:
             return TrainStep(**common)
         adding = lower(net, shape, **how, apply=False)
@@ -182,6 +210,7 @@ def build(
     accumulate: int = 1,
     clip_norm: float | None = None,
     nonfinite: str | None = None,
+    persistent: bool = False,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
@@ -194,6 +223,7 @@ def build(
     low = lower(
         net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer,
         grads=grads, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite,
+        persistent=persistent,
     )  # fmt: skip
     return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 

@@ -19,7 +19,6 @@ from graphnet.errors import ConfigError
 from graphnet.ir.graph import NOWHERE
 from graphnet.lowering.codegen import Ref, Source
 from graphnet.lowering.device import Functions
-from graphnet.lowering.memory import Slot, round_up
 from graphnet.lowering.plan import Plan
 from graphnet.lowering.steps import Box, Fill, Launch
 from graphnet.lowering.tuning import PROCESSORS
@@ -71,7 +70,7 @@ def fold(plan: Plan, *, programs: int = PROCESSORS, take: Take | None = None) ->
     if why := refusal(plan):
         raise ConfigError(f"persistent=True: {why}", help="leave persistent out")
     types = {**plan.types, SYNC: ("i32", 2), STEPS: ("i32", 1)}
-    storage = {**plan.storage, STEPS: STEPS}
+    storage = {**plan.storage, STEPS: STEPS, SYNC: SYNC}
     if take is not None:
         batch = plan.graph.input("x").value.type.shape[0]
         size = plan.graph.input("x").value.type.numel // batch
@@ -79,11 +78,10 @@ def fold(plan: Plan, *, programs: int = PROCESSORS, take: Take | None = None) ->
         kinds = (take.dtype, "i64", "i64", "i32", "f32")
         types.update(zip(TAKEN, zip(kinds, sizes, strict=True), strict=True))
         storage.update((n, n) for n in TAKEN)
-    sync = Slot(round_up(plan.arena_bytes), 8)
     launch = _Writer(plan, types, take).launch(programs)
     return replace(
         plan, steps=(Fill(SYNC, 0), launch), edges=((0, 1),), streams=(0, 0), storage=storage,
-        arena={**plan.arena, SYNC: sync}, arena_bytes=sync.end, types=types, inner=plan,
+        types=types, inner=plan,
     )  # fmt: skip
 
 
@@ -118,7 +116,8 @@ class _Writer:
             num_warps=max(s.num_warps for s in own), num_stages=max(s.num_stages for s in own),
             flops=sum(s.flops for s in own), bytes=sum(s.bytes for s in own),
             math=max((s.math for s in own), key=("ieee", "tf32", "bf16").index),
-            where=replace(NOWHERE, layers=layers), code=source, cooperative=True, phases=len(phases),
+            where=replace(NOWHERE, layers=layers), code=source, cooperative=True,
+            phases=len(phases),
         )  # fmt: skip
 
     def _take(self) -> list[str]:
@@ -131,7 +130,7 @@ class _Writer:
         pointers += ["step", self.pointer("x"), self.pointer("labels") if labels else "None"]
         call = f"{function}(t, 0, 0, {', '.join(pointers)}, {self.pointer('live')}, "
         call += f"{batch}, {x.numel // batch}, {labels}, 1024)"
-        lines = [f"# a batch of {batch}", f"for t in range(me, {batch}, PROGRAMS):", f"    {call}"]
+        lines = [f"# a batch of {batch}", *_tasks(batch), f"    {call}"]
         if "lr" in inputs:
             rate = f"tl.load({self.pointer('.rates')} + step)"
             lines += ["if me == 0:", f"    tl.store({self.pointer('lr')}, {rate})"]
@@ -141,7 +140,7 @@ class _Writer:
         launches = [self.plan.launches[k] for k in group]
         total = sum(s.programs for s in launches)
         what = "; ".join(f"{s.kernel} ({', '.join(s.where.layers) or '-'})" for s in launches)
-        lines = [f"# {what}", f"for t in range(me, {total}, PROGRAMS):"]
+        lines = [f"# {what}", *_tasks(total)]
         first = 0
         for k, s in enumerate(launches):
             task = f"t - {first}" if first else "t"
@@ -212,6 +211,12 @@ class _Writer:
                  for n, p in self.pointers.items()]  # fmt: skip
         text = "\n".join([head, *(f"    {line}" for line in lines)])
         return f"@triton.jit\n{text}\n\n\n# pointers:\n" + "\n".join(about) + "\n"
+
+
+def _tasks(count: int) -> list[str]:
+    """The head of a loop over this program's share of `count` tasks."""
+    # The interpreter's ranges count in Python's ints, templates want tensors.
+    return [f"for task in range(me, {count}, PROGRAMS):", "    t = me * 0 + task"]
 
 
 def programs_here(target: str) -> int:

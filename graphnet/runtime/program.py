@@ -10,13 +10,14 @@ A batch may be smaller than compiled: the input copy fills the rows behind it wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
 from graphnet.ir.graph import Graph
+from graphnet.runtime.bound import Bound, check_bound, check_labels
 from graphnet.runtime.optim import Optimizer
 from graphnet.runtime.state import State
 
@@ -146,9 +147,12 @@ class Program:
     # ---- running ----------------------------------------------------------------------------
 
     def _step(self) -> None:
+        self._step_with(self._run)
+
+    def _step_with(self, run: Callable[[], None]) -> None:
         self.state.acquire(self._entries)
         with torch.no_grad():
-            self._run()
+            run()
         if self._writes and len(self.state.derived) > len(self._keeps):
             self.state.stale = True  # copies that this program does not keep up
 
@@ -174,17 +178,6 @@ def _classes(traced: Graph) -> int:
 def _signed64(seed: int) -> int:
     seed &= (1 << 64) - 1
     return seed - (1 << 64) if seed >> 63 else seed
-
-
-def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """DataError naming the first row whose label is outside 0..classes-1."""
-    bad = (labels < 0) | (labels >= classes)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise DataError(
-            f"row {row} has the label {int(labels[row])}, outside 0..{classes - 1}",
-            help=f"the net has {classes} classes",
-        )
 
 
 class Infer(Program):
@@ -261,7 +254,7 @@ class TrainStep(Program):
         labels  integers [N]
         seed    of the order of each epoch; the step's own seed by default
         """
-        _check_bound(images, labels, self.shape, self.classes)
+        check_bound(images, labels, self.shape, self.classes)
         self._bound = Bound(
             images.detach().to(self.device),
             labels.detach().to(self.device, torch.int64),
@@ -271,61 +264,27 @@ class TrainStep(Program):
         )
         return self
 
-    def run(self, n: int) -> torch.Tensor:
+    def run(self, n: int, lr: Sequence[float] | None = None) -> torch.Tensor:
         """n steps over the bound data, epoch after epoch; their n losses, on the device.
+
+        lr  a learning rate for each step; the optimizer's own by default
 
         The last batch of an epoch may be smaller. The next call goes on where this one stopped.
         """
+        bound = self._ready(n, lr)
+        losses = torch.empty(n, device=self.device)
+        for k in range(n):
+            if lr is not None:
+                self.optimizer.lr = float(lr[k])
+            losses[k].copy_(self(*bound.next()))
+        return losses
+
+    def _ready(self, n: int, lr: Sequence[float] | None) -> Bound:
+        """The bound data, once the arguments of `run` are sound."""
         if self._bound is None:
             raise ConfigError("run without data", help="step.bind(images, labels) first")
         if not isinstance(n, int) or n < 0:
             raise ConfigError(f"run takes a number of steps, not {n!r}")
-        losses = torch.empty(n, device=self.device)
-        for k in range(n):
-            losses[k].copy_(self(*self._bound.next()))
-        return losses
-
-
-class Bound:
-    """A data set on the device and the place in it: a fresh seeded order each epoch."""
-
-    def __init__(
-        self, images: torch.Tensor, labels: torch.Tensor, batch: int, seed: int, shuffle: bool
-    ) -> None:
-        self.images, self.labels, self.batch = images, labels, batch
-        self.seed, self.shuffle = seed, shuffle
-        self.epoch, self.at = 0, 0
-        self._order = self._permutation()
-
-    def _permutation(self) -> torch.Tensor:
-        n = self.images.shape[0]
-        if not self.shuffle:
-            return torch.arange(n, device=self.images.device)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 63))
-        return torch.randperm(n, generator=generator).to(self.images.device)
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch: images f32, labels i64."""
-        if self.at >= self.images.shape[0]:
-            self.epoch, self.at = self.epoch + 1, 0
-            self._order = self._permutation()
-        rows = self._order[self.at : self.at + self.batch]
-        self.at += self.batch
-        x = self.images[rows]
-        if x.dtype == torch.uint8:
-            x = x.float() / 255
-        return x, self.labels[rows]
-
-
-def _check_bound(
-    images: torch.Tensor, labels: torch.Tensor, shape: tuple[int, ...], classes: int
-) -> None:
-    if images.dtype not in (torch.uint8, torch.float32):
-        raise DTypeError(f"images have dtype {images.dtype}", help="use torch.uint8 or float32")
-    if images.ndim != len(shape) or tuple(images.shape[1:]) != shape[1:]:
-        want = ", ".join(map(str, shape[1:]))
-        raise ShapeError(f"images of shape {list(images.shape)}, compiled for [N, {want}]")
-    if images.shape[0] == 0 or tuple(labels.shape) != (images.shape[0],):
-        raise ShapeError(f"{images.shape[0]} images with labels of shape {list(labels.shape)}")
-    if classes:
-        check_labels(labels.cpu(), classes)
+        if lr is not None and len(lr) != n:
+            raise ConfigError(f"{len(lr)} learning rates for {n} steps", help="one for each step")
+        return self._bound

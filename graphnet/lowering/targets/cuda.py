@@ -165,7 +165,7 @@ def prepare(
         for original, twin in moved:
             original.copy_(twin)
 
-    if not capture or wanted():
+    if not capture or wanted() or any(s.cooperative for s in plan.launches):
 
         @torch.no_grad()
         def run() -> None:
