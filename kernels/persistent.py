@@ -9,12 +9,6 @@ import triton.language as tl
 
 from .common import cast_store
 
-SPINS = tl.constexpr(1 << 22)  # of a barrier, some seconds; then something is wrong
-
-
-def take_rows_grid(ROWS, **_):
-    return (ROWS,)
-
 
 @triton.jit
 def grid_barrier(sync, turn, alive, PROGRAMS: tl.constexpr, LIMIT: tl.constexpr):
@@ -26,16 +20,16 @@ def grid_barrier(sync, turn, alive, PROGRAMS: tl.constexpr, LIMIT: tl.constexpr)
     LIMIT   looks before it gives up: nobody hangs, sync[1] names the barrier instead
 
     The block's own barrier comes first: the release of one thread covers what the others stored
-    only behind it. One acquire and the barrier at the end do the same for the loads.
+    only behind it. One acquire at least and the barrier at the end do the same for the loads.
     """
     tl.debug_barrier()
-    seen = tl.atomic_add(sync, 1, sem="release", scope="gpu") + 1
+    tl.atomic_add(sync, 1, sem="release", scope="gpu")
     goal = turn * PROGRAMS
+    seen = goal * 0
     looks = 0
     while (seen < goal) & (looks < LIMIT) & alive:
         seen = tl.atomic_add(sync, 0, sem="acquire", scope="gpu")
         looks += 1
-    seen = tl.atomic_add(sync, 0, sem="acquire", scope="gpu")
     arrived = seen >= goal
     if alive & (arrived == 0):
         tl.atomic_cas(sync + 1, 0, turn)

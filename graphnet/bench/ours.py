@@ -13,7 +13,7 @@ from graphnet import config
 from graphnet.api import lower
 from graphnet.bench.peers import Work
 from graphnet.bench.rounds import Contestant, Run, sentence, start
-from graphnet.errors import GraphnetError
+from graphnet.errors import ConfigError, GraphnetError
 from graphnet.ir.graph import Graph
 
 OURS = "graphnet"
@@ -39,10 +39,10 @@ def _asked(work: Work, target: str) -> dict[str, Any]:
     return out
 
 
-def compiled(work: Work, target: str, off: str = "") -> Any:
+def compiled(work: Work, target: str, off: str = "", **options: Any) -> Any:
     """The program for the work, on a copy of the net; `off` names passes to leave out."""
     with config.override(DISABLE=off):
-        return gn.compile(work.net.copy(), **_asked(work, target))
+        return gn.compile(work.net.copy(), **_asked(work, target), **options)
 
 
 def _fused(work: Work, target: str, off: str) -> Graph:
@@ -72,10 +72,23 @@ def start_all(work: Work, target: str) -> list[Contestant]:
     ways: dict[str, Callable[[Any, Work], Run]] = {OURS: _call}
     if work.mode == "train":
         ways[f"{OURS} bind/run"] = _bound
-    return [
+    out = [
         start(name, OURS, lambda w=way: w(compiled(work, target), work), work.device)  # type: ignore[misc]
         for name, way in ways.items()
     ]
+    if work.mode == "train" and target == "cuda" and _folds(work, target):
+        one = lambda: _bound(compiled(work, target, persistent=True), work)
+        out.append(start(f"{OURS} persistent", OURS, one, work.device))
+    return out
+
+
+def _folds(work: Work, target: str) -> bool:
+    """Whether the step can be one persistent kernel."""
+    try:
+        lower(work.net, **_asked(work, target), persistent=True)
+    except ConfigError:
+        return False
+    return True
 
 
 def _uncaptured(work: Work, target: str) -> Run:

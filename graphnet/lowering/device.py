@@ -96,8 +96,15 @@ class Functions:
         self.texts: dict[tuple[str, str], str] = {}
         self.imports: dict[str, set[str]] = {}
 
-    def need(self, module: str, name: str) -> str:
-        """The name under which a template can be called, with three ids before its arguments."""
+    def parameters(self, module: str, name: str) -> set[str]:
+        """What a template takes."""
+        return {a.arg for a in _module(module).functions[name].args.args}
+
+    def need(self, module: str, name: str, inline: bool = False) -> str:
+        """The name under which a template can be called, with three ids before its arguments.
+
+        inline  for helpers, which return tensors: a real call cannot
+        """
         key = (module, name)
         if key in self.texts:
             return name
@@ -109,10 +116,11 @@ class Functions:
         told = _Told(home)
         told.visit(node)
         node.args.args[:0] = [ast.arg(i) for i in IDS]
-        node.decorator_list = [ast.parse("triton.jit(noinline=True)", mode="eval").body]
+        if not inline:
+            node.decorator_list = [ast.parse("triton.jit(noinline=True)", mode="eval").body]
         self.texts[key] = ""  # keeps its place: what it calls may call it
         for other in told.calls:
-            self.need(*other)
+            self.need(*other, inline=True)
         for used in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}:
             where = home.home(used)
             if where and (where, used) not in told.calls and used != name:

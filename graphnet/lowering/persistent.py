@@ -18,6 +18,7 @@ from typing import Any
 from graphnet.errors import ConfigError
 from graphnet.ir.graph import NOWHERE
 from graphnet.lowering.codegen import Ref, Source
+from graphnet.lowering.cost import floor_us
 from graphnet.lowering.device import Functions
 from graphnet.lowering.plan import Plan
 from graphnet.lowering.steps import Box, Fill, Launch
@@ -26,6 +27,7 @@ from graphnet.lowering.tuning import PROCESSORS
 RUN = 1024  # steps of one launch at most
 SYNC, STEPS = ".sync", ".steps"
 LIMIT = 1 << 22  # looks at a barrier, some seconds
+MOST_US = 100  # of the plan's floors; LeNet-5 has 5
 TAKEN = (".images", ".all_labels", ".order", ".counts", ".rates")
 
 
@@ -55,6 +57,12 @@ def refusal(plan: Plan) -> str | None:
     warps = {s.num_warps for s in plan.launches if s.programs > 1}
     if len(warps) > 1:
         return f"its launches have {sorted(warps)} warps, and the arithmetic would change"
+    floor = sum(floor_us(s.flops, s.bytes, s.math) for s in plan.launches)
+    if floor > MOST_US:
+        return (
+            f"its launches take {floor:.0f} us at the least (more than {MOST_US}): "
+            "starting them is not what it waits for"
+        )
     return None
 
 
@@ -161,9 +169,11 @@ class _Writer:
             ids[1] = f"{task} // {g0} % {g1}" if g2 > 1 else f"{task} // {g0}"
         if g2 > 1:
             ids[2] = f"{task} // {g0 * g1}"
-        function = self.functions.need(s.module.rpartition(".")[2], s.kernel)
+        module = s.module.rpartition(".")[2]
+        function = self.functions.need(module, s.kernel)
+        takes = self.functions.parameters(module, s.kernel)
         args = [*ids, *(self._argument(a) for a in s.args)]
-        args += [f"{k}={self._constant(v)}" for k, v in s.constants]
+        args += [f"{k}={self._constant(v)}" for k, v in s.constants if k in takes]
         return f"{function}({', '.join(args)})"
 
     def _argument(self, a: Any) -> str:
@@ -185,7 +195,7 @@ class _Writer:
     def _body(self, phases: Sequence[Sequence[str]]) -> str:
         barrier = self.functions.use("persistent", "grid_barrier")
         steps, sync = self.pointer(STEPS), self.pointer(SYNC)
-        ring = [n for n in self.pointers if n == "ring"]
+        ring = [n for n in self.pointers if self.plan.storage.get(n) == "ring"]
         lines = ["me = tl.program_id(0)", "turn = 0", "alive = me >= 0"]
         lines.append(f"for step in range(tl.load({steps})):")
         for n, phase in enumerate(phases):
@@ -196,12 +206,12 @@ class _Writer:
                 f"        alive = {barrier}({sync}, turn, alive, PROGRAMS, LIMIT)",
             ]
         if ring:  # nobody takes what a broken barrier left for a loss
-            count = self.types["ring"][1]
+            count = self.types[ring[0]][1]
             lines += [
                 "if PHASE < 0 and me == 0:",
                 f"    if tl.load({sync} + 1, volatile=True) > 0:",
                 f"        for k in range({count}):",
-                f'            tl.store({self.pointer("ring")} + k, float("nan"))',
+                f'            tl.store({self.pointer(ring[0])} + k, float("nan"))',
             ]
         names = ", ".join(self.pointers.values())
         constants = ["PROGRAMS", "PHASE", "LIMIT", *self.epilogues]

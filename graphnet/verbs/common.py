@@ -19,6 +19,7 @@ Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Precision = Annotated[str, typer.Option(help="fp32, tf32 or bf16")]
 Target = Annotated[str, typer.Option(help="auto, cuda, cpu or interpret")]
+Persistent = Annotated[bool, typer.Option("--persistent", help="the step as one kernel")]
 Train = Annotated[bool, typer.Option("--train", help="the training step instead of inference")]
 
 def training(wanted: bool) -> dict[str, Any]:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from graphnet.frontends.loading import input_shape, load_model
-from graphnet.verbs.common import Batch, Json, Model, Precision, Target, Train, app, emit, training
+from graphnet.verbs.common import (
+    Batch,
+    Json,
+    Model,
+    Persistent,
+    Precision,
+    Target,
+    Train,
+    app,
+    emit,
+    training,
+)
 
 
 @app.command()
@@ -31,6 +42,7 @@ def inspect(
     target: Target = "cuda",
     gpu: Annotated[str, typer.Option(help="whose ceilings the floors are for")] = "h200",
     stage: Annotated[str, typer.Option(help="traced, joint, fused or plan")] = "plan",
+    persistent: Persistent = False,
     why: Annotated[bool, typer.Option("--why", help="what was not fused, and why")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +53,9 @@ def inspect(
     check_choices(stage, gpu)
     net = load_model(model)
     shape = input_shape(net, batch)
-    low = lower(net, shape, target=target, precision=precision, **training(train))
+    low = lower(
+        net, shape, target=target, precision=precision, persistent=persistent, **training(train)
+    )
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,
@@ -60,6 +74,7 @@ def compile_(
     batch: Batch = 128,
     train: Train = False,
     precision: Precision = "fp32",
+    persistent: Persistent = False,
     arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
     out: Annotated[Path | None, typer.Option(help="folder for the binaries")] = None,
     as_json: Json = False,
@@ -70,7 +85,8 @@ def compile_(
     net = load_model(model)
     shape = input_shape(net, batch)
     report = gn.build(
-        net, shape, precision=precision, arch=arch, out=out, **training(train)
+        net, shape, precision=precision, arch=arch, out=out, persistent=persistent,
+        **training(train),
     )  # fmt: skip
     if as_json:
         emit(report.as_dict())
