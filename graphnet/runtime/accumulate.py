@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError
 from graphnet.runtime.program import RING, Program, TrainStep
 
 
@@ -38,14 +37,3 @@ class Accumulated(TrainStep):
         at = state.steps % RING
         state.steps += 1
         return self._storage["ring"][at]
-
-    def run(self, n: int) -> torch.Tensor:
-        """As of every step; each call stands for itself, for the two programs alternate."""
-        if self._bound is None:
-            raise ConfigError("run without data", help="step.bind(images, labels) first")
-        if not isinstance(n, int) or n < 0:
-            raise ConfigError(f"run takes a number of steps, not {n!r}")
-        losses = torch.empty(n, device=self.device)
-        for k in range(n):
-            losses[k].copy_(self(*self._bound.next()))
-        return losses

@@ -167,7 +167,7 @@ def test_a_program_that_never_comes_ends_the_run_with_its_barrier(monkeypatch):
     constants = tuple({**dict(launch.constants), "PROGRAMS": 2}.items())  # but one is launched
     lost = persistent.replace(launch, constants=constants)
     broken = persistent.replace(whole, steps=(whole.steps[0], lost))
-    monkeypatch.setattr("graphnet.api._folded", lambda plan, optimizer: broken)
+    monkeypatch.setattr("graphnet.api._folded", lambda plan, optimizer, accumulate: broken)
     program = step(True)
     program(*images(4, torch.float32))
     with pytest.raises(NumericsError, match="lost each other at barrier 1 "):
