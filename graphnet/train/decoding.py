@@ -164,7 +164,6 @@ class _Worker:
             process.stdin.write(json.dumps(jobs).encode() + b"\n")
             while not answer.endswith(b"\n"):
                 if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-                    process.kill()
                     self.end()
                     raise _WorkerFailed(f"decoding takes more than {LIMIT_S:.0f} s")
                 piece = os.read(process.stdout.fileno(), 1 << 16)
@@ -181,6 +180,9 @@ class _Worker:
         """Ends the process and returns its exit code."""
         if self.process is None:
             return 0
+        # Closing its stdin would do, if no process that was forked meanwhile (a DataLoader's) held
+        # it open as well. An idle worker has nothing to lose, and one that died keeps its code.
+        self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +266,21 @@ def test_workers_need_no_main_guard(tmp_path):
         [sys.executable, "-"], input=code, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["12"], done.stderr
+
+
+def test_workers_end_although_another_process_holds_their_pipes(tmp_path):
+    """A process that is forked meanwhile, as a DataLoader does, keeps them open."""
+    make(tmp_path)
+    ends = []
+    for _ in Batches(train(tmp_path), 4, reading=Reading(1)):
+        if not ends:
+            ends.append(os.fork())
+            if not ends[0]:
+                time.sleep(60)
+                os._exit(0)
+    os.kill(ends[0], 0)  # it still sleeps: nothing waited for it
+    os.kill(ends[0], signal.SIGKILL)
+    os.waitpid(ends[0], 0)
 
 
 HOSTILE = """
