@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_dsl import twin
+from tests.null.test_dsl import twin
 
 import graphnet as gn
 
