@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.null.test_dsl import twin
 
 import graphnet as gn
+from tests.null.test_dsl import twin
 
 SHAPE = (16, 1, 28, 28)
 LOSS = gn.CrossEntropyLoss()
