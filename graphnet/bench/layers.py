@@ -176,7 +176,7 @@ def layer_times(work: Work, v: Variant) -> list[dict[str, Any]]:
                 *zip(backward, backward[1:], strict=False)]  # fmt: skip
 
     us = [round(t, 3) for t in _medians(clock, run)]
-    names = _names(work.net, tuple(work.x.shape), leaves)
+    names = _names(work.net, leaves)
     n = len(leaves)
     if not training:
         return [{"layer": name, "forward_us": t} for name, t in zip(names, us, strict=True)]
@@ -189,9 +189,9 @@ def layer_times(work: Work, v: Variant) -> list[dict[str, Any]]:
     return [*rows, {"layer": "loss", "forward_us": us[n], "backward_us": us[n + 1]}]
 
 
-def _names(net: Any, shape: tuple[int, ...], leaves: list[nn.Module]) -> list[str]:
-    """The layers' names as graphnet prints them."""
-    rows = [row.layer for row in net.summary((1, *shape[1:])).rows]
-    if len(rows) == len(leaves):
-        return rows
+def _names(net: Any, leaves: list[nn.Module]) -> list[str]:
+    """The layers' names as graphnet prints them; a layer that is used twice has two twins."""
+    names = list(net.layer_names().values())
+    if len(names) == len(leaves):
+        return names
     return [f"{type(m).__name__} {k}" for k, m in enumerate(leaves)]

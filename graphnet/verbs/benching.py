@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +50,20 @@ def bench(
         model, batch, mode, precision, target, names(against), names(ablate), rounds, seconds,
         parity, dropout, layers,
     )  # fmt: skip
+    number = signal.SIGINT
+
+    def stop(received: int, frame: object) -> None:  # SIGTERM ends it as an interrupt does
+        nonlocal number
+        number = signal.Signals(received)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         run_bench(settings, json_file, typer.echo)
     except KeyboardInterrupt:
         typer.echo("graphnet: interrupted; what was measured is kept", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + number) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)

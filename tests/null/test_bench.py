@@ -1,7 +1,9 @@
 """The benchmark harness: twins, interleaved rounds, parity before speed, failures as rows."""
 
 import json
+import signal
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jsonschema
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet.bench import bench, counts, facts, layers, ours, parity, peers
+from graphnet.bench import bench, counts, facts, layers, ours, parity, peers, rounds
 from graphnet.bench.peers import Variant, Work
 from graphnet.bench.result import layer_table, table
 from graphnet.bench.rounds import Contestant, Quartiles, Timing, measure, ratio
@@ -34,6 +36,11 @@ def one_thread():
 def quick(**changes):
     plain = {"batch": 4, "target": "cpu", "rounds": 2, "seconds": 0.1, "parity_steps": 2}
     return bench.BenchConfig(**{"model": "lenet5", "by_layer": False, **plain, **changes})
+
+
+def interrupt(number, frame):
+    """Python's own handler, which a process that was started in the background lacks."""
+    raise KeyboardInterrupt
 
 
 def ended(*argv):
@@ -250,17 +257,23 @@ def test_wrong_logits_and_gradients_are_no_parity(mode):
     assert not parity.check(w, off_by_a_percent, 1).ok
 
 
-def test_an_interrupted_bench_keeps_the_finished_rounds(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_keeps_the_finished_rounds(number, monkeypatch, tmp_path, capsys):
     real, out = bench._Bench.save, tmp_path / "r.json"
+    handlers = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, interrupt)
 
     def stop_in_second(self):
         real(self)
         if self.found.groups and len(self.found.groups[-1]["graphnet"].ms) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr(bench._Bench, "save", stop_in_second)
     asked = ["--rounds", "3", "--parity", "0", "--json", str(out)]
-    assert ended("lenet5", *QUICK, *asked) == 130
+    try:
+        assert ended("lenet5", *QUICK, *asked) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, handlers[1])
+    assert signal.getsignal(signal.SIGTERM) == handlers[0]
     said = capsys.readouterr()
     assert "eager's best is" in said.out and "interrupted" in said.err
     found = json.loads(out.read_text())
@@ -357,6 +370,114 @@ def test_every_compiled_variant_is_compiled(monkeypatch):
         peers._whole_step(work(), Variant("compile", layout, "compiled", "", "default"))()
     assert len(seen) == 4 and len({id(f.__code__) for f in seen}) == 4  # losses and updates
     assert len({f.__code__.co_name for f in seen}) == 4
+
+
+# ---- on a GPU, by a stand-in -----------------------------------------------------------------
+
+
+class Event:
+    clock = 0.0
+
+    def __init__(self, **kw):
+        pass
+
+    def record(self):
+        Event.clock += 1.0
+        self.at = Event.clock
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What the harness asks of torch.cuda, written down instead of done."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextmanager
+    def graph(into):
+        calls.append("capture")
+        yield
+        calls.append("captured")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    fakes = {
+        "synchronize": lambda device=None: calls.append("wait"), "CUDAGraph": Graph,
+        "graph": graph, "Stream": Stream, "current_stream": Stream, "Event": Event,
+        "stream": lambda s: nullcontext(), "_sleep": lambda ticks: calls.append("busy"),
+        "memory_allocated": lambda device=None: 100, "max_memory_allocated": lambda device: 350,
+        "reset_peak_memory_stats": lambda device: None, "current_device": lambda: 0,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return calls
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_eager_graph_captures_a_warm_step_and_replays_it(fake_cuda):
+    fake_cuda.clear()
+    replay = peers._captured(lambda: fake_cuda.append("step"))
+    assert fake_cuda == ["step"] * 3 + ["capture", "step", "captured"]
+    replay()
+    assert fake_cuda[-1] == "replay"
+
+
+def test_a_gpu_contestant_is_waited_for_and_its_memory_and_host_time_are_its_own(fake_cuda):
+    def build():
+        return lambda steps: fake_cuda.append(f"run {steps}")
+
+    made = rounds.start("x", "eager", build, GPU)
+    assert made.peak_bytes == 250
+    assert fake_cuda[:2] == ["run 1", "wait"]  # cold ends when the device is done
+    fake_cuda.clear()
+    assert made.host_us() > 0 and fake_cuda == ["wait", f"run {rounds.HOST_STEPS}", "wait"]
+    fake_cuda.clear()
+    made.seconds(7)
+    assert fake_cuda == ["run 7", "wait"]
+    times = measure([made], rounds=3, seconds=1e-3)
+    assert len(times["x"].host_us) == len(times["x"].ms) == 3
+
+
+def test_on_a_gpu_layers_are_timed_between_events_behind_a_busy_device(fake_cuda):
+    clock = layers.Clock(GPU)
+
+    def run():
+        a, b, c = clock.stamp(), clock.stamp(), clock.stamp()
+        return [(a, b), (a, c)]
+
+    assert layers._medians(clock, run) == [1e3, 2e3]  # events tell milliseconds
+    assert fake_cuda == ["busy", "wait"] * (layers.REPEATS + 1)
+
+
+def test_clocks_and_driver_come_from_nvidia_smi(fake_cuda, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *driver_version*) echo 580.95.05;; '
+        "*) echo '1980 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 41, 120.5 W, 700.00 W';; esac\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = facts.clocks(GPU)
+    assert found["clocks.sm"] == "1980 MHz" and found["power.limit"] == "700.00 W"
+    about = type("P", (), {"name": "NVIDIA H200", "major": 9, "minor": 0,
+                           "multi_processor_count": 132, "total_memory": 1 << 37})  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    machine = facts.machine(GPU)
+    assert machine["driver"] == "580.95.05" and machine["arch"] == "sm_90"
+    jsonschema.validate(machine, {**SCHEMA["$defs"]["machine"], "$defs": SCHEMA["$defs"]})
+    smi.write_text("#!/bin/sh\nexit 9\n")  # no permission, no driver
+    assert facts.clocks(GPU) is None and facts.machine(GPU)["driver"] is None
+    assert facts.clocks(CPU) is None
 
 
 # ---- facts, counts, layers -------------------------------------------------------------------

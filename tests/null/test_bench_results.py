@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import jsonschema
 import pytest
 import torch
 
-from benchmarks import index, mnist99, plots, run
+from benchmarks import index, mnist99, nets, plots, run
 from benchmarks.goals import GOALS
+from benchmarks.published import WORKLOADS
 from graphnet.bench import bench
+from graphnet.cli import main
 from graphnet.lowering import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +194,31 @@ def test_published_figures_stand_beside_ours(measured):
     after = index.history({"x": owt(measured)})
     assert "| **graphnet, bf16, H200** | 2 | - | 64,000 | our run |" in after
     assert "torch: eager" in after and after.count("not measured") == 6
+
+
+@pytest.mark.parametrize("w", WORKLOADS, ids=lambda w: w.match[0])
+def test_the_commands_of_the_history_measure_its_workloads(w, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "run_bench", lambda c, out, say: asked.append(c))
+    with pytest.raises(SystemExit) as done:
+        main(shlex.split(w.command)[1:])
+    assert done.value.code == 0
+    c = asked[0]
+    model, mode, batch, precisions, dropout = w.match
+    assert (c.model.rpartition(":")[2], c.mode, c.batch, c.dropout) == (model, mode, batch, dropout)
+    assert c.precision in precisions
+
+
+def test_the_nets_of_the_history_are_those_of_their_authors():
+    net = nets.kernelbench_alexnet()
+    rows = {r.layer: r.output for r in net.summary((1, 3, 224, 224)).rows}
+    assert rows["conv1"] == (1, 96, 55, 55) and rows["pool5"] == (1, 256, 6, 6)
+    assert not any("norm" in name for name in rows)
+    found = bench.run_bench(
+        bench.BenchConfig(f"{nets.__file__}:kernelbench_lenet5", 2, "infer", target="cpu",
+                          rounds=1, seconds=0.1, by_layer=False)
+    )  # fmt: skip
+    assert found["parity"]["ok"]
 
 
 # ---- pictures --------------------------------------------------------------------------------
