@@ -1,15 +1,18 @@
 """Where each value lies in the arena, by the partial order of the steps.
 
 Two buffers may share memory only if every use of one comes before every write of the other on
-every legal order, since branches may run at once.
+every legal order, since branches may run at once; or if a step replaces one by the other, element
+by element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 ALIGN = 256  # bytes; what a fresh allocation on the device has
+PACKINGS = 48  # tried; each takes well under a millisecond
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,64 @@ def precedes(first: Life, second: Life, reach: Sequence[int]) -> bool:
     return all(reach[use] & written == written for use in (*first.writers, *first.readers))
 
 
+def overlaid(
+    lives: Mapping[str, Life], pairs: Iterable[tuple[int, str, str]], reach: Sequence[int]
+) -> tuple[dict[str, Life], dict[str, str]]:
+    """(lives with results merged into operands, result to the buffer whose memory it takes over).
+
+    pairs  (step, operand, result) that the step reads and writes at one index, in step order. The
+           result moves in where the step alone writes it and is the operand's last use.
+    """
+    merged, home = dict(lives), dict[str, str]()
+    for step, operand, result in pairs:
+        operand = home.get(operand, operand)
+        a, b = merged.get(operand), merged.get(result)
+        if a is None or b is None or a.size != b.size:
+            continue
+        if b.writers != (step,) or step in a.writers:
+            continue
+        if all(reach[use] >> step & 1 for use in {*a.writers, *a.readers} - {step}):
+            writers, readers = (*a.writers, *b.writers), (*a.readers, *b.readers)
+            merged[operand] = Life(a.size, writers, readers)
+            home[result] = operand
+            del merged[result]
+    return merged, home
+
+
 def assign(lives: Mapping[str, Life], reach: Sequence[int]) -> tuple[dict[str, Slot], int]:
-    """(slot by buffer, bytes of the arena): the largest first, each into the tightest gap."""
+    """(slot by buffer, bytes of the arena), the smallest of several packings.
+
+    Each packs one buffer after the other into the tightest gap, first those beside which most
+    bytes live; then what ended at the top goes to the front, and all is packed again.
+    """
+    beside: dict[str, set[str]] = {n: set() for n in lives}
+    for a, b in combinations(lives, 2):
+        if not (precedes(lives[a], lives[b], reach) or precedes(lives[b], lives[a], reach)):
+            beside[a].add(b)
+            beside[b].add(a)
+    crowd = {n: sum(lives[other].size for other in beside[n]) for n in lives}
+    order = sorted(lives, key=lambda n: (-crowd[n], -lives[n].size, n))
+    best, size = _packed(order, lives, beside)
+    slots, top = best, size
+    for _ in range(PACKINGS):
+        last = next((n for n in order if slots[n].end == top), None)
+        if last is None or last == order[0]:
+            break
+        order.remove(last)
+        order.insert(0, last)
+        slots, top = _packed(order, lives, beside)
+        if top < size:
+            best, size = slots, top
+    return best, size
+
+
+def _packed(
+    order: Sequence[str], lives: Mapping[str, Life], beside: Mapping[str, set[str]]
+) -> tuple[dict[str, Slot], int]:
     slots: dict[str, Slot] = {}
-    order = sorted(lives, key=lambda n: (-lives[n].size, lives[n].writers[0], n))
     for name in order:
-        life, size = lives[name], round_up(lives[name].size)
-        taken = sorted(
-            (s.offset, s.end)
-            for other, s in slots.items()
-            if not precedes(life, lives[other], reach) and not precedes(lives[other], life, reach)
-        )
+        size = round_up(lives[name].size)
+        taken = sorted((slots[n].offset, slots[n].end) for n in beside[name] & slots.keys())
         slots[name] = Slot(_tightest(taken, size), size)
     return slots, max((s.end for s in slots.values()), default=0)
 

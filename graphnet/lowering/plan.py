@@ -15,7 +15,7 @@ from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.ir.types import DTYPES, TensorType
 from graphnet.lowering.launch import launches
-from graphnet.lowering.memory import Life, Slot, assign, reachability
+from graphnet.lowering.memory import Life, Slot, assign, overlaid, reachability
 from graphnet.lowering.moves import is_view
 from graphnet.lowering.schedule import chained, memory_order, program_order, streams_of
 from graphnet.lowering.steps import Copy, Launch, Step
@@ -265,7 +265,17 @@ def make_plan(graph: Graph, target: str, *, parallel: bool = False) -> Plan:
         writers = tuple(k for k, s in enumerate(steps) if name in s.writes)
         readers = tuple(k for k, s in enumerate(steps) if name in s.reads)
         lives[name] = Life(type.bytes, writers, readers)
-    arena, size = assign(lives, reachability(len(steps), ordered))
+    reach = reachability(len(steps), ordered)
+    pairs = [
+        (k, old, new)
+        for k, s in enumerate(steps)
+        if isinstance(s, Launch)
+        for old, new in s.inplace
+        if planner.types[old] == planner.types[new]
+    ]
+    merged, home = overlaid(lives, pairs, reach)
+    arena, size = assign(merged, reach)
+    arena |= {new: arena[old] for new, old in home.items()}
     types = {
         n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
     }  # fmt: skip

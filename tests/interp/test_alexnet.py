@@ -51,24 +51,24 @@ def large_tiles():
 class FixedDropout(nn.Module):
     """Inverted dropout with the masks that graphnet draws at a step."""
 
-    def __init__(self, name, p, shape):
+    def __init__(self, name, p):
         super().__init__()
-        self.name, self.p, self.shape, self.step = name, p, shape, 0
+        self.name, self.p, self.step = name, p, 0
 
     def forward(self, x):
-        keep = gn.random.dropout_mask(SEED, self.step, self.shape, self.p, self.name)
+        keep = gn.random.dropout_mask(SEED, self.step, tuple(x.shape), self.p, self.name)
         return x * torch.as_tensor(keep) / (1 - self.p)
 
 
 class Twin:
     """The net in torch, float64, and torch's own SGD."""
 
-    def __init__(self, net, shape, dropout):
+    def __init__(self, net, dropout):
         self.module = torch_twin(net).double()
         self.drops = []
         for name, child in list(self.module.named_modules()):
             if isinstance(child, nn.Dropout) and dropout:
-                drop = FixedDropout(name, child.p, (shape[0], 4096))
+                drop = FixedDropout(name, child.p)
                 self.module.set_submodule(name, drop)
                 self.drops.append(drop)
         self.sgd = torch.optim.SGD(
@@ -108,7 +108,7 @@ def check(model, dropout, target, **kw):
 
 def check_one(model, dropout, target, seed, *, decay=DECAY, planted=0.0, steps=2):
     net, shape, x, y = made(model, dropout, seed)
-    twin = Twin(net, shape, dropout)
+    twin = Twin(net, dropout)
     common = {"target": target, "loss": gn.CrossEntropyLoss(), "seed": SEED}
     loss, grads = gn.compile(net, shape, grads=True, **common)(x, y)
     want = twin.loss(x, y)

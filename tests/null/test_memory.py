@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from graphnet.lowering.memory import ALIGN, Life, assign, precedes, reachability, round_up
+from graphnet.lowering.memory import (
+    ALIGN,
+    Life,
+    assign,
+    overlaid,
+    precedes,
+    reachability,
+    round_up,
+)  # fmt: skip
 
 
 def random_dag(seed):
@@ -113,3 +121,42 @@ def test_an_unread_buffer_still_has_its_place_while_it_is_written():
 
 def test_sizes_are_rounded_up():
     assert [round_up(n) for n in (0, 1, 256, 257)] == [256, 256, 256, 512]
+
+
+# ---- a result in its operand's place ---------------------------------------------------------
+
+
+def test_a_result_replaces_an_operand_that_dies():
+    lives = {"a": Life(256, (0,), (1, 2)), "b": Life(256, (2,), (3,)), "c": Life(256, (3,))}
+    reach = reachability(4, [(0, 1), (1, 2), (2, 3)])
+    merged, home = overlaid(lives, [(2, "a", "b"), (3, "b", "c")], reach)
+    assert home == {"b": "a", "c": "a"} and merged == {"a": Life(256, (0, 2, 3), (1, 2, 3))}
+
+
+@pytest.mark.parametrize(
+    "lives, edges",
+    [
+        # the operand is read later
+        ({"a": Life(256, (0,), (1, 2)), "b": Life(256, (1,))}, [(0, 1), (1, 2)]),
+        # ... or beside the step, on another branch
+        ({"a": Life(256, (0,), (1, 2)), "b": Life(256, (1,))}, [(0, 1), (0, 2)]),
+        # something else writes the result too
+        ({"a": Life(256, (0,), (1,)), "b": Life(256, (1, 2))}, [(0, 1), (1, 2)]),
+        ({"a": Life(256, (0,), (1,)), "b": Life(512, (1,))}, [(0, 1), (1, 2)]),
+    ],
+)
+def test_it_stays_beside_one_that_lives(lives, edges):
+    assert overlaid(lives, [(1, "a", "b")], reachability(3, edges)) == (lives, {})
+
+
+def test_of_two_results_one_replaces_the_operand():
+    lives = {"a": Life(256, (0,), (1,)), "b": Life(256, (1,)), "c": Life(256, (1,))}
+    merged, home = overlaid(lives, [(1, "a", "b"), (1, "a", "c")], reachability(2, [(0, 1)]))
+    assert home == {"b": "a"} and set(merged) == {"a", "c"}
+
+
+def test_packing_again_finds_the_room_that_the_first_order_wasted():
+    """a and c never meet, b lives beside both; largest first would leave a gap above a."""
+    lives = {"a": Life(512, (0,), (1,)), "b": Life(256, (1,), (3,)), "c": Life(768, (2,), (3,))}
+    reach = reachability(4, [(0, 1), (1, 2), (2, 3)])
+    assert assign(lives, reach)[1] == 1024

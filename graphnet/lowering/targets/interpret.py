@@ -220,7 +220,9 @@ def _poison(plan: Plan, arena: torch.Tensor) -> list[Callable[[], None]]:
     seen: set[str] = set()
     out: list[Callable[[], None]] = []
     for s in plan.steps:
+        held = [plan.arena[n] for n in s.reads if n in plan.arena]  # a result may replace one
         first = [plan.arena[n] for n in s.writes if n in plan.arena and n not in seen]
+        first = [slot for slot in first if slot not in held]
         seen.update(s.writes)
 
         def fill(slots: list = first) -> None:
