@@ -78,9 +78,11 @@ class Conv2d(Module):
         self.groups = _count(groups, "groups")
         self.name = name
         if in_channels % groups or out_channels % groups:
+            both = math.gcd(in_channels, out_channels)
             raise ConfigError(
-                f"groups={groups} does not divide {in_channels} input and {out_channels} "
-                "output channels"
+                f"groups={groups} must divide the {in_channels} input channels and the "
+                f"{out_channels} output channels",
+                help=f"a divisor of {both} divides both",
             )
         if padding_mode != "zeros":
             raise UnsupportedOpError(

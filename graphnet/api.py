@@ -175,13 +175,18 @@ def compile(
         "persistent": persistent,
     }  # fmt: skip
     low = lower(net, shape, **how)
+    module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
+    state = state_of(net, device)
+    if low.target == "cuda":
+        again = lambda batch: lower(net, (batch, *shape[1:]), **how).plan
+        missing = state.missing_bytes(low.plan.graph) + low.plan.io_bytes
+        module.require(low.plan, missing, again)
     if config.tune() and low.plan.launches:
         tune(low)
         low = lower(net, shape, **how)
-    prepare = importlib.import_module(f"graphnet.lowering.targets.{low.target}").prepare
     common: dict[str, Any] = {
-        "stages": low.stages, "plan": low.plan, "prepare": prepare, "seed": seed,
-        "state": state_of(net, device), "target": low.target, "precision": precision,
+        "stages": low.stages, "plan": low.plan, "prepare": module.prepare, "seed": seed,
+        "state": state, "target": low.target, "precision": precision,
     }  # fmt: skip
     if optimizer is not None:
         common |= {"optimizer": optimizer, "knobs": {"clip_norm": clip_norm} if clip_norm else {}}

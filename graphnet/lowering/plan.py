@@ -80,8 +80,10 @@ class Plan:
         return max(0, int((memory - self.state_bytes) / each))
 
     def largest(self, count: int = 5) -> list[tuple[str, int]]:
-        """(name, bytes) of the largest tensors, state included."""
-        sizes = {n: s.size for n, s in self.arena.items()}
+        """(name, bytes) of the largest tensors, state included; a value's name says whose it is."""
+        made = {v.name: ", ".join(e.where.layers) for e in self.graph.eqns for v in e.results}
+        of = {n: f"%{n} of {layers}" for n, layers in made.items() if layers}
+        sizes = {of.get(n, n): s.size for n, s in self.arena.items()}
         sizes |= {i.value.name: i.value.type.bytes for i in self.graph.inputs}
         return sorted(sizes.items(), key=lambda p: (-p[1], p[0]))[:count]
 

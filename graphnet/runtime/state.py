@@ -128,6 +128,17 @@ class State:
         """The entries that a graph reads or commits, in input order, made where missing."""
         return [self._entry(i) for i in graph.inputs if i.role not in ("data", "hyper")]
 
+    def missing_bytes(self, graph: Graph) -> int:
+        """What `attach` would have to allocate for a graph."""
+        kept = [i for i in graph.inputs if i.role not in ("data", "hyper")]
+        there = {_key(i) for i in kept if _key(i) in self.entries}
+        there |= {_key(i) for i in kept if i.role == "param" and self._shared(i.value.name)}
+        return sum(i.value.type.bytes for i in kept if _key(i) not in there)
+
+    def _shared(self, name: str) -> bool:
+        """Whether a parameter's tensor lies on this device already."""
+        return name in self.params and self.params[name].live.device == self.device
+
     def _entry(self, i: Input) -> Entry:
         name, shape, layout = i.value.name, tuple(i.value.type.shape), i.value.type.layout
         cell, key = self._cell(i), _key(i)

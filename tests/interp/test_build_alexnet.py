@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import torch
 
 import graphnet as gn
 from graphnet import config
 from graphnet.api import lower
+from graphnet.errors import OutOfMemoryPlanError
 from graphnet.lowering.tuning import SHARED_BYTES
 
 TRAIN = {
@@ -83,3 +85,22 @@ def test_a_batch_that_fits_is_known_beforehand():
         ).plan.peak_bytes
     )
     assert peak(fits) <= memory < peak(int(1.25 * fits))
+
+
+def test_a_batch_too_large_is_refused_before_anything_is_allocated(monkeypatch):
+    """On a device that would raise at its first allocation, since there is none."""
+    free = int(2e9)
+    for name, value in {
+        "is_available": True, "current_device": 0, "memory_reserved": 0, "memory_allocated": 0,
+        "mem_get_info": (free, int(80e9)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    net = gn.models.alexnet()
+    with pytest.raises(OutOfMemoryPlanError) as e:
+        gn.compile(net, (1024, 3, 227, 227), target="cuda", precision="bf16", **TRAIN)
+    fits = int(re.search(r"a batch of (\d+) fits", str(e.value))[1])
+    assert 500 < fits < 1024 and "1.86 of 74.51 GiB are free" in str(e.value)
+    assert "of conv1, relu1 567 MiB" in str(e.value)
+    shape = (fits, 3, 227, 227)
+    low = lower(net, shape, target="cuda", precision="bf16", **TRAIN)
+    assert 0.8 * free < low.plan.peak_bytes <= free

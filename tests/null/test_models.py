@@ -93,7 +93,7 @@ def test_an_image_that_is_too_small_shows_the_chain_of_sizes():
     assert "63x63" in text and "227" in text and "->" in text
     with pytest.raises(ShapeError, match="227"):
         gn.models.alexnet().summary((1, 3, 224, 224))
-    with pytest.raises(ConfigError, match="groups=2 does not divide 3"):
+    with pytest.raises(ConfigError, match="groups=2 must divide the 3 input channels and the"):
         gn.Conv2d(3, 8, 3, groups=2)
     with pytest.raises(ConfigError, match="alpha_mode"):
         gn.LocalResponseNorm(5, alpha_mode="max")

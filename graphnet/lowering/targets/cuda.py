@@ -26,8 +26,12 @@ from graphnet.lowering.watch import wanted, watched
 Call = Callable[[], Any]
 
 
-def _require(plan: Plan) -> None:
-    """Refuses before anything is allocated: no GPU, an interpreted Triton, too little memory."""
+def require(plan: Plan, beside: int = 0, again: Callable[[int], Plan] | None = None) -> None:
+    """Refuses before anything is allocated: no GPU, an interpreted Triton, too little memory.
+
+    beside  bytes of state, inputs and outputs that do not exist yet either
+    again   the plan for another batch, with which the batch that fits is tried out
+    """
     if not torch.cuda.is_available():
         raise BackendUnavailableError(
             "target 'cuda' needs a GPU, and torch sees none",
@@ -40,14 +44,18 @@ def _require(plan: Plan) -> None:
     free, total = torch.cuda.mem_get_info()
     # Memory that torch keeps but does not use can be handed out again.
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if plan.arena_bytes > free:  # before anything is allocated
-        fits = plan.largest_batch(free + plan.state_bytes + plan.io_bytes)
-        names = ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in plan.largest())
+    needed = plan.arena_bytes + beside
+    if needed > free:
+        memory = free + plan.peak_bytes - needed  # with what other programs of the net hold
+        fits = plan.largest_batch(memory)
+        while again and fits and (smaller := again(fits)).peak_bytes > memory:
+            fits = min(fits - 1, smaller.largest_batch(memory))
+        names = "; ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in plan.largest())
         raise OutOfMemoryPlanError(
-            f"the step needs an arena of {plan.arena_bytes / 2**30:.2f} GiB (peak"
-            f" {plan.peak_bytes / 2**30:.2f}), {free / 2**30:.2f} of {total / 2**30:.2f} GiB are"
-            f" free; largest: {names}",
-            help=f"a batch of {fits} fits",
+            f"the program needs {needed / 2**30:.2f} GiB more ({plan.peak_bytes / 2**30:.2f} in"
+            f" all, its arena {plan.arena_bytes / 2**30:.2f}), {free / 2**30:.2f} of"
+            f" {total / 2**30:.2f} GiB are free; largest: {names}",
+            help=f"a batch of {fits} fits" if fits else "no batch fits beside what is there",
         )
 
 
@@ -145,7 +153,7 @@ def prepare(
     around   is given each step with its call and returns what is called instead: to time it
     Nothing runs before the first call: capture records, so that no state is touched.
     """
-    _require(plan)
+    require(plan)
     _pin_assembler()
     device = next((t.device for t in storage.values()), torch.device("cuda"))
     with torch.cuda.device(device):
