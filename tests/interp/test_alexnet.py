@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import graphnet as gn
+from graphnet.api import lower
 from graphnet.bench.parity import without_dropout
 from graphnet.bench.twin import torch_twin
 from graphnet.lowering.tuning import NORMS, PRODUCTS, WGRADS, forced
@@ -63,12 +64,14 @@ class FixedDropout(nn.Module):
 class Twin:
     """The net in torch, float64, and torch's own SGD."""
 
-    def __init__(self, net, dropout):
+    def __init__(self, net, shape, dropout):
         self.module = torch_twin(net).double()
         self.drops = []
+        stages = lower(net, shape, target="cpu", loss=gn.CrossEntropyLoss(), grads=True).stages
+        drawn = (e.where.layers[0] for e in stages.traced.eqns if e.op == "dropout")
         for name, child in list(self.module.named_modules()):
             if isinstance(child, nn.Dropout) and dropout:
-                drop = FixedDropout(name, child.p)
+                drop = FixedDropout(next(drawn), child.p)  # by its display name, in order
                 self.module.set_submodule(name, drop)
                 self.drops.append(drop)
         self.sgd = torch.optim.SGD(
@@ -108,7 +111,7 @@ def check(model, dropout, target, **kw):
 
 def check_one(model, dropout, target, seed, *, decay=DECAY, planted=0.0, steps=2):
     net, shape, x, y = made(model, dropout, seed)
-    twin = Twin(net, dropout)
+    twin = Twin(net, shape, dropout)
     common = {"target": target, "loss": gn.CrossEntropyLoss(), "seed": SEED}
     loss, grads = gn.compile(net, shape, grads=True, **common)(x, y)
     want = twin.loss(x, y)

@@ -92,7 +92,7 @@ def test_a_batch_too_large_is_refused_before_anything_is_allocated(monkeypatch):
     free = int(2e9)
     for name, value in {
         "is_available": True, "current_device": 0, "memory_reserved": 0, "memory_allocated": 0,
-        "mem_get_info": (free, int(80e9)),
+        "mem_get_info": (free, int(80e9)), "get_device_name": "none of ours",
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     net = gn.models.alexnet()
