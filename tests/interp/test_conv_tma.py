@@ -2,6 +2,7 @@
 reason, and without a spill."""
 
 import pytest
+import torch
 
 import graphnet as gn
 from graphnet import config
@@ -12,6 +13,7 @@ from graphnet.lowering.build import compile_launches
 from graphnet.lowering.cost import padded_flops
 from graphnet.lowering.loaders import choose_loader
 from graphnet.lowering.tuning import SHARED_BYTES, TAPS, forced
+from tests.configs import hold as hold_configurations
 from tests.convs import ROWS, hold
 
 OPS = ("conv2d_dgrad", "conv2d", "conv2d_wgrad")  # the first for stride 1 alone
@@ -109,3 +111,14 @@ def test_every_convolution_of_every_variant_on_sm_90(model):
     launches = boxed(model)
     assert len(launches) == 4 + 4 + 4
     hold_binaries(launches)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_rules_configurations_in_front_of_every_epilogue(precision):
+    """Bias and relu, the mask of the gradient, the update; what the GPU runs at full size."""
+    torch.manual_seed(0)
+    net = gn.Sequential(
+        gn.Conv2d(3, 16, 3), gn.ReLU(), gn.Conv2d(16, 16, (2, 1), padding=1), gn.ReLU(),
+        gn.Conv2d(16, 16, 2), gn.Flatten(), gn.Linear(16 * 2 * 3, 3),
+    )  # fmt: skip
+    hold_configurations(net, (2, 3, 4, 4), precision, "interpret", "tma", 1)
