@@ -124,8 +124,8 @@ benches() {
         step 60 "LeNet-5 on digits" "$PYTHON" benchmarks/mnist99.py --target cpu --data digits \
             --epochs 1 --seeds 0 --json "$OUT"
     elif [[ -n ${GRAPHNET_DATA:-} ]]; then
-        step 40 "LeNet-5 to 99 %" "$PYTHON" benchmarks/mnist99.py --target cuda --seeds 0-9 \
-            --json "$OUT"
+        step 45 "LeNet-5 to 99 %" "$PYTHON" benchmarks/mnist99.py --target cuda --seeds 0-9 \
+            --batch 256,128 --json "$OUT"
     else
         echo "== LeNet-5 to 99 %: skipped, GRAPHNET_DATA names no folder with MNIST"
     fi

@@ -128,8 +128,8 @@ class _Bench:
         self.look_at_clocks()
         if c.parity_steps:
             self.check(work)
-        mine = ours.start_all(work, self.target)
-        self.add(mine, {}, "")
+        mine, failures = ours.start_all(work, self.target)
+        self.add(mine, failures, OURS)
         beside, failures = ours.start_ablations(work, self.target, c.ablate)
         self.add(beside, failures, "ablation")
         kinds = c.against or ("",)

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -322,6 +323,35 @@ def test_parity_without_dropout_leaves_the_net_alone():
     net = every_layer()
     assert [m.p for m in parity.without_dropout(net).modules() if hasattr(m, "p")] == [0.0]
     assert [m.p for m in net.modules() if hasattr(m, "p")] == [0.5]
+
+
+def test_the_step_as_one_kernel_must_have_the_same_losses(monkeypatch):
+    monkeypatch.setattr(ours, "SAME_STEPS", 3)
+    tiny = gn.Sequential(gn.Flatten(), gn.Linear(784, 10))
+    run = ours._persistent(work(net=tiny), "interpret")
+    assert torch.isfinite(run(2)).all()
+    real = ours.compiled
+
+    def other_rate(w, target, persistent):
+        return real(replace(w, sgd=gn.SGD(lr=0.02)) if persistent else w, target)
+
+    monkeypatch.setattr(ours, "compiled", other_rate)
+    with pytest.raises(NumericsError, match="in step 1 its loss is"):
+        ours._persistent(work(net=tiny), "cpu")
+
+
+def test_a_net_too_large_for_one_kernel_is_a_row_that_says_so(monkeypatch, fake_cuda):
+    real = ours.compiled
+
+    def on_cpu(w, target, **more):
+        if more.get("persistent"):
+            raise ConfigError("too large for one kernel")
+        return real(w, "cpu")
+
+    monkeypatch.setattr(ours, "compiled", on_cpu)
+    started, failures = ours.start_all(work(), "cuda")
+    assert [c.name for c in started] == ["graphnet", "graphnet bind/run"]
+    assert failures == {"graphnet persistent": "not applicable: too large for one kernel"}
 
 
 # ---- baselines -------------------------------------------------------------------------------

@@ -133,9 +133,10 @@ def test_goals_are_reached_missed_or_not_measured(measured):
 
 def seeds(times, accuracy=0.991):
     return [
-        {"seed": k, "steps": 705, "compile_s": 1.0, "train_s": t, "accuracy": accuracy}
+        {"seed": k, "way": "plain", "batch": 256, "steps": 705, "compile_s": 1.0, "train_s": t,
+         "accuracy": accuracy}
         for k, t in enumerate(times)
-    ]
+    ]  # fmt: skip
 
 
 def test_the_goal_of_ten_seeds_takes_ten_that_arrive():
@@ -144,6 +145,9 @@ def test_the_goal_of_ten_seeds_takes_ten_that_arrive():
     assert verdicts({**r, "rows": seeds([0.03] * 9)})[what] == ("not measured", "-")
     assert verdicts({**r, "rows": seeds([0.03] * 10)})[what] == ("30 ms", "reached")
     assert verdicts({**r, "rows": seeds([0.03] * 10, 0.98)})[what][1] == "**missed**"
+    quicker = [row | {"way": "persistent"} for row in seeds([0.01] * 10)]
+    both = {**r, "rows": seeds([0.03] * 10) + quicker}
+    assert verdicts(both)[what] == ("10 ms", "stretch reached")
 
 
 def tuned(*pairs, shape=(1, 2), verdict="right", **more):
