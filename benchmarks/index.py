@@ -142,12 +142,12 @@ def _ours(results: Results, w: Workload) -> list[list[str]]:
         found = max(fits, key=lambda r: r["date"], default=None)
         ms = ours_ms(found) if found else None
         if found is None or ms is None:
-            rows.append([f"**graphnet, {precision}**", NOT_MEASURED, "-", "-", "-"])
+            rows.append([f"**graphnet, {precision}**", NOT_MEASURED, "-", "-"])
             continue
         for name, value in [("graphnet", ms), *_peers(found)]:
             rows.append([
                 f"**{name}, {precision}, {machine(found)}**", f"{value:.4g}", "-",
-                f"{1e3 * batch / value:,.0f}", "our run",
+                f"{1e3 * batch / value:,.0f}",
             ])  # fmt: skip
     return rows
 
@@ -165,9 +165,10 @@ def history(results: Results) -> str:
         rows = _ours(results, w)
         for f in w.figures:
             pair = f"{f.parts[0]:g} / {f.parts[1]:g}" if f.parts else "-"
-            rows.append([f.who, f"{f.ms:g}", pair, f"{1e3 * w.images / f.ms:,.0f}", f.source])
-        head = ["who", "ms", "forward / backward", "images/s", "source"]
-        parts += [f"### {w.title}", table(head, rows), w.note, f"```\n{w.command}\n```"]
+            rows.append([f.who, f"{f.ms:g}", pair, f"{1e3 * w.images / f.ms:,.0f}"])
+        head = ["who", "ms", "forward / backward", "images/s"]
+        said = f"Published in {w.source}. {w.note}".rstrip()
+        parts += [f"### {w.title}", table(head, rows), said, f"```\n{w.command}\n```"]
     return "\n\n".join(parts)
 
 

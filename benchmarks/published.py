@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CONVNET = "convnet-benchmarks, README (S. Chintala, 2016); Titan X (Maxwell), mean of 10"
-KERNELBENCH = "KernelBench, results/timing at 1f8d20f (Dec 2025); fp32 weights, NCHW"
+CONVNET = (
+    "[convnet-benchmarks](https://github.com/soumith/convnet-benchmarks), README (S. Chintala,"
+    " 2016); Titan X (Maxwell), mean of 10"
+)
+KERNELBENCH = (
+    "[KernelBench](https://github.com/ScalingIntelligence/KernelBench), results/timing at 1f8d20f"
+    " (Dec 2025); fp32 weights, NCHW"
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,6 @@ class Published:
     who: str
     ms: float
     parts: tuple[float, float] | None = None
-    source: str = CONVNET
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Workload:
     """
 
     title: str
+    source: str
     figures: tuple[Published, ...]
     command: str
     match: tuple[str, str, int, tuple[str, ...], bool]
@@ -48,12 +54,13 @@ _CONVNET = [
 
 
 def _kernelbench(*rows: tuple[str, float]) -> tuple[Published, ...]:
-    return tuple(Published(who, ms, None, KERNELBENCH) for who, ms in rows)
+    return tuple(Published(who, ms) for who, ms in rows)
 
 
 WORKLOADS = (
     Workload(
         "AlexNet (One weird trick), 128 x 3 x 224 x 224, forward and backward",
+        CONVNET,
         tuple(Published(who, ms, (f, b)) for who, ms, f, b in _CONVNET),
         "graphnet bench alexnet_owt --batch 128 --no-update --no-dropout --precision bf16"
         " --against eager,eager-graph,compile --json benchmarks/results",
@@ -62,6 +69,7 @@ WORKLOADS = (
     ),
     Workload(
         "AlexNet without normalization, batch 1024, 224 x 224, forward",
+        KERNELBENCH,
         _kernelbench(
             ("H100 SXM, torch.compile", 16.7), ("H100 SXM, eager", 23.7),
             ("H100 PCIe, torch.compile", 24.3), ("H100 PCIe, eager", 35.6),
@@ -74,6 +82,7 @@ WORKLOADS = (
     ),
     Workload(
         "LeNet-5, batch 4096, 32 x 32, forward",
+        KERNELBENCH,
         _kernelbench(("H100 SXM, torch.compile", 0.769), ("H100 SXM, eager", 0.821)),
         "graphnet bench benchmarks/nets.py:kernelbench_lenet5 --batch 4096 --infer"
         " --precision tf32 --against eager,eager-graph,compile --json benchmarks/results",
