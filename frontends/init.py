@@ -66,7 +66,7 @@ def kaiming_normal_(
     """He et al. (2015): std sqrt(2 / fan), which keeps the variance through layers with ReLU."""
     if mode not in ("fan_in", "fan_out"):
         raise ConfigError(f"mode {mode!r}", help='"fan_in" or "fan_out"')
-    draw = torch.nn.init.kaiming_normal_
+    draw: Any = torch.nn.init.kaiming_normal_
     return _fill(
         net, lambda w, g: draw(w, mode=mode, nonlinearity="relu", generator=g), bias, seed
     )  # fmt: skip
