@@ -24,11 +24,16 @@ class Accumulated(TrainStep):
         common = {k: v for k, v in kwargs.items() if k not in ("optimizer", "knobs")}
         self.every = every
         self._adding = Program(**common | {"stages": adding.stages, "plan": adding.plan})
+        self._ran: Program = self
+
+    @property
+    def ran(self) -> Program:
+        return self._ran
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         state = self.state
         last = state.pending + 1 >= self.every
-        program: Program = self if last else self._adding
+        program = self._ran = self if last else self._adding
         rows = state.pending_rows + program._feed(x, y)
         if last:
             self._storage["rows"].fill_(rows)

@@ -233,6 +233,11 @@ class TrainStep(Program):
         )  # fmt: skip
         self._bound: Bound | None = None
 
+    @property
+    def ran(self) -> Program:
+        """The program whose buffers hold the latest step."""
+        return self
+
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self._feed(x, y)
         self._step()

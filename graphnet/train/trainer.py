@@ -14,11 +14,13 @@ import torch
 from graphnet.api import compile
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
+from graphnet.runtime.diagnose import Finding, first_nonfinite
 from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.schedule import Schedule, turn
 
 _DRAIN = 1024  # losses fetched at a time at most; the device keeps 4,096
+_PATIENCE = 50  # steps in a row that are not finite before a skipping run ends
 _DRAIN_S = 0.5  # seconds between two fetches, each of which waits for the device
 
 
@@ -31,6 +33,8 @@ class Partial:
     loss: float = 0.0  # sum of rows * loss
     seconds: float = 0.0
     trained: bool = False  # only the evaluation is left
+    skipped: int = 0  # steps that were not finite, and their rows
+    skipped_rows: int = 0
 
 
 class Callback:
@@ -44,6 +48,9 @@ class Callback:
 
     def on_losses(self, trainer: Trainer, losses: Sequence[float]) -> None:
         """The losses of the latest steps, fetched together about twice a second."""
+
+    def on_skip(self, trainer: Trainer, step: int, finding: Finding | None) -> None:
+        """A step that was not finite was left out (`nonfinite="skip"`), and what was found."""
 
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After each epoch and its evaluation: the place for checkpoints."""
@@ -61,6 +68,10 @@ class Trainer:
     schedule   step -> lr, see graphnet.train.schedule; None leaves the optimizer's lr alone. One
                with `observe(loss)` hears the validation loss (else the training loss) of each epoch
     callbacks  `Callback` objects, called in order
+    accumulate, clip_norm  as for gn.compile
+    nonfinite  "stop": a step whose loss is not finite raises NumericsError, names the layer and
+               leaves the state as it was; "skip": it is left out, as is one whose gradients are
+               not finite (which costs the update fusion), and 50 in a row raise
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
 
@@ -75,7 +86,14 @@ class Trainer:
         target: str = "auto",
         precision: str = "fp32",
         seed: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        nonfinite: str = "stop",
     ) -> None:
+        self.handling: dict[str, Any] = {
+            "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite
+        }  # fmt: skip
+        self.nonfinite, self._bad = nonfinite, 0
         self.net, self.loss, self.optimizer = net, loss, optimizer
         self.schedule: Any = schedule
         self.callbacks = list(callbacks)
@@ -93,7 +111,9 @@ class Trainer:
         call it before `load_state_dict` to resume."""
         if self.program is None or self.program.shape != tuple(shape):
             common = {"target": self.target, "precision": self.precision, "loss": self.loss}
-            step = compile(self.net, shape, seed=self.seed, optimizer=self.optimizer, **common)
+            step = compile(
+                self.net, shape, seed=self.seed, optimizer=self.optimizer, **common, **self.handling
+            )
             evaluation = compile(self.net, shape, **common)
             assert isinstance(step, TrainStep) and isinstance(evaluation, Evaluate)
             self.program, self.evaluation = step, evaluation
@@ -155,9 +175,10 @@ class Trainer:
             return None
         metrics = {
             "epoch": self.epoch + 1, "step": self.step, "lr": program.optimizer.lr,
-            "train_loss": now.loss / now.rows, "seconds": now.seconds,
+            "train_loss": now.loss / max(1, now.rows - now.skipped_rows), "seconds": now.seconds,
             "images_per_s": now.rows / now.seconds,
         }  # fmt: skip
+        metrics |= {"skipped": now.skipped} if now.skipped else {}
         if val is not None:
             found = self._evaluate(val, interruptible=True)
             if found is None:
@@ -190,38 +211,62 @@ class Trainer:
             now.rows += len(x)
             pending.append((len(x), loss))
             if every_step:
-                self._finite(loss.item(), self.step - 1)
+                if math.isfinite(value := loss.item()):
+                    self._bad = 0
+                else:
+                    self._nonfinite(value, self.step - 1)
             if len(pending) == _DRAIN or time.perf_counter() - drained > _DRAIN_S:
-                now.loss += self._drain(pending)
+                self._drain(pending, now)
                 drained = time.perf_counter()
             for c in self.callbacks:
                 c.on_step(self, loss)
         if hasattr(train, "state") and train.state()["epoch"] > self.epoch:
             now.trained = True  # stopped behind the last batch, before the end was asked for
-        now.loss += self._drain(pending)
+        self._drain(pending, now)
         now.seconds += time.perf_counter() - start
         if now.trained and not now.rows:
             raise DataError("the training data holds no batch")
 
-    def _finite(self, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise NumericsError(
-                f"the loss is {value} at step {step}", help="lower the learning rate"
-            )
+    def _nonfinite(self, value: float, step: int) -> None:
+        """The policy, for a step whose recorded loss is not finite. The layer can be named as long
+        as no later step has run: always where each loss is read at once."""
+        assert self.program is not None
+        finding = first_nonfinite(self.program.ran) if step == self.step - 1 else None
+        self._bad += 1
+        if self.nonfinite == "skip" and self._bad < _PATIENCE:
+            for c in self.callbacks:
+                c.on_skip(self, step, finding)
+            return
+        text = f"the loss is {value} at step {step}"
+        if self.nonfinite == "skip":
+            text = f"{self._bad} steps in a row were not finite; {text}"
+        raise NumericsError(
+            f"{text}: {finding.what}" if finding else text,
+            layer=finding.layer or None if finding else None,
+            where=finding.where or None if finding else None,
+            help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
+            ' (nonfinite="skip")',
+        )
 
-    def _drain(self, pending: list[tuple[int, torch.Tensor]]) -> float:
-        """Sum of rows * loss; empties the list and tells the callbacks."""
+    def _drain(self, pending: list[tuple[int, torch.Tensor]], now: Partial) -> None:
+        """Adds the losses to the epoch's, empties the list and tells the callbacks."""
         if not pending:
-            return 0.0
+            return
+        assert self.program is not None
         losses = torch.stack([loss for _, loss in pending]).double().cpu().tolist()
-        first = self.step - len(pending)
-        for at, value in enumerate(losses):
-            self._finite(value, first + at)
-        total = sum(n * v for (n, _), v in zip(pending, losses, strict=True))
+        first, seen = self.step - len(pending), self.program.device.type == "cpu"
+        for at, ((rows, _), value) in enumerate(zip(pending, losses, strict=True)):
+            if math.isfinite(value):
+                now.loss += rows * value
+                self._bad = self._bad if seen else 0
+                continue
+            now.skipped, now.skipped_rows = now.skipped + 1, now.skipped_rows + rows
+            if not seen:
+                self._nonfinite(value, first + at)
         pending.clear()
-        for c in self.callbacks:
-            c.on_losses(self, losses)
-        return total
+        if fine := [v for v in losses if math.isfinite(v)]:
+            for c in self.callbacks:
+                c.on_losses(self, fine)
 
     def evaluate(self, val: Any, batch: int = 128) -> tuple[float, float]:
         """(mean loss, accuracy between 0 and 1) over a data set, by the evaluation program."""

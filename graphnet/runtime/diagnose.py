@@ -1,0 +1,92 @@
+"""Where a step stopped being finite: the layer, found by running its joint graph again, unfused.
+
+The compiled step carries nothing for this. Its guard (`nonfinite=`) has left the state as it was,
+and its inputs are still in their buffers: the ops' own formulas give the same numbers again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graphnet.ir.graph import Eqn, Input, Value
+from graphnet.ops.fused import run_eqn
+from graphnet.runtime.program import Program
+
+_BOOKS = ("record_step", "if_finite")  # what hides or only repeats a bad value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first thing that is not finite. `what` is the sentence, `layer` its display name."""
+
+    layer: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{f'layer {self.layer}: ' if self.layer else ''}{self.what}"
+
+
+def first_nonfinite(program: Program) -> Finding | None:
+    """Of the step that the program ran last: input, then parameters, then each equation in order.
+
+    None where the formulas stay finite: then only the rounding of the compiled step overflowed.
+    """
+    graph = program.stages.joint
+    env: dict[Value, torch.Tensor] = {}
+    params = {i.value.name: i for i in graph.inputs if i.role == "param"}
+    for i in graph.inputs:
+        if (held := _held(program, i)) is not None:
+            env[i.value] = held
+    inputs = [i for i in graph.inputs if i.role == "data" and i.value in env]
+    for i in inputs:
+        if bad := _kind(env[i.value]):
+            rows = (~torch.isfinite(env[i.value].flatten(1))).any(1).nonzero()
+            return Finding("", "", f"the input holds {bad} in row {int(rows[0])} of the batch")
+    reader: dict[Value, Eqn] = {}
+    for e in graph.eqns:
+        for v in e.inputs:
+            reader.setdefault(v, e)
+    # A bad gradient spreads from its layer towards the input: the last one is where it began.
+    for i in reversed(params.values()):
+        if i.value in env and (bad := _kind(env[i.value])):
+            what = f"the parameter {i.value.name} held {bad} before this step"
+            return _found(reader.get(i.value), what)
+    for e in graph.eqns:
+        if e.op in _BOOKS or any(v not in env for v in e.inputs):
+            continue
+        outs = run_eqn(e, [env[v] for v in e.inputs], "cpu")
+        for v, out in zip(e.outputs, outs, strict=False):
+            if v is None or out is None:
+                continue
+            env[v] = out
+            if bad := _kind(out):
+                side = "gradient" if e.where.by == "autodiff" else "result"
+                return _found(e, f"the {side} of {e.op} is the first to hold {bad}")
+    return None
+
+
+def _held(program: Program, i: Input) -> torch.Tensor | None:
+    """The value of an input at the start of the step, on the CPU; None where the step has none."""
+    name, type = i.value.name, i.value.type
+    if i.role == "derived":  # laid out as its kernel wants it: made again instead
+        return program._storage[i.of].detach().cpu().to(type.dtype.torch)
+    tensor = program._storage.get(name)
+    if tensor is None:
+        return None
+    held = tensor.detach().cpu()
+    return held - 1 if name == "step" else held  # it has counted on
+
+
+def _kind(t: torch.Tensor) -> str:
+    """NaN or inf, whichever the tensor holds; an empty string for neither."""
+    if not t.is_floating_point() or bool(torch.isfinite(t).all()):
+        return ""
+    return "NaN" if bool(torch.isnan(t).any()) else "inf"
+
+
+def _found(e: Eqn | None, what: str) -> Finding:
+    layers = e.where.layers if e is not None else ()
+    return Finding(layers[0] if layers else "", e.where.place if e is not None else "", what)
