@@ -126,21 +126,18 @@ class _Bench:
         c = self.c
         work = _work(c, self.device)
         self.look_at_clocks()
+        # Ours come first: what the check compiles would make their first step a warm one.
+        mine, failures = ours.start_all(work, self.target)
         if c.parity_steps:
             self.check(work)
-        mine, failures = ours.start_all(work, self.target)
         self.add(mine, failures, OURS)
         beside, failures = ours.start_ablations(work, self.target, c.ablate)
         self.add(beside, failures, "ablation")
         kinds = c.against or ("",)
         for kind in kinds:
             if kind:
-                tried, failures = peers.start_all(work, kind)
-                self.add(tried, failures, kind)
-                beside += tried
-            # What runs in a group shares its seconds; the groups share by what could run in them.
-            self.group([*mine, *beside], c.seconds / len(kinds))
-            beside = []
+                beside += self.peers(work, kind)
+            self.group(mine, beside, c.seconds / len(kinds))
             if c.by_layer and self.result["layers"] is None:  # early: a late end keeps it
                 self.by_layer(work)
         self.count()
@@ -156,6 +153,11 @@ class _Bench:
         if not found.ok:
             raise NumericsError(str(found), help="no speed is reported for wrong results")
 
+    def peers(self, work: Work, kind: str) -> list[Contestant]:
+        started, failures = peers.start_all(work, kind)
+        self.add(started, failures, kind)
+        return started
+
     def add(self, started: list[Contestant], failures: dict[str, str], kind: str) -> None:
         for c in started:
             self.found.kinds[c.name] = c.kind
@@ -164,8 +166,8 @@ class _Bench:
             self.found.kinds[name] = kind
             self.found.failures[name] = why
 
-    def group(self, contestants: list[Contestant], seconds: float) -> None:
-        """Rounds of these; then all but the quickest of each kind are let go."""
+    def group(self, mine: list[Contestant], beside: list[Contestant], seconds: float) -> None:
+        """Rounds of ours and those beside, which then are let go but for the quickest of a kind."""
         place = len(self.found.groups)
 
         def note(times: dict[str, Timing]) -> None:
@@ -178,13 +180,14 @@ class _Bench:
             self.found.failures[c.name] = sentence(error)
 
         measure(
-            contestants, rounds=self.c.rounds, seconds=seconds, on_round=note, on_failure=lost
-        )
+            [*mine, *beside], rounds=self.c.rounds, seconds=seconds, on_round=note,
+            on_failure=lost,
+        )  # fmt: skip
         self.look_at_clocks()
         self.save()
         top = set(self.found.best().values())
-        self.kept |= {c.name: c for c in contestants if c.name in top}
-        contestants.clear()
+        self.kept |= {c.name: c for c in [*mine, *beside] if c.name in top}
+        beside.clear()  # the next kind needs the memory
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,32 @@ def test_one_kind_after_the_other_so_a_late_end_keeps_the_first(monkeypatch, tmp
         bench.run_bench(quick(against=("eager", "compile")), tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["best"]["eager"] and found["ratio"]["eager"]["median"] > 0
+
+
+def test_a_kind_lets_go_of_its_memory_before_the_next_is_built(monkeypatch):
+    real, held = peers.start_all, []
+
+    def tracked(work, kind):
+        alive = [ref for ref in held if ref() is not None]
+        assert len(alive) <= 1, "only the quickest of a kind stays"
+        started, failures = real(work, "eager")
+        for c in started:
+            c.name, c.kind = c.name.replace("eager", kind), kind
+        held.extend(weakref.ref(c.run) for c in started)
+        return started, failures
+
+    monkeypatch.setattr(peers, "start_all", tracked)
+    bench.run_bench(quick(mode="infer", against=("eager", "compile")))
+    assert len(held) == 4
+
+
+def test_our_first_step_is_timed_before_the_check_can_warm_it_up(monkeypatch):
+    order = []
+    start, check = ours.start_all, parity.check
+    monkeypatch.setattr(ours, "start_all", lambda *a: order.append("start") or start(*a))
+    monkeypatch.setattr(parity, "check", lambda *a: order.append("check") or check(*a))
+    bench.run_bench(quick(mode="infer"))
+    assert order == ["start", "check"]
 
 
 @pytest.mark.parametrize(
