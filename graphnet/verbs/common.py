@@ -21,13 +21,26 @@ Precision = Annotated[str, typer.Option(help="fp32, tf32 or bf16")]
 Target = Annotated[str, typer.Option(help="auto, cuda, cpu or interpret")]
 Persistent = Annotated[bool, typer.Option("--persistent", help="the step as one kernel")]
 Train = Annotated[bool, typer.Option("--train", help="the training step instead of inference")]
+Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw")]
+Accumulate = Annotated[int, typer.Option(min=1, help="calls whose gradients one update applies")]
+ClipNorm = Annotated[float | None, typer.Option(help="global norm that gradients are cut down to")]
+Nonfinite = Annotated[
+    str | None, typer.Option(help="stop (guard by the loss) or skip (by the gradients too)")
+]
+_PLAIN = {"accumulate": 1, "clip_norm": None, "nonfinite": None}
 
-def training(wanted: bool) -> dict[str, Any]:
-    """The loss and the optimizer that `--train` stands for."""
+
+def training(wanted: bool, optimizer: str = "sgd", **handling: Any) -> dict[str, Any]:
+    """The loss and the optimizer that `--train` stands for, and how gradients are treated."""
     import graphnet as gn
+    from graphnet.ops.optimizers import by_name
 
-    sgd = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4)
-    return {"loss": gn.CrossEntropyLoss(), "optimizer": sgd} if wanted else {}
+    spec = by_name(optimizer, 0.01, momentum=0.9, weight_decay=5e-4)
+    if wanted:
+        return {"loss": gn.CrossEntropyLoss(), "optimizer": spec, **handling}
+    if optimizer != "sgd" or handling not in ({}, _PLAIN):
+        raise gn.ConfigError("options of training without --train", help="add --train")
+    return {}
 
 
 def emit(data: Any) -> None:

@@ -9,9 +9,13 @@ import typer
 
 from graphnet.frontends.loading import input_shape, load_model
 from graphnet.verbs.common import (
+    Accumulate,
     Batch,
+    ClipNorm,
     Json,
     Model,
+    Nonfinite,
+    Optimizer,
     Persistent,
     Precision,
     Target,
@@ -43,6 +47,10 @@ def inspect(
     gpu: Annotated[str, typer.Option(help="whose ceilings the floors are for")] = "h200",
     stage: Annotated[str, typer.Option(help="traced, joint, fused or plan")] = "plan",
     persistent: Persistent = False,
+    optimizer: Optimizer = "sgd",
+    accumulate: Accumulate = 1,
+    clip_norm: ClipNorm = None,
+    nonfinite: Nonfinite = None,
     why: Annotated[bool, typer.Option("--why", help="what was not fused, and why")] = False,
     as_json: Json = False,
 ) -> None:
@@ -53,9 +61,10 @@ def inspect(
     check_choices(stage, gpu)
     net = load_model(model)
     shape = input_shape(net, batch)
-    low = lower(
-        net, shape, target=target, precision=precision, persistent=persistent, **training(train)
+    wanted = training(
+        train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
+    low = lower(net, shape, target=target, precision=precision, persistent=persistent, **wanted)
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,
@@ -75,6 +84,10 @@ def compile_(
     train: Train = False,
     precision: Precision = "fp32",
     persistent: Persistent = False,
+    optimizer: Optimizer = "sgd",
+    accumulate: Accumulate = 1,
+    clip_norm: ClipNorm = None,
+    nonfinite: Nonfinite = None,
     arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
     out: Annotated[Path | None, typer.Option(help="folder for the binaries")] = None,
     as_json: Json = False,
@@ -84,10 +97,12 @@ def compile_(
 
     net = load_model(model)
     shape = input_shape(net, batch)
+    wanted = training(
+        train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
+    )
     report = gn.build(
-        net, shape, precision=precision, arch=arch, out=out, persistent=persistent,
-        **training(train),
-    )  # fmt: skip
+        net, shape, precision=precision, arch=arch, out=out, persistent=persistent, **wanted
+    )
     if as_json:
         emit(report.as_dict())
     else:

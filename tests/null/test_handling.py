@@ -178,3 +178,62 @@ def test_bad_settings_are_refused(options):
     options = {"optimizer": gn.SGD(0.1)} | options
     with pytest.raises(gn.ConfigError):
         gn.compile(net, (4, WIDTH), target="cpu", loss=LOSS, **options)
+
+
+def test_the_command_line_prints_the_price(capsys):
+    from graphnet.cli import main
+
+    def said(*words):
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", "lenet5", "--batch", "32", *words])
+        return end.value.code, *capsys.readouterr()
+
+    code, out, _ = said("--train", "--clip-norm", "1", "--optimizer", "adamw", "--why")
+    assert code == 0 and "740 kB more are written and read at each step" in out
+    code, out, _ = said("--train", "--accumulate", "4", "--why")
+    assert code == 0 and "the norm of all gradients" not in out
+    for words in (
+        ["--clip-norm", "1"], ["--train", "--clip-norm", "0"], ["--optimizer", "adam"],
+        ["--train", "--optimizer", "lion"], ["--train", "--nonfinite", "pray"],
+    ):  # fmt: skip
+        code, out, err = said(*words)
+        assert code == 2 and out == "" and err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize("spec", [
+    gn.SGD(0.05), gn.SGD(0.05, 0.9, form="classic"), gn.SGD(0.05, 0.9, nesterov=True, l1=1e-3),
+    gn.Adam(0.01), gn.AdamW(0.01),
+], ids=["sgd", "classic", "nesterov", "adam", "adamw"])  # fmt: skip
+@pytest.mark.parametrize("stop", [4, 6])
+def test_a_run_cut_in_a_group_goes_on_bit_for_bit(spec, stop, tmp_path):
+    """Four steps an epoch, groups of three: after 4 and 6 steps, in a group and between two."""
+    from graphnet.train import checkpoint
+    from graphnet.train.callbacks import Checkpoints, restore
+    from graphnet.train.trainer import Callback
+
+    class StopAt(Callback):
+        def on_step(self, trainer, loss):
+            trainer.stop = trainer.step == stop
+
+    def made():
+        torch.manual_seed(4)
+        net = gn.Sequential(gn.Flatten(), gn.Linear(9, 6), gn.ReLU(), gn.Dropout(), gn.Linear(6, 3))
+        schedule = gn.schedule.one_cycle(0.05, 12)
+        return gn.Trainer(
+            net, LOSS, spec, schedule, target="cpu", accumulate=3, clip_norm=0.5, nonfinite="skip"
+        )
+
+    g = torch.Generator().manual_seed(0)
+    data = torch.rand(30, 1, 3, 3, generator=g), torch.randint(0, 3, (30,), generator=g)
+    whole, first, second = made(), made(), made()
+    whole.fit(data, epochs=3, batch=8)
+    first.callbacks = [Checkpoints(tmp_path), StopAt()]
+    first.fit(data, epochs=3, batch=8)
+    assert first.step == stop and first.program.state.pending == stop % 3
+    second.compile((8, 1, 3, 3))
+    restore(second, checkpoint.load_latest(tmp_path))
+    second.fit(data, epochs=3, batch=8)
+    want, got = ({**t.net.state_dict(), **t.state_dict()} for t in (whole, second))
+    assert want.keys() == got.keys() and want["step"] == 12
+    for key, value in want.items():
+        assert torch.equal(value, got[key]), key
