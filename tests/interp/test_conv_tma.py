@@ -33,7 +33,7 @@ def test_every_loader_is_the_oracle(row, dtype, loader):
         assert kernel.endswith(loader), kernel
 
 
-@pytest.mark.parametrize("row", ROWS[:4], ids=lambda r: r.note.replace(" ", "-"))
+@pytest.mark.parametrize("row", ROWS[1:4:2], ids=lambda r: r.note.replace(" ", "-"))
 def test_filters_in_torchs_layout_come_by_pointer(row):
     for op in OPS[:2]:
         assert hold(op, row, f32, "tma", filters="") == "conv2d_tma"
