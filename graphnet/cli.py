@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         # What typer says of a wrong option, without its panel.
         usage = getattr(error, "format_message", None)
-        text = usage() if usage else _one_line(error)
+        text = " ".join(usage().split()) if usage else _one_line(error)
         typer.echo(f"graphnet: {text}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         sys.exit(2 if bad_input else 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphnet.train import checkpoint
+from graphnet.train import checkpoint, rundir
 from graphnet.train.rundir import MetricsLog
 from graphnet.train.trainer import Callback, Trainer
 
@@ -20,6 +20,7 @@ class Metrics(Callback):
     """
 
     def __init__(self, run: Path) -> None:
+        self.run = run
         self._log = MetricsLog(run)
 
     def on_losses(self, trainer: Trainer, losses: Sequence[float]) -> None:
@@ -32,6 +33,7 @@ class Metrics(Callback):
 
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self._log.append({"kind": "epoch", **metrics})
+        rundir.write_csv(self.run, trainer.history)
 
     def on_end(self, trainer: Trainer) -> None:
         self._log.close()

@@ -63,3 +63,58 @@ def filters(path: Path, weight: torch.Tensor) -> None:
         if k < len(shown):
             axes.imshow(shown[k].squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
     _write(path, figure)
+
+
+def _shown(image: torch.Tensor) -> Any:
+    """An image f32[C, H, W] as matplotlib draws it, stretched to its own range."""
+    image = image.detach().float().cpu()
+    low, high = image.min(), image.max()
+    image = ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)
+    return image.numpy() if image.shape[2] == 3 else image.mean(2).numpy()
+
+
+def misclassified(
+    path: Path, rows: Sequence[tuple[float, torch.Tensor, int, int]], names: Sequence[str]
+) -> None:
+    """A contact sheet of mistakes (probability, image, label, answer), the surest first."""
+    from matplotlib.figure import Figure
+
+    columns = 8
+    lines = max(1, -(-len(rows) // columns))
+    figure = Figure(figsize=(columns * 1.25, lines * 1.6 + 0.5))
+    for k, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        axes.axis("off")
+        if k < len(rows):
+            p, image, label, answer = rows[k]
+            axes.imshow(_shown(image), cmap="gray", interpolation="nearest")
+            axes.set_title(f"{names[label]}, not {names[answer]}\n{p:.0%} sure", fontsize=7)
+    title = f"the {len(rows)} surest mistakes" if rows else "no mistakes"
+    figure.suptitle(f"{title} (label, not answer)", fontsize=10)
+    _write(path, figure)
+
+
+def confusion(path: Path, counts: torch.Tensor, names: Sequence[str]) -> None:
+    """How often a label (row) was answered with a class (column), in percent of the label."""
+    from matplotlib.figure import Figure
+
+    n = len(counts)
+    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    size = max(4.0, min(14.0, 0.45 * n))
+    figure = Figure(figsize=(size + 1, size))
+    axes = figure.subplots()
+    drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    if n <= 30:
+        axes.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 3 else 0)
+        axes.set_yticks(range(n), names)
+        for i in range(n):
+            for j in range(n):
+                if counts[i, j]:
+                    dark = "white" if share[i, j] > 50 else "black"
+                    axes.text(j, i, f"{share[i, j]:.0f}" if share[i, j] >= 0.5 else "·",
+                              ha="center", va="center", fontsize=7, color=dark)  # fmt: skip
+    axes.set_xlabel("answer")
+    axes.set_ylabel("label")
+    wrong = int(counts.sum() - counts.diag().sum())
+    axes.set_title(f"percent of each label; {wrong} of {int(counts.sum())} wrong", fontsize=10)
+    figure.colorbar(drawn, ax=axes, fraction=0.046)
+    _write(path, figure)

@@ -1,50 +1,35 @@
-"""A whole run from settings: the run folder, training, what is left behind, and evaluation."""
+"""A whole run from settings: the run folder, training, and what is left behind."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphnet import __version__
-from graphnet.api import compile
-from graphnet.errors import CheckpointError, ConfigError
+from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model
-from graphnet.ops.loss import CrossEntropyLoss
-from graphnet.ops.update import SGD
-from graphnet.runtime.program import Evaluate
-from graphnet.train import checkpoint, plots, rundir, schedule
+from graphnet.train import checkpoint, plots, rundir
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
 from graphnet.train.data import Batches, Dataset, check_classes, load
-from graphnet.train.folder import MAX_BAD, Folder, Reading
-from graphnet.train.metrics import RunningMean, confusion_matrix, topk_wrong
+from graphnet.train.evaluation import Tally, evaluate_run, write_about  # noqa: F401
+from graphnet.train.folder import Folder, Reading
+from graphnet.train.settings import (
+    RunConfig,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    prepare,
+    read_settings,
+)
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings of a run, as config.toml holds them."""
-
-    model: str
-    data: str
-    epochs: int = 3
-    batch: int = 128
-    target: str = "auto"
-    precision: str = "fp32"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    schedule: str = "cosine"
-    seed: int = 0
-    workers: int = 2
-    resize: int = 0
-    max_bad: float = MAX_BAD
 
 
 def run_training(
@@ -67,40 +52,90 @@ def run_training(
         if resume:
             settings = _settings_of(out, settings, given)
             found = checkpoint.load_latest(out)
-        torch.manual_seed(settings.seed)  # of the initial parameters
-        net = load_model(settings.model)
-        shape = input_shape(net, settings.batch)
         if found is not None and _finished(found.state, settings):
             return _result(settings, out, found.state["history"], found.step, 0)
-        train, test = (_load(settings, split, shape) for split in ("train", "test"))
-        reading = _reading(settings)
-        batches = Batches(
-            train, settings.batch, seed=settings.seed, reading=reading, cut="random"
-        )  # fmt: skip
-        tests = Batches(test, settings.batch, shuffle=False, reading=reading)
-        rate = schedule.by_name(settings.schedule, settings.lr, settings.epochs * len(batches))
-        sgd = SGD(
-            lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )  # fmt: skip
-        trainer = Trainer(
-            net, CrossEntropyLoss(), sgd, rate, target=settings.target,
-            precision=settings.precision, seed=settings.seed,
-        )  # fmt: skip
+        parts = _build(settings)
+        trainer, batches, tests = parts.trainer, parts.batches, parts.tests
         signals.watch(trainer)
-        check_classes(train, trainer.compile(shape).classes)
+        check_classes(parts.train, trainer.compile(parts.shape).classes)
         if found is not None:
             restore(trainer, found)
         elif not resume:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
-        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, (train, test))]
+            write_about(out, parts.train)
+        files = (parts.train, parts.test)
+        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, files)]
         if not quiet:
-            trainer.callbacks.append(Progress(settings.epochs, len(batches), len(train)))
+            trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)
         stopped = 0 if trainer.epoch >= settings.epochs else signals.received
-        _pictures(out, settings, trainer)
+        _pictures(out, settings, parts)
         return _result(settings, out, trainer.history, trainer.step, stopped)
+
+
+@dataclass
+class _Parts:
+    """What a run trains and on what."""
+
+    trainer: Trainer
+    train: Any
+    test: Any
+    batches: Any
+    tests: Any
+    shape: tuple[int, ...]
+
+
+def _build(settings: RunConfig) -> _Parts:
+    """Net, data and trainer of the settings. Touches no file but the data."""
+    torch.manual_seed(settings.seed)  # of the initial parameters
+    net = prepare(load_model(settings.model), settings)
+    shape = input_shape(net, settings.batch)
+    train, test = (_load(settings, split, shape) for split in ("train", "test"))
+    reading = _reading(settings)
+    batches = Batches(train, settings.batch, seed=settings.seed, reading=reading, cut="random")
+    if settings.overfit_batches:
+        train = test = _first(batches, settings.overfit_batches)
+        batches = Batches(train, settings.batch, seed=settings.seed)
+    tests = Batches(test, settings.batch, shuffle=False, reading=reading)
+    trainer = Trainer(
+        net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
+        target=settings.target, precision=settings.precision, seed=settings.seed,
+        accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
+        nonfinite=settings.nonfinite,
+    )  # fmt: skip
+    return _Parts(trainer, train, test, batches, tests, shape)
+
+
+def _first(batches: Batches, count: int) -> Dataset:
+    """The first batches as a data set of their own, normalised."""
+    parts = list(itertools.islice(batches, count))
+    x, y = (torch.cat(t) for t in zip(*parts, strict=True))
+    return Dataset(x, y, batches.dataset.classes, f"{count} batches of {batches.dataset.name}")
+
+
+def dry_run(settings: RunConfig) -> dict[str, Any]:
+    """Two steps and an evaluation of one batch on the real data, and what a run would take.
+
+    Leaves nothing behind.
+    """
+    parts = _build(settings)
+    step = parts.trainer.compile(parts.shape)
+    check_classes(parts.train, step.classes)
+    x, y = next(iter(parts.batches))
+    first = float(step(x, y))
+    start = time.perf_counter()
+    again = float(step(x, y))
+    seconds = time.perf_counter() - start
+    assert parts.trainer.evaluation is not None
+    held = float(parts.trainer.evaluation(*next(iter(parts.tests)))[0])
+    return {
+        "model": settings.model, "data": settings.data, "target": step.target,
+        "batches": len(parts.batches), "images": len(parts.train), "loss": first,
+        "next_loss": again, "test_loss": held, "step_s": seconds,
+        "epoch_s": seconds * len(parts.batches), "launches": len(step.plan.launches),
+        "peak_bytes": step.plan.peak_bytes,
+    }  # fmt: skip
 
 
 def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Folder:
@@ -131,26 +166,28 @@ def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunCon
     return have
 
 
-def read_settings(run: Path) -> RunConfig:
-    """The settings in a run's config.toml."""
-    data = rundir.read_config(run)
-    known = {f.name for f in fields(RunConfig)}
-    try:
-        return RunConfig(**{k: v for k, v in data.items() if k in known})
-    except TypeError as error:
-        raise ConfigError(f"{run / rundir.CONFIG} is not of a run: {error}") from None
-
-
 def _finished(state: dict[str, Any], settings: RunConfig) -> bool:
     return state["epoch"] >= settings.epochs
 
 
-def _pictures(out: Path, settings: RunConfig, trainer: Trainer) -> None:
+def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
+    """Curves and filters; of a finished run also what it got wrong, and as what."""
+    trainer = parts.trainer
     if trainer.history:
         plots.curves(out / "curves.png", trainer.history, f"{settings.model} on {settings.data}")
     convolutions = [t for t in trainer.net.state_dict().values() if t.ndim == 4]
     if convolutions:
         plots.filters(out / "filters.png", convolutions[0])
+    if trainer.epoch < settings.epochs or trainer.evaluation is None:
+        return
+    tally = Tally(trainer.evaluation.classes)
+    for x, y in parts.tests:
+        _, logits = trainer.evaluation(x, y)
+        tally.add(torch.softmax(logits.float(), 1), y, x)
+    checkpoint.atomic_write(out / "test.json", json.dumps(tally.as_dict()).encode())
+    names = list(parts.test.classes) or [str(k) for k in range(tally.classes)]
+    plots.confusion(out / "confusion.png", tally.confusion, names)
+    plots.misclassified(out / "misclassified.png", tally.shown, names)
 
 
 def _result(
@@ -162,82 +199,6 @@ def _result(
         "run": str(out), "model": settings.model, "data": settings.data,
         "epochs": len(history), "steps": step, "signal": signal,
         "train_loss": last.get("train_loss"), "test_loss": last.get("val_loss"),
+        "files": sorted(p.name for p in out.iterdir()) if out.is_dir() else [],
         "top1_error": error, "seconds": sum(m["seconds"] for m in history), "history": history,
     }  # fmt: skip
-
-
-# ---- evaluation ------------------------------------------------------------------------------
-
-
-def _find(path: Path, model: str | None) -> tuple[dict[str, torch.Tensor], RunConfig | None, Path]:
-    """(tensors, settings of the run it lies in, file) of a run folder or a checkpoint."""
-    if path.is_dir():
-        settings = read_settings(path)
-        found = checkpoint.load_latest(path)
-        if found is None:
-            raise CheckpointError(f"{path} has no checkpoint yet", help="train it first")
-        return found.tensors, settings, found.path
-    run = path.parent.parent
-    if path.parent.name == checkpoint.FOLDER and (run / rundir.CONFIG).is_file():
-        found = checkpoint.load(path)
-        return found.tensors, read_settings(run), found.path
-    if model is None:
-        raise ConfigError(f"{path} lies in no run, so its model is not known", help="give --model")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path), None, path
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-
-
-def evaluate_run(
-    path: Path,
-    data: str | None = None,
-    *,
-    model: str | None = None,
-    batch: int = 256,
-    target: str = "auto",
-) -> dict[str, Any]:
-    """Test loss, top-1 and top-5 error in percent and confusion matrix (row = label), as JSON.
-
-    path   a run folder (its last checkpoint) or a checkpoint
-    data   default: the run's own; model is only needed for a file that lies in no run
-    """
-    tensors, settings, file = _find(Path(path), model)
-    name = model or (settings.model if settings else "")
-    spec = data or (settings.data if settings else None)
-    if spec is None:
-        raise ConfigError(f"{path} lies in no run, so its data are not known", help="give --data")
-    net = load_model(name)
-    shape = input_shape(net, batch)
-    own = set(net.state_dict())
-    net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
-    settings = replace(settings or RunConfig(name, spec), data=spec, target=target)
-    test = _load(settings, "test", shape)
-    ev = compile(net, shape, target=target, loss=CrossEntropyLoss())
-    assert isinstance(ev, Evaluate)
-    check_classes(test, ev.classes)
-    mean, top1, top5 = RunningMean(), 0, 0
-    classes = ev.classes
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    start, images = time.perf_counter(), 0
-    for x, y in Batches(test, batch, shuffle=False, reading=_reading(settings)):
-        images += len(x)
-        loss, logits = ev(x, y)
-        mean.add(loss, len(x))
-        top1 += int(topk_wrong(logits, y))
-        top5 += int(topk_wrong(logits, y, min(5, classes)))
-        confusion += confusion_matrix(logits.argmax(1), y, classes)
-    return {
-        "model": name, "data": spec, "checkpoint": str(file), "images": images,
-        "loss": mean.value(), "top1_error": 100 * top1 / images,
-        "top5_error": 100 * top5 / images, "confusion": confusion.tolist(),
-        "classes": list(test.classes), "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-
-
-def _trainers(key: str) -> bool:
-    """Whether a tensor of a checkpoint is the trainer's, not the net's."""
-    return key.startswith("optimizer.") or key in ("epoch", "step")

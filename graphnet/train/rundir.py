@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,16 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_csv(run: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
+    """metrics.csv: a line for each epoch, for a spreadsheet; metrics.jsonl says more."""
+    columns = list(dict.fromkeys(k for row in history for k in row))
+    text = io.StringIO()
+    out = csv.DictWriter(text, columns, lineterminator="\n")
+    out.writeheader()
+    out.writerows(history)
+    atomic_write(Path(run) / "metrics.csv", text.getvalue().encode())
 
 
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,80 +1,169 @@
-"""train and eval: what makes or reads a run."""
+"""train, eval and predict: what makes or reads a run."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from graphnet.verbs.common import Batch, Json, Model, Precision, Target, app, emit
+from graphnet.train.settings import RunConfig, kind, read_config_file, settings
+from graphnet.verbs.common import Batch, Json, Target, app, emit
 
-RESIZE = "keep image files in this size and train on random crops from them (0: the net's size)"
-DATA = "mnist:DIR, cifar10:PATH, digits, synthetic or imagefolder:DIR"
+DATA = "as for train; default: the run's own"
+Run = Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")]
+ModelOf = Annotated[str, typer.Option("--model", help="of a checkpoint that lies in no run")]
 
 
-@app.command()
-def train(
-    model: Model,
+def _options() -> list[inspect.Parameter]:
+    """The settings of a run as command-line parameters, the model in front."""
+    out = []
+    for f in settings():
+        about: dict[str, Any] = {k: f.metadata[k] for k in ("help", "min", "max") if k in f.metadata}
+        if f.name == "model":
+            note: Any = typer.Argument(help=about["help"])
+        elif kind(f) is bool:
+            note = typer.Option(f"--{f.name.replace('_', '-')}", help=about["help"])
+        else:
+            note = typer.Option(**about)
+        out.append(
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default,
+                annotation=Annotated[kind(f), note],
+            )
+        )  # fmt: skip
+    return out
+
+
+def _train(
     ctx: typer.Context,
-    data: Annotated[str, typer.Option(help=DATA)],
-    out: Annotated[Path, typer.Option(help="run folder to create")],
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    batch: Batch = 128,
-    target: Target = "auto",
-    precision: Precision = "fp32",
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.01,
-    momentum: Annotated[float, typer.Option()] = 0.9,
-    weight_decay: Annotated[float, typer.Option()] = 5e-4,
-    nesterov: Annotated[bool, typer.Option("--nesterov")] = False,
-    schedule: Annotated[str, typer.Option(help="constant or cosine (with warm-up)")] = "cosine",
-    seed: Annotated[int, typer.Option()] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="processes that decode image files")] = 2,
-    resize: Annotated[int, typer.Option(min=0, help=RESIZE)] = 0,
-    max_bad: Annotated[float, typer.Option(help="share of image files that may be bad")] = 0.001,
+    out: Annotated[Path | None, typer.Option(help="run folder to create")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="two steps on the real data; leaves nothing")
+    ] = False,
     as_json: Json = False,
+    **values: Any,
 ) -> None:
-    """Train a model; leaves a run folder with metrics, curves and checkpoints."""
-    from graphnet.train.run import RunConfig, run_training
+    """Train a model; leaves a run folder with metrics, curves, pictures and checkpoints."""
+    from graphnet.train import run
 
-    settings = RunConfig(
-        model=model, data=data, epochs=epochs, batch=batch, target=target, precision=precision,
-        lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
-        schedule=schedule, seed=seed, workers=workers, resize=resize, max_bad=max_bad,
-    )  # fmt: skip
     given = {
-        name for name in ctx.params
+        name for name in values
         if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }  # fmt: skip
-    result = run_training(settings, out, resume=resume, quiet=as_json, given=given)
+    if config is not None:
+        file = read_config_file(config)
+        values |= {k: v for k, v in file.items() if k not in given}
+        given |= set(file)
+    if resume and not values["data"]:
+        values["data"] = "-"  # the run knows
+    if missing := [n for n in ("model", "data") if not values[n]]:
+        raise typer.BadParameter(f"no {missing[0]} is given", param_hint=f"{missing[0]}")
+    chosen = RunConfig(**values)
+    if dry_run:
+        _dry(run.dry_run(chosen), as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("where does the run go?", param_hint="--out")
+    result = run.run_training(chosen, out, resume=resume, quiet=as_json, given=given)
     if as_json:
         emit(result)
     elif result["top1_error"] is not None:
         typer.echo(
-            f"{out}: {result['epochs']} epochs, test accuracy {100 - result['top1_error']:.2f} %"
+            f"{out}: {result['epochs']} epochs, test accuracy {100 - result['top1_error']:.2f} %\n"
+            f"  {', '.join(result['files'])}"
         )
     if result["signal"]:
         raise typer.Exit(128 + result["signal"])
 
 
+def _dry(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(found)
+        return
+    f = found
+    typer.echo(
+        f"{f['model']} on {f['data']}, target {f['target']}: {f['images']} images in "
+        f"{f['batches']} batches\n"
+        f"loss {f['loss']:.4f}, on the same batch again {f['next_loss']:.4f}, "
+        f"test {f['test_loss']:.4f}\n"
+        f"{1e3 * f['step_s']:.1f} ms a step, about {f['epoch_s']:.0f} s an epoch without reading; "
+        f"peak {f['peak_bytes'] / 2**20:.0f} MiB"
+        + (f" in {f['launches']} launches" if f["launches"] else " beside what torch allocates")
+    )
+
+
+def _with_options(function: Any) -> Any:
+    """The function with the settings among its parameters, for typer to read."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values()
+           if p.kind is not inspect.Parameter.VAR_KEYWORD]  # fmt: skip
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + _options()
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+app.command("train")(_with_options(_train))
+
+
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")],
-    data: Annotated[str, typer.Option(help="as for train; default: the run's own")] = "",
-    model: Annotated[str, typer.Option(help="of a checkpoint that lies in no run")] = "",
+    run: Run,
+    data: Annotated[str, typer.Option(help=DATA)] = "",
+    model: ModelOf = "",
     batch: Batch = 256,
     target: Target = "auto",
+    ten_crop: Annotated[
+        bool, typer.Option("--ten-crop", help="average corners, centre and their mirrors")
+    ] = False,
+    ensemble: Annotated[
+        list[Path] | None, typer.Option(help="another run, averaged in; may be repeated")
+    ] = None,
+    resize: Annotated[int, typer.Option(min=0, help="keep image files in this size")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Test error of a trained model."""
-    from graphnet.train.run import evaluate_run
+    """Test error of a trained model, or of several that vote."""
+    from graphnet.train.evaluation import evaluate_run
 
-    result = evaluate_run(run, data or None, model=model or None, batch=batch, target=target)
+    result = evaluate_run(
+        run, data or None, model=model or None, batch=batch, target=target, ten_crop=ten_crop,
+        ensemble=ensemble or (), resize=resize,
+    )  # fmt: skip
     if as_json:
         emit(result)
         return
+    how = ", ten crops" if ten_crop else ""
+    how += f", {result['members']} nets averaged" if result["members"] > 1 else ""
     typer.echo(
-        f"{result['model']} on {result['data']}: top-1 error {result['top1_error']:.2f} %, "
-        f"loss {result['loss']:.4f}, {result['images']} images"
+        f"{result['model']} on {result['data']}{how}: top-1 error {result['top1_error']:.2f} %, "
+        f"top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}, "
+        f"{result['images']} images"
     )
+
+
+@app.command()
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="classes to name")] = 5,
+    model: ModelOf = "",
+    target: Target = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a trained model sees in image files."""
+    from graphnet.train.evaluation import predict
+
+    rows = predict(run, images, model=model or None, top=top, target=target)
+    if as_json:
+        emit(rows)
+    else:
+        for row in rows:
+            said = row.get("error") or "  ".join(
+                f"{c['name']} {100 * c['p']:.1f} %" for c in row["classes"]
+            )
+            typer.echo(f"{row['image']}: {said}", err="error" in row)
+    if any("error" in row for row in rows):
+        raise typer.Exit(2)

@@ -1,0 +1,282 @@
+"""What a trained net is worth: test error, ten crops, ensembles, and what it says of an image."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphnet.api import compile
+from graphnet.errors import CheckpointError, ConfigError, DataError
+from graphnet.frontends.dsl import Module
+from graphnet.frontends.loading import input_shape, load_model
+from graphnet.train import checkpoint, rundir
+from graphnet.train.data import Batches, check_classes, load
+from graphnet.train.folder import Reading
+from graphnet.train.metrics import confusion_matrix, topk_wrong
+from graphnet.train.settings import RunConfig, read_settings
+
+ABOUT = "data.json"  # in a run folder: what the training data were
+TOP = 5
+SHOWN = 48  # misclassified images that are kept
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained net: where its tensors come from, and what is known of the run they lie in."""
+
+    net: Module
+    name: str
+    file: Path
+    settings: RunConfig | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def load_trained(path: Path, model: str | None = None) -> Trained:
+    """The net of a run folder (its last checkpoint) or of a checkpoint.
+
+    model  only needed for a file that lies in no run
+    """
+    tensors, settings, file, run = _find(Path(path), model)
+    name = model or (settings.model if settings else "")
+    net = load_model(name)
+    own = set(net.state_dict())
+    net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
+    return Trained(net, name, file, settings, _about(run))
+
+
+def _find(
+    path: Path, model: str | None
+) -> tuple[dict[str, torch.Tensor], RunConfig | None, Path, Path | None]:
+    """(tensors, settings of the run, file, run folder)."""
+    if path.is_dir():
+        settings = read_settings(path)
+        found = checkpoint.load_latest(path)
+        if found is None:
+            raise CheckpointError(f"{path} has no checkpoint yet", help="train it first")
+        return found.tensors, settings, found.path, path
+    run = path.parent.parent
+    if path.parent.name == checkpoint.FOLDER and (run / rundir.CONFIG).is_file():
+        found = checkpoint.load(path)
+        return found.tensors, read_settings(run), found.path, run
+    if model is None:
+        raise ConfigError(f"{path} lies in no run, so its model is not known", help="give --model")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), None, path, None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def _trainers(key: str) -> bool:
+    """Whether a tensor of a checkpoint is the trainer's, not the net's."""
+    return key.startswith("optimizer.") or key in ("epoch", "step")
+
+
+def write_about(run: Path, data: Any) -> None:
+    """Leaves in the run folder what prediction must know of the training data."""
+    about = {"classes": list(data.classes), "mean": list(data.mean), "std": list(data.std)}
+    checkpoint.atomic_write(run / ABOUT, json.dumps(about).encode())
+
+
+def _about(run: Path | None) -> dict[str, Any]:
+    try:
+        return json.loads((run / ABOUT).read_bytes()) if run is not None else {}
+    except (OSError, ValueError):
+        return {}
+
+
+# ---- probabilities ---------------------------------------------------------------------------
+
+
+def ten_crops(images: torch.Tensor, size: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The four corners and the centre of images [N,C,S,T], in `size` (H, W), and their mirrors."""
+    (h, w), (s, t) = size, images.shape[-2:]
+    for top, left in ((0, 0), (0, t - w), (s - h, 0), (s - h, t - w), ((s - h) // 2, (t - w) // 2)):
+        crop = images[..., top : top + h, left : left + w]
+        yield crop
+        yield crop.flip(-1)
+
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+
+
+def averaged(members: Sequence[Predict], size: Sequence[int] | None = None) -> Predict:
+    """x -> the mean of the members' softmax, and over ten crops of `size` where it is given."""
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        views = [x] if size is None else list(ten_crops(x, size))
+        total = torch.zeros(())
+        for view in views:
+            for member in members:
+                total = total + torch.softmax(member(view.contiguous()).float(), 1)
+        return total / (len(views) * len(members))
+
+    return predict
+
+
+def _program(trained: Trained, batch: int, target: str) -> tuple[Any, tuple[int, ...]]:
+    shape = input_shape(trained.net, batch)
+    return compile(trained.net, shape, target=target), shape
+
+
+# ---- test error ------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Counts over batches of probabilities [N, K] and labels."""
+
+    classes: int
+    images: int = 0
+    loss: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    confusion: torch.Tensor = field(init=False)
+    shown: list[tuple[float, torch.Tensor, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+
+    def add(self, p: torch.Tensor, y: torch.Tensor, images: torch.Tensor | None = None) -> None:
+        """images: as they are shown, of which the surest mistakes are kept."""
+        p, y = p.cpu(), y.cpu()
+        self.images += len(y)
+        self.loss -= float(p[torch.arange(len(y)), y].clamp_min(1e-38).log().double().sum())
+        self.top1 += int(topk_wrong(p, y))
+        self.top5 += int(topk_wrong(p, y, min(TOP, self.classes)))
+        said = p.argmax(1)
+        self.confusion += confusion_matrix(said, y, self.classes)
+        if images is None:
+            return
+        for k in (said != y).nonzero().flatten().tolist():
+            self.shown.append((float(p[k, said[k]]), images[k].clone(), int(y[k]), int(said[k])))
+        self.shown = sorted(self.shown, key=lambda row: -row[0])[:SHOWN]
+
+    def as_dict(self) -> dict[str, Any]:
+        """loss, top-1 and top-5 error in percent, confusion (row = label)."""
+        if not self.images:
+            raise DataError("the evaluation data holds no batch")
+        return {
+            "images": self.images, "loss": self.loss / self.images,
+            "top1_error": 100 * self.top1 / self.images,
+            "top5_error": 100 * self.top5 / self.images, "confusion": self.confusion.tolist(),
+        }  # fmt: skip
+
+
+def evaluate_run(
+    path: Path,
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    batch: int = 256,
+    target: str = "auto",
+    ten_crop: bool = False,
+    ensemble: Sequence[Path] = (),
+    resize: int = 0,
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Test loss, top-1 and top-5 error in percent and confusion matrix (row = label), as JSON.
+
+    path      a run folder (its last checkpoint) or a checkpoint
+    data      default: the run's own; model is only needed for a file that lies in no run
+    ten_crop  the softmax is averaged over four corners, the centre and their mirrors, cut from
+              images kept in `resize` (default: the run's)
+    ensemble  further runs or checkpoints; the softmax is averaged over all of them
+    """
+    first = load_trained(path, model)
+    members = [first, *(load_trained(p, model) for p in ensemble)]
+    spec = data or (first.settings.data if first.settings else None)
+    if spec is None:
+        raise ConfigError(f"{path} lies in no run, so its data are not known", help="give --data")
+    programs = [_program(m, batch, target) for m in members]
+    shape = programs[0][1]
+    for m, (_, other) in zip(members, programs, strict=True):
+        if other != shape:
+            raise ConfigError(
+                f"{m.file} takes {list(other[1:])}, {first.file} {list(shape[1:])}",
+                help="an ensemble looks at the same images",
+            )
+    kept = resize or (first.settings.resize if first.settings else 0)
+    test: Any = load(spec, "test", shape=shape[1:], resize=kept or None)
+    if ten_crop and tuple(getattr(test, "stored", test.shape)[1:]) == tuple(shape[2:]):
+        raise ConfigError(
+            f"ten crops of {shape[2]}x{shape[3]} from images of the same size are one",
+            help="image files, kept larger: --resize 256",
+        )
+    batches: Any = Batches(
+        test, batch, shuffle=False, reading=Reading(workers), raw=ten_crop
+    )  # fmt: skip
+    probabilities = averaged([p for p, _ in programs], shape[2:] if ten_crop else None)
+    tally: Tally | None = None
+    start = time.perf_counter()
+    for x, y in batches:
+        p = probabilities(test.normalised(x) if ten_crop else x)
+        if tally is None:
+            tally = Tally(p.shape[1])
+            check_classes(test, p.shape[1])
+        tally.add(p, y)
+    if tally is None:
+        raise DataError("the evaluation data holds no batch")
+    return {
+        "model": first.name, "data": spec, "checkpoint": str(first.file), **tally.as_dict(),
+        "classes": list(test.classes), "ten_crop": ten_crop, "members": len(members),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+# ---- single images ---------------------------------------------------------------------------
+
+
+def predict(
+    path: Path,
+    images: Sequence[Path],
+    *,
+    model: str | None = None,
+    top: int = TOP,
+    batch: int = 32,
+    target: str = "auto",
+) -> list[dict[str, Any]]:
+    """What the net says of image files: for each the `top` classes with their probabilities.
+
+    A file that is no image becomes a row with "error"; the others are answered.
+    """
+    from graphnet.train.readers import read_image
+
+    if top < 1:
+        raise ConfigError(f"top={top} classes of each image", help="at least 1")
+    trained = load_trained(path, model)
+    size = min(batch, max(1, len(images)))
+    program, shape = _program(trained, size, target)
+    mean, std = (
+        torch.tensor(trained.about.get(k, [v])).reshape(1, -1, 1, 1)
+        for k, v in (("mean", 0.0), ("std", 1.0))
+    )
+    names = trained.about.get("classes") or []
+    out: list[dict[str, Any]] = []
+    whole: list[tuple[dict[str, Any], torch.Tensor]] = []
+    for file in images:
+        row: dict[str, Any] = {"image": str(file)}
+        out.append(row)
+        try:
+            whole.append((row, read_image(file, shape[1:])))
+        except DataError as error:
+            row["error"] = error.message
+    for at in range(0, len(whole), size):
+        part = whole[at : at + size]
+        x = torch.stack([image for _, image in part]).float().div(255)
+        p = torch.softmax(program((x - mean) / std).float(), 1).cpu()
+        values, indices = p.topk(min(top, p.shape[1]), 1)
+        for (row, _), v, k in zip(part, values.tolist(), indices.tolist(), strict=True):
+            row["classes"] = [
+                {"index": i, "name": names[i] if i < len(names) else str(i), "p": round(q, 6)}
+                for i, q in zip(k, v, strict=True)
+            ]
+    return out
