@@ -19,7 +19,7 @@ from graphnet.errors import (
     NumericsError,
     OutOfMemoryPlanError,
 )
-from graphnet.verbs import benching, compiling, training, tuning  # noqa: F401  they register themselves
+from graphnet.verbs import benching, compiling, demos, training, tuning  # noqa: F401  they register themselves
 from graphnet.verbs.common import app
 
 # The work failed, as against: the input was bad.

@@ -12,7 +12,8 @@ import torch
 from graphnet.train.checkpoint import atomic_write
 
 
-def _write(path: Path, figure: Any) -> None:
+def write_figure(path: Path, figure: Any) -> None:
+    """Writes a picture whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
     atomic_write(path, data.getvalue())
@@ -43,7 +44,7 @@ def curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None
     left.set_yscale("log")
     left.legend()
     figure.suptitle(title)
-    _write(path, figure)
+    write_figure(path, figure)
 
 
 def filters(path: Path, weight: torch.Tensor) -> None:
@@ -62,7 +63,7 @@ def filters(path: Path, weight: torch.Tensor) -> None:
         axes.axis("off")
         if k < len(shown):
             axes.imshow(shown[k].squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
-    _write(path, figure)
+    write_figure(path, figure)
 
 
 def _shown(image: torch.Tensor) -> Any:
@@ -90,7 +91,7 @@ def misclassified(
             axes.set_title(f"{names[label]}, not {names[answer]}\n{p:.0%} sure", fontsize=7)
     title = f"the {len(rows)} surest mistakes" if rows else "no mistakes"
     figure.suptitle(f"{title} (label, not answer)", fontsize=10)
-    _write(path, figure)
+    write_figure(path, figure)
 
 
 def confusion(path: Path, counts: torch.Tensor, names: Sequence[str]) -> None:
@@ -117,4 +118,4 @@ def confusion(path: Path, counts: torch.Tensor, names: Sequence[str]) -> None:
     wrong = int(counts.sum() - counts.diag().sum())
     axes.set_title(f"percent of each label; {wrong} of {int(counts.sum())} wrong", fontsize=10)
     figure.colorbar(drawn, ax=axes, fraction=0.046)
-    _write(path, figure)
+    write_figure(path, figure)

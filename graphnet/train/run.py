@@ -18,7 +18,7 @@ from graphnet.frontends.loading import input_shape, load_model
 from graphnet.train import checkpoint, plots, rundir
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
 from graphnet.train.data import Batches, Dataset, check_classes, load
-from graphnet.train.evaluation import Tally, evaluate_run, write_about  # noqa: F401
+from graphnet.train.evaluation import Tally, write_about
 from graphnet.train.folder import Folder, Reading
 from graphnet.train.settings import (
     RunConfig,

@@ -20,7 +20,7 @@ def _options() -> list[inspect.Parameter]:
     """The settings of a run as command-line parameters, the model in front."""
     out = []
     for f in settings():
-        about: dict[str, Any] = {k: f.metadata[k] for k in ("help", "min", "max") if k in f.metadata}
+        about: dict[str, Any] = dict(f.metadata)
         if f.name == "model":
             note: Any = typer.Argument(help=about["help"])
         elif kind(f) is bool:

@@ -12,7 +12,8 @@ from graphnet import config
 from graphnet.cli import main
 from graphnet.errors import DataError
 from graphnet.train.data import Dataset
-from graphnet.train.run import RunConfig, evaluate_run, run_training
+from graphnet.train.evaluation import evaluate_run
+from graphnet.train.run import RunConfig, run_training
 from tests.image_files import make, train
 
 NET = """

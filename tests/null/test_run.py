@@ -18,7 +18,8 @@ from graphnet.errors import ConfigError, NumericsError, RunExistsError
 from graphnet.train import checkpoint
 from graphnet.train.callbacks import Checkpoints, restore
 from graphnet.train.data import Batches, Dataset
-from graphnet.train.run import RunConfig, evaluate_run, run_training
+from graphnet.train.evaluation import evaluate_run
+from graphnet.train.run import RunConfig, run_training
 from graphnet.train.rundir import read_metrics
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Callback, Trainer
@@ -40,7 +41,8 @@ def files(folder):
 def test_a_run_leaves_metrics_pictures_and_a_checkpoint_torch_can_read(run):
     out, result = run
     assert {p.name for p in out.iterdir()} == {
-        "checkpoints", "config.toml", "curves.png", "filters.png", "metrics.jsonl",
+        "checkpoints", "config.toml", "confusion.png", "curves.png", "data.json", "filters.png",
+        "metrics.csv", "metrics.jsonl", "misclassified.png", "test.json",
     }  # fmt: skip
     epochs = [r for r in read_metrics(out) if r["kind"] == "epoch"]
     assert [r["epoch"] for r in epochs] == [1, 2] and epochs[1]["step"] == result["steps"] == 46

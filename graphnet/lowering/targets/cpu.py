@@ -148,7 +148,9 @@ class _Schedule:
     def _wide_gradient(self, update: Eqn) -> Eqn | None:
         """The linear_wgrad whose large result only this update reads: the two run together."""
         g = update.inputs[1]
-        made = next(e for e in self.eqns if g in e.results)
+        made = next((e for e in self.eqns if g in e.results), None)
+        if made is None:  # the gradient is an input
+            return None
         alone = made.op == "linear_wgrad" and self.read_by(g) == [update] and g == made.out
         wide = g.type.numel >= cpu_update.WIDE and all(
             v.type.dtype.name == "f32" for v in (*made.inputs, g)

@@ -1,0 +1,166 @@
+"""Ten crops, ensembles, predictions of image files, and the pictures of a run."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import graphnet as gn
+from graphnet.cli import main
+from graphnet.errors import CheckpointError, ConfigError
+from graphnet.train import demos, evaluation, plots
+from graphnet.train.evaluation import Tally, averaged, evaluate_run, predict, ten_crops
+from graphnet.train.run import RunConfig, run_training
+
+MODEL = """
+import graphnet as gn
+net = gn.Sequential(gn.Conv2d(3, 4, 3), gn.ReLU(), gn.MaxPool2d(2), gn.Flatten(), gn.Linear(196, 3))
+net.input_shape = (3, 16, 16)
+"""
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (230, 30, 20)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two short runs on coloured squares, and the folder of images."""
+    base = tmp_path_factory.mktemp("eval")
+    (base / "net.py").write_text(MODEL)
+    g = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for name, colour in COLOURS.items():
+            folder = base / "data" / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                noise = torch.randint(-40, 40, (20, 20, 3), generator=g)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{k:02d}.png")
+    settings = {
+        "model": f"{base / 'net.py'}:net", "data": f"imagefolder:{base / 'data'}", "epochs": 3,
+        "batch": 12, "target": "cpu", "lr": 0.05, "workers": 0, "resize": 20,
+    }  # fmt: skip
+    results = [
+        run_training(RunConfig(**settings, seed=s), base / f"run{s}", quiet=True) for s in (0, 1)
+    ]
+    return base, results
+
+
+def test_ten_crops_are_corners_centre_and_mirrors():
+    x = torch.arange(25.0).reshape(1, 1, 5, 5)
+    crops = list(ten_crops(x, (3, 3)))
+    assert [int(c[0, 0, 0, 0]) for c in crops[::2]] == [0, 2, 10, 12, 6]
+    assert all(torch.equal(m, c.flip(-1)) for c, m in zip(crops[::2], crops[1::2], strict=True))
+
+
+def test_members_and_crops_are_averaged_after_softmax():
+    members = [lambda x: x.flatten(1)[:, :3], lambda x: -2 * x.flatten(1)[:, :3]]
+    x = torch.randn(4, 1, 2, 2)
+    want = (torch.softmax(members[0](x), 1) + torch.softmax(members[1](x), 1)) / 2
+    assert torch.allclose(averaged(members)(x), want)
+    big = torch.randn(2, 1, 4, 4)
+    views = [torch.softmax(members[0](v), 1) for v in ten_crops(big, (2, 2))]
+    assert torch.allclose(averaged(members[:1], (2, 2))(big), torch.stack(views).mean(0))
+
+
+def test_evaluation_in_every_way(runs):
+    base, results = runs
+    one = evaluate_run(base / "run0", target="cpu")
+    assert one["images"] == 24 and one["top1_error"] == pytest.approx(results[0]["top1_error"])
+    crops = evaluate_run(base / "run0", target="cpu", ten_crop=True)
+    both = evaluate_run(base / "run0", target="cpu", ensemble=[base / "run1"])
+    assert crops["ten_crop"] and both["members"] == 2
+    for found in (one, crops, both):
+        assert found["top1_error"] < 20 and sum(map(sum, found["confusion"])) == 24
+    with pytest.raises(ConfigError, match="from images of the same size are one"):
+        evaluate_run(base / "run0", target="cpu", ten_crop=True, resize=16)
+    with pytest.raises(CheckpointError):
+        evaluate_run(base / "run0", target="cpu", ensemble=[base / "nothing.safetensors"],
+                     model=f"{base / 'net.py'}:net")  # fmt: skip
+
+
+def test_predictions_name_the_classes(runs, tmp_path, capsys):
+    base, _ = runs
+    files = []
+    for name, colour in COLOURS.items():
+        files.append(tmp_path / f"{name}.jpg")
+        Image.new("RGB", (31, 24), colour).save(files[-1])
+    rows = predict(base / "run0", files, target="cpu", top=2)
+    assert [r["classes"][0]["name"] for r in rows] == list(COLOURS)
+    for r in rows:
+        assert len(r["classes"]) == 2 and r["classes"][0]["p"] > r["classes"][1]["p"] > 0
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    argv = ["predict", str(base / "run0"), str(files[0]), str(tmp_path / "broken.png"), "--json"]
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--target", "cpu"])
+    said = json.loads(capsys.readouterr().out)
+    assert end.value.code == 2 and said[0]["classes"][0]["name"] == "blue" and said[1]["error"]
+
+
+def test_a_run_leaves_its_pictures_and_tables(runs):
+    base, _ = runs
+    for name in ("confusion.png", "misclassified.png", "curves.png", "filters.png"):
+        assert (base / "run0" / name).read_bytes().startswith(b"\x89PNG"), name
+    lines = (base / "run0/metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("epoch,step,lr,train_loss") and len(lines) == 4
+    assert json.loads((base / "run0/data.json").read_text())["classes"] == list(COLOURS)
+    assert json.loads((base / "run0/test.json").read_text())["images"] == 24
+
+
+def test_the_surest_mistakes_are_kept(tmp_path):
+    tally = Tally(3)
+    p = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.4, 0.0, 0.6], [0.0, 0.0, 1.0]])
+    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+    tally.add(p, torch.tensor([1, 1, 0, 0]), images)
+    kept = [(round(sure, 1), y, k) for sure, _, y, k in tally.shown]
+    assert kept == [(1.0, 0, 2), (0.9, 1, 0), (0.6, 0, 2)]
+    assert tally.as_dict()["top1_error"] == 75.0
+    assert tally.as_dict()["loss"] == pytest.approx(
+        -torch.tensor([0.1, 0.8, 0.4, 1e-38]).log().mean().item()
+    )
+    plots.misclassified(tmp_path / "m.png", tally.shown, ["a", "b", "c"])
+    plots.misclassified(tmp_path / "none.png", [], ["a"])
+    assert {p.name for p in tmp_path.iterdir()} == {"m.png", "none.png"}
+
+
+# ---- demonstrations --------------------------------------------------------------------------
+
+
+def test_paths_are_those_of_torch():
+    bowl = demos.SURFACES[0]
+    for spec in demos.optimizers(bowl.lr).values():
+        w = torch.tensor(bowl.start, requires_grad=True)
+        twin = torch.optim.SGD([w], lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+        path = demos.descend(spec, bowl, 30)
+        for k in range(30):
+            assert torch.allclose(path[k], w.detach(), rtol=1e-4, atol=1e-6), k
+            w.grad = bowl.gradient(w.detach())
+            twin.step()
+
+
+def test_what_the_demonstrations_teach(tmp_path):
+    rows = {(r["surface"], r["optimizer"]): r for r in demos.demo_optimizers(tmp_path / "o.png")}
+    bowl, saddle, _ = (s.name for s in demos.SURFACES)
+    assert rows[bowl, "momentum 0.9"]["loss"] < rows[bowl, "SGD"]["loss"] / 100
+    assert (
+        rows[saddle, "Nesterov 0.9"]["steps_to_95_percent"]
+        < rows[saddle, "SGD"]["steps_to_95_percent"]
+    )
+    for row in demos.demo_dropout(tmp_path / "d.png", masks=300):
+        assert abs(row["mean"] - row["test"]) < 4 * row["standard_error"] and row["spread"] > 0.01
+    assert {p.name for p in tmp_path.iterdir()} == {"o.png", "d.png"}
+
+
+def test_demo_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "optimizers", "--steps", "5"])
+    assert end.value.code == 0 and "Nesterov" in capsys.readouterr().out
+    assert (tmp_path / "optimizers.png").exists()
+
+
+def test_a_checkpoint_in_no_run_needs_its_model(tmp_path):
+    gn.save(tmp_path / "n.safetensors", gn.models.lenet5())
+    with pytest.raises(ConfigError, match="--model"):
+        evaluation.load_trained(tmp_path / "n.safetensors")
+    trained = evaluation.load_trained(tmp_path / "n.safetensors", "lenet5")
+    assert trained.about == {} and trained.name == "lenet5"
