@@ -19,8 +19,9 @@ def net(dropout=0.0):
     )
 
 
-def run(name, optimizer, dropout=0.0, loss=gn.CrossEntropyLoss()):
+def run(name, optimizer, dropout=0.0, smoothing=0.0):
     model = net(dropout)
+    loss = gn.CrossEntropyLoss(label_smoothing=smoothing)
     trainer = gn.Trainer(model, loss, optimizer, seed=1)
     history = trainer.fit(Batches(few, 30, seed=1), test, epochs=20)
     weights = torch.cat([w.flatten() for k, w in model.state_dict().items() if "weight" in k])
@@ -37,7 +38,6 @@ run("L2 (weight decay)", gn.SGD(lr=0.05, momentum=0.9, weight_decay=5e-3))
 sparse, _ = run("L1", gn.SGD(lr=0.05, momentum=0.9, l1=5e-4))
 run("elastic net", gn.SGD(lr=0.05, momentum=0.9, weight_decay=2e-3, l1=2e-4))
 _, dropped = run("dropout 0.3", gn.SGD(lr=0.05, momentum=0.9), dropout=0.3)
-smooth = gn.CrossEntropyLoss(label_smoothing=0.1)
-run("label smoothing 0.1", gn.SGD(lr=0.05, momentum=0.9), loss=smooth)
+run("label smoothing 0.1", gn.SGD(lr=0.05, momentum=0.9), smoothing=0.1)
 assert sparse > 2 * plain, "L1 makes weights vanish"
 assert dropped > fitted, "dropout keeps the net from learning its images by heart"

@@ -16,10 +16,11 @@ from graphnet.errors import CheckpointError, ConfigError, DataError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.loading import input_shape, load_model
 from graphnet.train import checkpoint, rundir
+from graphnet.train.building import read_settings
 from graphnet.train.data import Batches, check_classes, load
 from graphnet.train.folder import Reading
 from graphnet.train.metrics import confusion_matrix, topk_wrong
-from graphnet.train.settings import RunConfig, read_settings
+from graphnet.train.settings import RunConfig
 
 ABOUT = "data.json"  # in a run folder: what the training data were
 TOP = 5
@@ -204,8 +205,9 @@ def evaluate_run(
                 f"{m.file} takes {list(other[1:])}, {first.file} {list(shape[1:])}",
                 help="an ensemble looks at the same images",
             )
-    kept = resize or (first.settings.resize if first.settings else 0)
-    test: Any = load(spec, "test", shape=shape[1:], resize=kept or None)
+    known = first.settings or RunConfig()
+    kept = resize or known.resize
+    test: Any = load(spec, "test", shape=shape[1:], resize=kept or None, max_bad=known.max_bad)
     if ten_crop and tuple(getattr(test, "stored", test.shape)[1:]) == tuple(shape[2:]):
         raise ConfigError(
             f"ten crops of {shape[2]}x{shape[3]} from images of the same size are one",

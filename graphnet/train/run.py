@@ -16,18 +16,18 @@ from graphnet import __version__
 from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model
 from graphnet.train import checkpoint, plots, rundir
-from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
-from graphnet.train.data import Batches, Dataset, check_classes, load
-from graphnet.train.evaluation import Tally, write_about
-from graphnet.train.folder import Folder, Reading
-from graphnet.train.settings import (
-    RunConfig,
+from graphnet.train.building import (
     make_loss,
     make_optimizer,
     make_schedule,
     prepare,
     read_settings,
 )
+from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
+from graphnet.train.data import Batches, Dataset, check_classes, load
+from graphnet.train.evaluation import Tally, write_about
+from graphnet.train.folder import Folder, Reading
+from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
 

@@ -1,27 +1,20 @@
 """The settings of a run: one list, from which config.toml, `--config` files and the options of
-`graphnet train` are all made; and what each setting builds."""
+`graphnet train` are all made. Imports nothing heavy: `graphnet --help` reads it."""
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from graphnet.errors import ConfigError
-from graphnet.frontends import init
-from graphnet.frontends.dsl import Module
-from graphnet.ops.adam import Adam, AdamW
-from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
-from graphnet.ops.update import SGD
-from graphnet.train import rundir, schedule
-from graphnet.train.folder import MAX_BAD
+from graphnet.train.schedule import NAMES as SCHEDULES
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LOSSES = ("cross_entropy", "hinge", "multi_margin")
+INITS = ("torch", "gaussian", "he", "xavier")  # as gn.init.by_name takes them
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -48,21 +41,21 @@ class RunConfig:
     l1: float = _setting(0.0, "L1 penalty; with weight decay an elastic net")
     bias_lr: float = _setting(1.0, "times the learning rate for biases", min=0.0)
     bias_decay: float = _setting(1.0, "times the penalties for biases", min=0.0)
-    schedule: str = _setting("cosine", ", ".join(schedule.NAMES))
+    schedule: str = _setting("cosine", ", ".join(SCHEDULES))
     warmup: float = _setting(0.0, "epochs of linear warm-up in front of the schedule", min=0.0)
     loss: str = _setting("cross_entropy", ", ".join(LOSSES))
     label_smoothing: float = _setting(0.0, "of cross_entropy", min=0.0, max=1.0)
     accumulate: int = _setting(1, "batches whose gradients make one update", min=1)
     clip_norm: float = _setting(0.0, "largest global norm of the gradients, 0 for any", min=0.0)
     nonfinite: str = _setting("stop", "stop or skip a step that is not finite")
-    init: str = _setting("", f"initial values: {', '.join(init.NAMES)}; the model's own by default")
+    init: str = _setting("", f"initial values: {', '.join(INITS)}; the model's own by default")
     freeze: str = _setting("", "layers that are not trained: conv1,conv2 or patterns (conv*)")
     seed: int = _setting(0, "of initial values, order, dropout and augmentation")
     workers: int = _setting(2, "processes that decode image files", min=0)
     resize: int = _setting(
         0, "keep image files in this size and train on random crops (0: the net's size)", min=0
     )
-    max_bad: float = _setting(MAX_BAD, "share of image files that may be bad", min=0.0, max=1.0)
+    max_bad: float = _setting(0.001, "share of image files that may be bad", min=0.0, max=1.0)
     overfit_batches: int = _setting(0, "train on that many batches alone, to see it fit", min=0)
 
     def __post_init__(self) -> None:
@@ -76,8 +69,8 @@ class RunConfig:
                 limits = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{f.name}={value!r} is not {limits}")
         for name, known in (
-            ("optimizer", OPTIMIZERS), ("loss", LOSSES), ("schedule", schedule.NAMES),
-            ("init", ("", *init.NAMES)), ("nonfinite", ("stop", "skip")),
+            ("optimizer", OPTIMIZERS), ("loss", LOSSES), ("schedule", SCHEDULES),
+            ("init", ("", *INITS)), ("nonfinite", ("stop", "skip")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 valid = ", ".join(filter(None, known))
@@ -115,82 +108,3 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {key} = {value!r} is no {want.__name__}")
         out[key] = value
     return out
-
-
-def read_settings(run: Path) -> RunConfig:
-    """The settings in a run's config.toml; what an older version did not know has its default."""
-    known = {f.name for f in settings()}
-    data = {k: v for k, v in rundir.read_config(run).items() if k in known}
-    if "model" not in data or "data" not in data:
-        raise ConfigError(f"{run / rundir.CONFIG} is not of a run: it names no model or no data")
-    return RunConfig(**data)
-
-
-# ---- what they build -------------------------------------------------------------------------
-
-
-def make_optimizer(s: RunConfig) -> Any:
-    """The optimizer of the settings."""
-    if s.optimizer == "sgd":
-        return SGD(
-            lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov,
-            form=s.form, l1=s.l1,
-        )  # fmt: skip
-    kind = Adam if s.optimizer == "adam" else AdamW
-    return kind(lr=s.lr, weight_decay=s.weight_decay, l1=s.l1)
-
-
-def make_loss(s: RunConfig) -> Any:
-    """The loss of the settings."""
-    if s.label_smoothing and s.loss != "cross_entropy":
-        raise ConfigError(
-            f"label_smoothing={s.label_smoothing} with loss {s.loss}",
-            help="it belongs to cross_entropy",
-        )
-    if s.loss == "cross_entropy":
-        return CrossEntropyLoss(label_smoothing=s.label_smoothing)
-    return MulticlassHingeLoss() if s.loss == "hinge" else MultiMarginLoss()
-
-
-def make_schedule(s: RunConfig, batches: int) -> Any:
-    """The schedule of the settings, for epochs of so many batches."""
-    total = s.epochs * batches
-    steps = round(s.warmup * batches)
-    if steps >= total:
-        raise ConfigError(f"warmup={s.warmup:g} epochs leave nothing of {s.epochs}")
-    rate = schedule.by_name(s.schedule, s.lr, total - steps)
-    if not steps:
-        return rate
-    if isinstance(rate, schedule.Plateau):
-        rate.base = schedule.warmup(rate.base, steps)
-        return rate
-    return schedule.warmup(rate, steps)
-
-
-def prepare(net: Module, s: RunConfig) -> Module:
-    """Initial values, multipliers of biases and frozen layers, on a fresh net."""
-    if s.init:
-        init.by_name(s.init, net, seed=s.seed)
-    for key, p in net.named_parameters():
-        if key.rpartition(".")[2] == "bias":
-            p.lr_mult, p.decay_mult = s.bias_lr, s.bias_decay
-    freeze(net, [n for n in s.freeze.split(",") if n])
-    return net
-
-
-def freeze(net: Module, names: Sequence[str]) -> None:
-    """Parameters of the named layers are not trained; by display name, attribute path, pattern."""
-    shown = net.layer_names()
-    layers = {
-        m: (shown.get(m, path), path)
-        for path, m in net.named_modules()
-        if path and any(True for _ in m.named_parameters())
-    }
-    for name in names:
-        hit = [m for m, about in layers.items() if any(fnmatchcase(a, name) for a in about)]
-        if not hit:
-            known = ", ".join(about[0] for about in layers.values())
-            raise ConfigError(f"no layer {name!r} to freeze", help=f"one of {known}")
-        for module in hit:
-            for _, p in module.named_parameters():
-                p.trainable = False

@@ -8,7 +8,7 @@ import torch
 import graphnet as gn
 from graphnet.cli import main
 from graphnet.errors import ConfigError
-from graphnet.train import settings
+from graphnet.train import building, settings
 from graphnet.train.run import RunConfig, dry_run, run_training
 from graphnet.train.schedule import Plateau
 
@@ -92,21 +92,25 @@ def test_usage_errors_are_one_line(tmp_path, capsys):
 
 
 def test_what_the_settings_build():
-    sgd = settings.make_optimizer(config(l1=1e-4, form="classic", nesterov=True))
+    sgd = building.make_optimizer(config(l1=1e-4, form="classic", nesterov=True))
     assert (sgd.l1, sgd.form, sgd.nesterov) == (1e-4, "classic", True)
-    assert isinstance(settings.make_optimizer(config(optimizer="adamw")), gn.AdamW)
-    assert isinstance(settings.make_loss(config(loss="hinge")), gn.MulticlassHingeLoss)
-    assert settings.make_loss(config(label_smoothing=0.1)).label_smoothing == 0.1
+    assert isinstance(building.make_optimizer(config(optimizer="adamw")), gn.AdamW)
+    assert isinstance(building.make_loss(config(loss="hinge")), gn.MulticlassHingeLoss)
+    assert building.make_loss(config(label_smoothing=0.1)).label_smoothing == 0.1
     with pytest.raises(ConfigError, match="belongs to cross_entropy"):
-        settings.make_loss(config(loss="hinge", label_smoothing=0.1))
-    rate = settings.make_schedule(config(schedule="plateau", warmup=1.0, lr=0.5), 10)
+        building.make_loss(config(loss="hinge", label_smoothing=0.1))
+    rate = building.make_schedule(config(schedule="plateau", warmup=1.0, lr=0.5), 10)
     assert isinstance(rate, Plateau) and rate(0) < rate(9) <= rate(10) == 0.5
-    cosine = settings.make_schedule(config(warmup=1.0, epochs=3, lr=0.5), 10)
+    cosine = building.make_schedule(config(warmup=1.0, epochs=3, lr=0.5), 10)
     assert cosine(0) < cosine(8) and cosine(29) < 0.05
 
 
+def test_the_names_are_those_of_what_is_built():
+    assert settings.INITS == gn.init.NAMES
+
+
 def test_prepare_sets_values_multipliers_and_what_is_frozen():
-    net = settings.prepare(
+    net = building.prepare(
         gn.models.lenet5(), config(init="gaussian", bias_lr=2.0, bias_decay=0.0, freeze="conv*,fc3")
     )
     for key, p in net.named_parameters():
