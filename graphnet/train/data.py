@@ -269,9 +269,8 @@ class Batches:
         if self.cut == "random":
             windows = crops(len(order), self.seed, epoch, stored, shape, self.flip)
         where = None if self.raw else windows
-        stream = data.stream(order.numpy(), self._start, self.batch, self.reading, where)
-        for images, rows, place in stream:
-            yield images if self.raw else data.normalised(images), rows, place
+        args = (order.numpy(), self._start, self.batch, self.reading, where)
+        yield from data.stream(*args, normalise=not self.raw)
 
     def state(self) -> dict[str, Any]:
         """Where the iteration stands, as JSON: epoch, samples taken, and what the order needs."""

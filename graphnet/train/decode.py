@@ -25,8 +25,9 @@ class BadImage(Exception):
     """Why a file is no image that can be used."""
 
 
-def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> bytes:
-    """The image as C x H x W bytes: cropped to the aspect ratio in its middle, then resized.
+def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list[bytes]:
+    """The planes of an image, H x W bytes each: cropped to the aspect ratio in its middle, then
+    resized.
 
     CMYK, palette, 16-bit and grey images are converted, alpha is dropped, the content decides
     about the format and not the name. EXIF is not looked at. A JPEG of at least four times the
@@ -47,7 +48,7 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> byte
                 ready = converted(image, c)
                 if ready.size != (w, h):
                     ready = ImageOps.fit(ready, (w, h))
-                return b"".join(band.tobytes() for band in ready.split())
+                return [ready.tobytes("raw", band) for band in ready.getbands()]
     except BadImage:
         raise
     # Pillow's decoders raise many types on damaged files, SyntaxError and struct.error among them.

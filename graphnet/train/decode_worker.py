@@ -19,9 +19,23 @@ import mmap
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from graphnet.train.decode import BadImage, decode
 from graphnet.train.rowstore import write_row
+
+
+def fill(image: memoryview, path: str, shape: Sequence[int]) -> str | None:
+    """Decodes a file into memory; the reason where it is no image."""
+    try:
+        planes = decode(path, shape)
+    except BadImage as error:
+        return str(error)
+    at = 0
+    for plane in planes:
+        image[at : at + len(plane)] = plane
+        at += len(plane)
+    return None
 
 
 def main(arguments: list[str]) -> int:
@@ -31,22 +45,18 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     shape = [int(v) for v in arguments[0].split(",")]
     stride, memory, images, sums = (int(v) for v in arguments[1:])
-    shared = mmap.mmap(memory, 0)
+    shared = memoryview(mmap.mmap(memory, 0))
+    size = shape[0] * shape[1] * shape[2]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not mix with answers
     for line in sys.stdin:
         reasons: list[str | None] = []
         for slot, row, path in json.loads(line):
-            try:
-                data = decode(path, shape)
-            except BadImage as error:
-                reasons.append(str(error))
-                continue
-            shared[slot * stride : slot * stride + len(data)] = data
-            if images >= 0:
+            image = shared[slot * stride : slot * stride + size]
+            reasons.append(fill(image, path, shape))
+            if images >= 0 and reasons[-1] is None:
                 with contextlib.suppress(OSError):  # a full disk: the row is decoded again later
-                    write_row(images, sums, row, stride, data)
-            reasons.append(None)
+                    write_row(images, sums, row, stride, image)
         answers.write(json.dumps(reasons) + "\n")
         answers.flush()
     return 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -151,10 +153,12 @@ class Folder:
         batch: int,
         reading: Reading,
         windows: Callable[[np.ndarray], Sequence[Window]] | None = None,
+        normalise: bool = False,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """(images u8, rows, place in `order` behind them) of each batch of `order[start:]`.
+        """(images, rows, place in `order` behind them) of each batch of `order[start:]`.
 
-        windows  rows -> where `shape` is cut from each image; None gives images as stored
+        windows    rows -> where `shape` is cut from each image; None gives images as stored
+        normalise  float32 as `normalised` gives it, not bytes
         Each batch but the last has `batch` images: quarantined files are skipped, not replaced.
         """
         places = np.arange(start, len(order))
@@ -162,7 +166,7 @@ class Folder:
             known = np.fromiter(self.quarantined, dtype=np.int64)
             places = places[~np.isin(order[places], known)]
         held: list[_Part] = []
-        with _Reader(self, batch, reading, windows) as reader:
+        with _Reader(self, batch, reading, windows, normalise) as reader:
             for part in reader.parts(order, places):
                 self._quarantine(part)
                 if not held and len(part.places) == batch:
@@ -217,6 +221,39 @@ def _joined(parts: Sequence[_Part], batch: int) -> tuple[_Part, _Part]:
     return _Part(images[:batch], places[:batch]), _Part(images[batch:], places[batch:])
 
 
+def _holders(arrays: Sequence[np.ndarray]) -> list[int]:
+    """References to each array of a list, as this function sees them."""
+    return [sys.getrefcount(a) for a in arrays]
+
+
+_ALONE = _holders([np.empty(0)])[0]  # of an array that only the list holds
+
+
+class _Recycled:
+    """Arrays that are handed out again when nobody holds them any more.
+
+    The first touch of fresh memory is a page fault for each 4 kB: as expensive as all the rest of
+    making a batch. A tensor made of an array holds it, and so does every view of that tensor.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+        self.lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+        """An array that nobody else holds, with anything in it."""
+        with self.lock:
+            for at, holders in enumerate(_holders(self.arrays)):
+                if holders == _ALONE and self.arrays[at].shape == shape:
+                    return self.arrays[at]
+            # Not np.empty: it asks for huge pages, which took seconds to find beside a cache that
+            # is being written.
+            array = torch.empty(shape, dtype=dtype).numpy()
+            if len(self.arrays) < 8:
+                self.arrays.append(array)
+            return array
+
+
 class _Reader:
     """Reads batches of a Folder: a few at once in threads, or in the caller without workers."""
 
@@ -226,8 +263,14 @@ class _Reader:
         batch: int,
         reading: Reading,
         windows: Callable[[np.ndarray], Sequence[Window]] | None,
+        normalise: bool,
     ) -> None:
         self.folder, self.batch, self.windows, self.pin = folder, batch, windows, reading.pin
+        self.dtype = torch.float32 if normalise else torch.uint8
+        self.memory = _Recycled()
+        c = folder.stored[0]
+        wide = [np.broadcast_to(np.asarray(v, "f4"), (c,)) for v in (folder.mean, folder.std)]
+        self.mean, self.std = (v.reshape(c, 1, 1) for v in wide)
         ahead = reading.prefetch if reading.workers else 0
         self.threads = ThreadPoolExecutor(ahead, "graphnet-read") if ahead else None
         self.buffers = ahead + 1  # one is being used up
@@ -267,14 +310,29 @@ class _Reader:
                 failed[row] = reason
         good = [(k, view) for k, view in enumerate(views) if view is not None]
         c, h, w = folder.stored if self.windows is None else folder.shape
-        images = torch.empty(len(good), c, h, w, dtype=torch.uint8, pin_memory=self.pin)
         windows = [(0, 0, False)] * len(rows) if self.windows is None else self.windows(rows)
-        for into, (k, view) in zip(images.numpy(), good, strict=True):
+        images, into = self._batch((len(good), c, h, w))
+        for image, (k, view) in zip(into, good, strict=True):
             top, left, mirrored = windows[k]
             whole = np.frombuffer(view, dtype=np.uint8).reshape(folder.stored)
             piece = whole[:, top : top + h, left : left + w]
-            into[:] = piece[:, :, ::-1] if mirrored else piece
+            if mirrored:
+                piece = piece[:, :, ::-1]
+            if image.dtype == np.uint8:
+                image[:] = piece
+            else:  # image by image: what one step leaves is in the processor's cache for the next
+                np.divide(piece, np.float32(255), out=image, dtype=np.float32)
+                np.subtract(image, self.mean, out=image)
+                np.divide(image, self.std, out=image)
         return _Part(images, places[[k for k, _ in good]], failed)
+
+    def _batch(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, np.ndarray]:
+        """Memory for a batch, as a tensor and as an array."""
+        if self.pin:  # torch keeps and reuses pinned memory by itself
+            images = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+            return images, images.numpy()
+        into = self.memory.take(shape, self.dtype)
+        return torch.from_numpy(into), into
 
     def __enter__(self) -> _Reader:
         return self

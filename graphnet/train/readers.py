@@ -331,7 +331,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 def read_image(path: str | os.PathLike[str], shape: Sequence[int]) -> torch.Tensor:
     """One image file as uint8 [C, H, W], as training reads it; DataError where it is no image."""
     try:
-        data = decode(path, shape)
+        data = b"".join(decode(path, shape))
     except BadImage as error:
         raise DataError(
             f"cannot read image {path}: {error}", help="remove or replace it"

@@ -27,7 +27,7 @@ def checksum(data: Any, row: int) -> int:
     return _THERE | zlib.crc32(data, row)
 
 
-def write_row(images: int, sums: int, row: int, stride: int, data: bytes) -> None:
+def write_row(images: int, sums: int, row: int, stride: int, data: memoryview) -> None:
     """Writes a row into the files behind the two descriptors; OSError where it cannot."""
     if os.pwrite(images, data, row * stride) == len(data):
         os.pwrite(sums, checksum(data, row).to_bytes(8, "little"), 8 * row)

@@ -33,6 +33,10 @@ def cache(tmp_path):
         yield
 
 
+def pixels(data, shape):
+    return np.frombuffer(b"".join(decode(data, shape)), np.uint8).reshape(shape)
+
+
 # ---- one file --------------------------------------------------------------------------------
 
 
@@ -41,7 +45,7 @@ def test_what_is_converted_is_converted_right():
     raw = np.asarray(rgb)
 
     def read(data, c=3):
-        return np.frombuffer(decode(data, (c, 20, 24)), np.uint8).reshape(c, 20, 24)
+        return pixels(data, (c, 20, 24))
 
     for form in ("PNG", "BMP", "PPM", "TIFF"):
         assert (read(encoded(rgb, form)) == raw.transpose(2, 0, 1)).all(), form
@@ -65,13 +69,13 @@ def test_what_is_converted_is_converted_right():
 def test_the_middle_is_kept_and_large_jpegs_are_reduced_while_decoding():
     wide = Image.new("RGB", (300, 100), (255, 0, 0))
     wide.paste((0, 255, 0), (100, 0, 200, 100))
-    got = np.frombuffer(decode(encoded(wide, "PNG"), (3, 10, 10)), np.uint8).reshape(3, 10, 10)
+    got = pixels(encoded(wide, "PNG"), (3, 10, 10))
     assert (got[1, :, 1:-1] == 255).all() and (got[0, :, 1:-1] == 0).all()
     x = np.linspace(0, 255, 800)
     smooth = np.stack([x + 0 * x[:, None], x[:, None] + 0 * x, 255 - x + 0 * x[:, None]], 2)
     image = Image.fromarray(smooth.astype(np.uint8))
     jpeg, png = encoded(image, "JPEG", quality=95), encoded(image, "PNG")
-    a, b = (np.frombuffer(decode(d, (3, 50, 50)), np.uint8).astype(int) for d in (jpeg, png))
+    a, b = (pixels(d, (3, 50, 50)).astype(int) for d in (jpeg, png))
     assert np.abs(a - b).max() <= 3
 
 
@@ -183,6 +187,12 @@ def test_workers_and_cache_change_nothing(tmp_path, shape):
             got = seen(Batches(data, 5, seed=1, reading=Reading(workers, prefetch)))
             want = want or got
             assert got == want and [len(y) for y, _ in got] == [5, 5, 2]
+    # Memory is handed out again only when nobody holds it.
+    batches = Batches(data, 1, seed=1, reading=Reading(2))
+    held = list(batches)
+    views = [x[0, :, ::2] for x, _ in Batches(data, 1, seed=1, reading=Reading(2))]
+    assert seen(held) == seen(Batches(data, 1, seed=1))
+    assert all(torch.equal(v, x[0, :, ::2]) for v, (x, _) in zip(views, held, strict=True))
     # The rows of a Folder are a Dataset's: normalisation included.
     ((x, y),) = Batches(data, 12, shuffle=False)
     assert torch.equal(x, data.normalised(data.read(range(12)))) and torch.equal(y, data.labels)
@@ -299,7 +309,7 @@ sys.exit(decode_worker.main(sys.argv[1:]))
 def test_a_file_that_kills_or_stalls_its_decoder_is_quarantined(tmp_path, monkeypatch):
     make(tmp_path)
     ours = decoding.Decoders._command
-    command = lambda self: [sys.executable, "-c", HOSTILE, *ours(self)[3:]]
+    command = lambda self: [sys.executable, "-c", HOSTILE, *ours(self)[4:]]
     monkeypatch.setattr(decoding.Decoders, "_command", command)
     monkeypatch.setattr(decoding, "LIMIT_S", 0.3)
     data = train(tmp_path, max_bad=1)
@@ -345,6 +355,6 @@ def test_unreadable_bytes_are_one_error_type():
             for at in rng.integers(0, len(data), rng.integers(1, 8)):
                 data[at] = rng.integers(256)
             try:
-                assert len(decode(bytes(data), (3, 8, 8))) == 192
+                assert pixels(bytes(data), (3, 8, 8)).size == 192
             except BadImage as error:
                 assert str(error)

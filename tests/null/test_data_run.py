@@ -2,10 +2,13 @@
 ends in one line."""
 
 import json
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import graphnet as gn
 from graphnet import config
@@ -16,6 +19,7 @@ from graphnet.train.evaluation import evaluate_run
 from graphnet.train.run import RunConfig, run_training
 from tests.image_files import make, train
 
+ROOT = Path(__file__).resolve().parents[2]
 NET = """
 import graphnet as gn
 net = gn.Sequential(
@@ -76,6 +80,22 @@ def test_resize_trains_on_crops_and_resumes(tmp_path, net_file):
     )  # fmt: skip
     losses = [run_training(settings, tmp_path / n, quiet=True)["train_loss"] for n in "ab"]
     assert losses[0] == losses[1] and (tmp_path / "a/config.toml").read_text().count("resize = 32")
+
+
+def test_the_example_with_lrn_learns(tmp_path):
+    rng = np.random.default_rng(1)
+    for split, name in product(("train", "test"), ("cat", "dog")):
+        home = tmp_path / "d" / split / name
+        home.mkdir(parents=True)
+        for k in range(16):
+            noise = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8) + 95 * (name == "dog")
+            Image.fromarray(noise.astype(np.uint8)).save(home / f"{k}.png")
+    settings = RunConfig(
+        f"{ROOT}/examples/cifar_cnn.py:net", f"cifar10:{tmp_path / 'd'}", epochs=6, batch=8,
+        target="cpu", lr=0.05,
+    )  # fmt: skip
+    history = run_training(settings, tmp_path / "run", quiet=True)["history"]
+    assert history[0]["train_loss"] > 0.7 and history[-1]["val_accuracy"] == 1
 
 
 def bad_data(tmp_path):
