@@ -23,6 +23,7 @@ from graphnet.train.rowstore import RowStore, write_row
 Job = tuple[int, int, str]  # slot of the memory, row of the data set, file
 _CHUNK = 16  # files in a request: enough to hide the pipe, few enough to share out evenly
 LIMIT_S = 30.0  # for one file; 25 million pixels take less than one second
+START_S = 120.0  # for a process to come up, on a machine that is busy
 
 
 class Decoders:
@@ -131,7 +132,7 @@ class _Worker:
     def ask(self, jobs: Sequence[Job]) -> list[str | None]:
         if self.process is None:
             self._start()
-        return self._exchange(jobs)
+        return self._exchange(jobs, LIMIT_S * len(jobs))
 
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -143,7 +144,7 @@ class _Worker:
                     self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
                     bufsize=0, pass_fds=self.handles, env={**os.environ, "PYTHONPATH": path},
                 )  # fmt: skip
-                self._exchange([])  # whether it works at all is not the fault of a file
+                self._exchange([], START_S)  # whether it works at all is not the fault of a file
             except (OSError, _WorkerFailed) as error:
                 said.seek(0)
                 lines = said.read().decode(errors="replace").strip().splitlines()
@@ -152,10 +153,10 @@ class _Worker:
                     help="use workers=0 to decode in this process",
                 ) from None
 
-    def _exchange(self, jobs: Sequence[Job]) -> list[str | None]:
+    def _exchange(self, jobs: Sequence[Job], limit: float) -> list[str | None]:
         process = self.process
         assert process is not None and process.stdin and process.stdout
-        answer, until = b"", time.monotonic() + LIMIT_S * max(1, len(jobs))
+        answer, until = b"", time.monotonic() + limit
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         try:
@@ -163,7 +164,7 @@ class _Worker:
             while not answer.endswith(b"\n"):
                 if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
                     self.end()
-                    raise _WorkerFailed(f"decoding takes more than {LIMIT_S:.0f} s")
+                    raise _WorkerFailed(f"decoding takes more than {limit:.0f} s")
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise BrokenPipeError
