@@ -126,7 +126,7 @@ benches() {
             --epochs 1 --seeds 0 --json "$OUT"
     elif [[ -n ${GRAPHNET_DATA:-} ]]; then
         step 45 "LeNet-5 to 99 %" "$PYTHON" benchmarks/mnist99.py --target cuda --seeds 0-9 \
-            --batch 256,128 --json "$OUT"
+            --batch 192,256 --json "$OUT"
     else
         echo "== LeNet-5 to 99 %: skipped, GRAPHNET_DATA names no folder with MNIST"
     fi

@@ -3,11 +3,11 @@
 
     GRAPHNET_DATA=DIR python benchmarks/mnist99.py --seeds 0-9 --json benchmarks/results
 
-A fixed recipe: images as value / 255, 3 epochs in batches of 256 (705 steps; of 128: 1,407, and
-surer), Nesterov momentum 0.9, weight decay 5e-4, He initialization, a learning rate that rises to
-0.15 (0.1) in a line over a quarter of the steps and falls to 0 in a line. The time is that of the
-steps, from the first to the end of the last one; compiling, a warm-up on another net, and the test
-at the end are not in it.
+A fixed recipe: images as value / 255, 3 epochs, Nesterov momentum 0.9, weight decay 5e-4, He
+initialization, a learning rate that rises in a line over a quarter of the steps and falls to 0 in a
+line. Batches of 192 with a highest rate of 0.12 are 939 steps; of 256 with 0.15 705, and less sure;
+of 128 with 0.1 1,407. The time is that of the steps, from the first to the end of the last one;
+compiling, a warm-up on another net, and the test at the end are not in it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     given.add_argument("--precision", default="fp32")
     given.add_argument("--seeds", type=seeds_of, default=seeds_of("0-9"))
     batches = lambda text: [int(b) for b in text.split(",")]
-    given.add_argument("--batch", type=batches, default=[256], help="256, 192, 128, or several")
+    given.add_argument("--batch", type=batches, default=[192], help="192, 256, 128, or several")
     given.add_argument("--way", choices=WAYS, help="default: on a GPU both, else plain")
     given.add_argument("--epochs", type=int, default=RECIPE["epochs"])
     given.add_argument("--json", type=Path, help="file, or a folder that it gets a name in")
