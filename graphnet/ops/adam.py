@@ -98,7 +98,7 @@ class AdamUpdate(Update):
         m1 = f"({m} + {gain1} * ({g} - {m}))"
         v1 = f"({v} + {gain2} * ({g} * {g} - {v}))"
         root = f"(tl.sqrt({v1} / {c2}) + {attrs.eps!r})"
-        return [f"({w} - {lr} / {c1} * ({m1} / {root}))", m1, v1]
+        return [f"({w} - {lr} * {m1} / ({c1} * {root}))", m1, v1]
 
 
 @dataclass(frozen=True)
