@@ -92,6 +92,25 @@ def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     assert len(alone(lowered(nonfinite="skip"))) == 5
 
 
+def test_the_guard_by_the_loss_adds_no_work_on_the_cpu(monkeypatch):
+    """The updates stay in place, the gradients of wide layers by rows: a flag is looked at before."""
+    from graphnet.lowering.targets import cpu, cpu_update
+
+    monkeypatch.setattr(cpu_update, "WIDE", 16)
+    real, calls = cpu.generic, []
+    monkeypatch.setattr(cpu, "generic", lambda e: calls.append(e.op) or real(e))
+
+    def tasks(**options):
+        calls.clear()
+        gn.compile(gn.models.lenet5(), (2, 1, 28, 28), target="cpu", loss=LOSS,
+                   optimizer=gn.SGD(0.1, 0.9), **options)  # fmt: skip
+        return list(calls)
+
+    free = tasks()
+    assert free == tasks(nonfinite="stop") and "linear_wgrad" not in free
+    assert "linear_wgrad" in tasks(nonfinite="skip")  # the norm wants them whole
+
+
 def bad_batch(race):
     x, y = race.batch()
     x[2, 3] = math.nan
