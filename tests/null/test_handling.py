@@ -93,7 +93,7 @@ def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
 
 
 def test_the_guard_by_the_loss_adds_no_work_on_the_cpu(monkeypatch):
-    """The updates stay in place, the gradients of wide layers by rows: a flag is looked at before."""
+    """Updates stay in place, the gradients of wide layers by rows: a flag is looked at before."""
     from graphnet.lowering.targets import cpu, cpu_update
 
     monkeypatch.setattr(cpu_update, "WIDE", 16)
