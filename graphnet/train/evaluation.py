@@ -83,7 +83,8 @@ def _trainers(key: str) -> bool:
 
 def write_about(run: Path, data: Any) -> None:
     """Leaves in the run folder what prediction must know of the training data."""
-    about = {"classes": list(data.classes), "mean": list(data.mean), "std": list(data.std)}
+    names = ("classes", "mean", "std", "stored")
+    about = {name: list(getattr(data, name)) for name in names}
     checkpoint.atomic_write(run / ABOUT, json.dumps(about).encode())
 
 
@@ -268,7 +269,7 @@ def predict(
         row: dict[str, Any] = {"image": str(file)}
         out.append(row)
         try:
-            whole.append((row, read_image(file, shape[1:])))
+            whole.append((row, read_image(file, shape[1:], trained.about.get("stored"))))
         except DataError as error:
             row["error"] = error.message
     for at in range(0, len(whole), size):

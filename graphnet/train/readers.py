@@ -328,12 +328,20 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_image(path: str | os.PathLike[str], shape: Sequence[int]) -> torch.Tensor:
-    """One image file as uint8 [C, H, W], as training reads it; DataError where it is no image."""
+def read_image(
+    path: str | os.PathLike[str], shape: Sequence[int], stored: Sequence[int] | None = None
+) -> torch.Tensor:
+    """One image file as uint8 [C, H, W], as a test reads it: the middle of what is `stored`.
+
+    DataError where it is no image.
+    """
+    stored = shape if stored is None else stored
     try:
-        data = b"".join(decode(path, shape))
+        data = b"".join(decode(path, stored))
     except BadImage as error:
         raise DataError(
             f"cannot read image {path}: {error}", help="remove or replace it"
         ) from None
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(tuple(shape))
+    image = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(tuple(stored))
+    top, left = ((s - n) // 2 for s, n in zip(stored[1:], shape[1:], strict=True))
+    return image[:, top : top + shape[1], left : left + shape[2]].contiguous()

@@ -185,7 +185,7 @@ def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
         _, logits = trainer.evaluation(x, y)
         tally.add(torch.softmax(logits.float(), 1), y, x)
     checkpoint.atomic_write(out / "test.json", json.dumps(tally.as_dict()).encode())
-    names = list(parts.test.classes) or [str(k) for k in range(tally.classes)]
+    names = [*parts.test.classes, *map(str, range(len(parts.test.classes), tally.classes))]
     plots.confusion(out / "confusion.png", tally.confusion, names)
     plots.misclassified(out / "misclassified.png", tally.shown, names)
 

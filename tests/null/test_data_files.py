@@ -262,6 +262,8 @@ def test_crops_depend_on_seed_epoch_and_row_alone(tmp_path):
         assert (min(left, right), top) == first[row][:2]
     ((x, _),) = Batches(data, 40)  # the middle
     assert torch.equal(x, data.normalised(data.read(range(40))[:, :, 2:18, 2:18]))
+    alone = read_image(data.files[3].path, data.shape, data.stored)
+    assert torch.equal(data.normalised(alone[None]), x[:1]), "every file holds the same image"
 
 
 def test_workers_need_no_main_guard(tmp_path):
