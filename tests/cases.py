@@ -246,7 +246,7 @@ def _dropout_rows() -> list[Case]:
 def _draw_sgd(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     tensors = [fill(t, g, dtype) for t in c.ins if t.shape]
     hypers = [0.1, 0.9, 0.01] if len(tensors) == 3 else [0.1, 0.01]
-    hypers += [0.03] if c.note == "scaled" else []
+    hypers += {"scaled": [0.03], "first": [0.0], "dampened": [1.0]}.get(c.note, [])
     return tensors + [torch.tensor(h, dtype=dtype) for h in hypers]
 
 
@@ -300,6 +300,17 @@ def _torch_adam(kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0) -> Cal
     return run
 
 
+def _torch_dampened(w, g, v, lr, mom, wd, started):
+    p = torch.nn.Parameter(w.clone())
+    opt = torch.optim.SGD([p], float(lr), float(mom), 0.4, float(wd))
+    # torch's first step takes the gradient whole; here it meets a buffer that need not be 0.
+    grad = g if started else g + mom * v
+    opt.state[p]["momentum_buffer"] = v.clone() if started else None
+    p.grad = grad.clone()
+    opt.step()
+    return p.detach(), opt.state[p]["momentum_buffer"]
+
+
 def _scaled_sgd(w, g, lr, wd, l1):
     """Rate doubled, penalties at half."""
     return w - 2 * lr * (g + 0.5 * wd * w + 0.5 * l1 * w.sign())
@@ -343,6 +354,11 @@ UPDATES = [
             ("classic", False, "classic", _classic),
             ("classicnesterov", True, "classic", _classic_nesterov),
         ]
+    ),
+    *(
+        Case("sgd_update", (_W, _W, _W, *(_S,) * 4), _torch_dampened,
+             attrs("sgd_update", momentum=True, dampening=0.4), note, _draw_sgd)
+        for note in ("first", "dampened")
     ),
     Case("sgd_update", (_W, _W, _S, _S, _S), _scaled_sgd,
          attrs("sgd_update", l1=True, lr_mult=2.0, decay_mult=0.5), "scaled", _draw_sgd),

@@ -11,8 +11,8 @@ import torch
 
 from graphnet.errors import ConfigError, ShapeError
 from graphnet.ir.graph import Builder, Value
-from graphnet.ir.op import Attrs, Op, register
-from graphnet.ir.types import TensorType
+from graphnet.ir.op import Attrs, Op, get_op, register
+from graphnet.ir.types import TensorType, f32
 
 FORMS = ("torch", "classic")
 
@@ -83,11 +83,13 @@ def emit_penalised(attrs: UpdateAttrs, w: str, g: str, decay: str | None, l1: Se
 @dataclass(frozen=True)
 class SGDAttrs(UpdateAttrs):
     """momentum: whether there is a buffer; form: how it is written (they differ after an lr
-    change): "torch" v = mom v + g, w -= lr v; "classic" (Caffe) v = mom v - lr g, w += v."""
+    change): "torch" v = mom v + g, w -= lr v; "classic" (Caffe) v = mom v - lr g, w += v;
+    dampening: what g misses in the buffer from the second step on."""
 
     momentum: bool = False
     nesterov: bool = False
     form: str = "torch"
+    dampening: float = 0.0
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -96,11 +98,11 @@ class SGDAttrs(UpdateAttrs):
 
 @register
 class SGDUpdate(Update):
-    """(w', v') from w, g, v, lr, momentum, weight_decay, and l1 where it is one; without momentum
-    w' from w, g, lr, weight_decay.
+    """(w', v') from w, g, v, lr, momentum, weight_decay, l1 where it is one, and with dampening d
+    whether a step was done before, s (0 or 1); without momentum w' from w, g, lr, weight_decay.
 
-    g' = g + wd w + l1 sign(w). torch: v' = mom v + g', w' = w - lr v' (Nesterov: w - lr (g' +
-    mom v')). classic: v' = mom v - lr g', w' = w + v' (Nesterov: w - mom v + (1 + mom) v').
+    g' = g + wd w + l1 sign(w). torch: v' = mom v + (1 - d s) g', w' = w - lr v' (Nesterov: w - lr
+    (g' + mom v')). classic: v' = mom v - lr g', w' = w + v' (Nesterov: w - mom v + (1 + mom) v').
     """
 
     name = "sgd_update"
@@ -110,16 +112,16 @@ class SGDUpdate(Update):
         return int(attrs.momentum)
 
     def scalars(self, attrs: SGDAttrs) -> int:
-        return 2 + attrs.momentum + attrs.l1
+        return 2 + attrs.momentum + attrs.l1 + (attrs.dampening != 0)
 
     def reference(self, attrs: SGDAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not attrs.momentum:
             w, g, lr, wd, *l1 = args
             return (w - lr * attrs.lr_mult * penalised(attrs, w, g, wd, l1),)
-        w, g, v, lr, mom, wd, *l1 = args
-        g, lr = penalised(attrs, w, g, wd, l1), lr * attrs.lr_mult
+        w, g, v, lr, mom, wd, *rest = args
+        g, lr = penalised(attrs, w, g, wd, rest[: attrs.l1]), lr * attrs.lr_mult
         if attrs.form == "torch":
-            v1 = mom * v + g
+            v1 = mom * v + (g * (1 - attrs.dampening * rest[-1]) if attrs.dampening else g)
             return (w - lr * (g + mom * v1 if attrs.nesterov else v1), v1)
         v1 = mom * v - lr * g
         return (w - mom * v + (1 + mom) * v1 if attrs.nesterov else w + v1, v1)
@@ -133,10 +135,11 @@ class SGDUpdate(Update):
         if not attrs.momentum:
             w, g, lr, wd, *l1 = expr
             return [f"({w} - {times(lr, attrs.lr_mult)} * {emit_penalised(attrs, w, g, wd, l1)})"]
-        w, g, v, lr, mom, wd, *l1 = expr
-        g, lr = emit_penalised(attrs, w, g, wd, l1), times(lr, attrs.lr_mult)
+        w, g, v, lr, mom, wd, *rest = expr
+        g, lr = emit_penalised(attrs, w, g, wd, rest[: attrs.l1]), times(lr, attrs.lr_mult)
         if attrs.form == "torch":
-            v1 = f"({mom} * {v} + {g})"
+            damped = f"{g} * (1.0 - {attrs.dampening!r} * {rest[-1]})" if attrs.dampening else g
+            v1 = f"({mom} * {v} + {damped})"
             step = f"({g} + {mom} * {v1})" if attrs.nesterov else v1
             return [f"({w} - {lr} * {step})", v1]
         v1 = f"({mom} * {v} - {lr} * {g})"
@@ -223,9 +226,9 @@ class SGD(OptimizerSpec):
     """Stochastic gradient descent with torch's arguments, `form` and an L1 penalty.
 
     lr, momentum, weight_decay and l1 may change between steps; momentum or l1 0 against non-zero,
-    `nesterov` and `form` are part of the compiled graph. The gradient of the penalties is
-    weight_decay w + l1 sign(w): an elastic net lambda (beta sum w^2 + sum |w|) is
-    weight_decay = 2 lambda beta, l1 = lambda.
+    dampening, `nesterov` and `form` are part of the compiled graph. The gradient of the penalties
+    is weight_decay w + l1 sign(w): an elastic net lambda (beta sum w^2 + sum |w|) is weight_decay =
+    2 lambda beta, l1 = lambda.
     """
 
     lr: float = 1e-3
@@ -241,8 +244,12 @@ class SGD(OptimizerSpec):
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "weight_decay", "l1"):
             number("SGD", name, getattr(self, name))
-        if self.dampening != 0:
-            raise ConfigError(f"SGD: dampening={self.dampening!r} is not supported", help="use 0")
+        if number("SGD", "dampening", self.dampening) and (
+            not self.momentum or self.nesterov or self.form != "torch"
+        ):
+            raise ConfigError(
+                f"SGD: dampening={self.dampening!r} is for torch's plain momentum", help="use 0"
+            )
         if self.nesterov and not self.momentum:
             raise ConfigError("SGD: nesterov=True with momentum=0", help="set momentum, e.g. 0.9")
         self.attrs()
@@ -250,8 +257,18 @@ class SGD(OptimizerSpec):
     def attrs(self, lr_mult: float = 1.0, decay_mult: float = 1.0) -> SGDAttrs:
         """Of a parameter with these multipliers."""
         return SGDAttrs(
-            self.l1 != 0, lr_mult, decay_mult, self.momentum != 0, self.nesterov, self.form
-        )
+            self.l1 != 0, lr_mult, decay_mult, self.momentum != 0, self.nesterov, self.form,
+            float(self.dampening),
+        )  # fmt: skip
+
+    def scalars(
+        self, b: Builder, hypers: Mapping[str, Value]
+    ) -> tuple[list[Value], list[tuple[Value, Value]]]:
+        if not self.dampening:
+            return super().scalars(b, hypers)
+        started = b.input("sgd.started", TensorType(f32, ()), "counter")
+        one = get_op("full").attrs_type(value=1.0, shape=(), dtype="f32")  # type: ignore[call-arg]
+        return [*hypers.values(), started], [(started, b.one("full", attrs=one))]
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ Apply = Callable[[list[list[torch.Tensor]], list[torch.Tensor], list[torch.Tenso
 def _applied(update: Eqn) -> Apply:
     """How updates of this kind run: torch's fused kernel where it has the formula."""
     attrs: Any = update.attrs
-    if update.op == "sgd_update" and attrs.form == "torch" and not attrs.l1:
+    plain = update.op == "sgd_update" and attrs.form == "torch"
+    if plain and not attrs.l1 and not attrs.dampening:
         return _fused_sgd(attrs)
     formula = get_op(update.op).reference
 
