@@ -71,7 +71,7 @@ def _taps(work: Work, constants: dict[str, Any], m: int, epi: Any) -> Launch:
     operands: tuple[Arg, ...] = ()
     if choice.loader == "tma":
         kernel = "conv2d_tma"
-        c = _over_images(c, xt.shape[0], k)
+        c = _over_images(c, xt.shape[0], k, math)
         m = cdiv(xt.shape[0], c.BM) * c.BM * (m // xt.shape[0])  # every pixel has its own tiles
         operands = _boxes(work, xt, wt, c, e.op == "conv2d")
         constants = {key: v for key, v in constants.items() if not key.startswith("X")}
@@ -85,9 +85,10 @@ def _taps(work: Work, constants: dict[str, Any], m: int, epi: Any) -> Launch:
     )  # fmt: skip
 
 
-def _over_images(c: Config, images: int, k: int) -> Config:
+def _over_images(c: Config, images: int, k: int, math: str) -> Config:
     """The tile with images as rows, and a depth that divides the k channels."""
-    bk = c.BK
+    # An ieee product takes its operands from registers: boxes 32 deep spill 300 bytes.
+    bk = min(c.BK, 16) if math == "ieee" else c.BK
     while k % bk:
         bk //= 2
     return replace(c, BM=max(16, min(c.BM, next_power(images))), BK=bk)
