@@ -102,6 +102,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'':42} {'ms':>24} {'images/s':>10} {'/ ours':>20} {'first s':>8} {'warm ms':>9}"
         f" {'host us':>8} {'peak MB':>8} {'launches':>8}",
     ]
+    lines.insert(1, _setting(r))
     top = set((r["best"] or {}).values())
     for row in sorted(r["rows"], key=lambda row: row.get("ms", {}).get("median", float("inf"))):
         mark = "*" if row["name"] in top else " "
@@ -126,6 +127,18 @@ def table(result: Mapping[str, Any]) -> str:
         if kind in r["ratio"]
     ]
     return "\n".join(lines)
+
+
+def _setting(r: Mapping[str, Any]) -> str:
+    """Versions and flags, as far as they decide how quick torch is."""
+    on = lambda name: "on" if r["flags"][name] else "off"
+    parts = [f"torch {r['versions']['torch']}"]
+    if r["target"] == "cuda":
+        parts += [f"driver {r['machine']['driver']}", f"ptxas {r['versions']['ptxas']}"]
+        parts += [f"{c['clocks.sm']}, {c['power.draw']}" for c in r["clocks"][-1:]]
+    parts.append(f"TF32 in matrix products {on('matmul_allow_tf32')}")
+    parts.append(f"in cuDNN {on('cudnn_allow_tf32')}, cudnn.benchmark {on('cudnn_benchmark')}")
+    return ", ".join(parts)
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -144,6 +144,7 @@ def test_the_command_prints_parity_and_ratio_and_writes_json(tmp_path, capsys):
     asked = ["--against", "eager,eager-graph", "--ablate", "update-fusion,cudagraph,layout"]
     assert ended("lenet5", *QUICK, *asked, "--json", str(tmp_path)) == 0
     text = capsys.readouterr().out
+    assert "TF32 in matrix products off, in cuDNN off, cudnn.benchmark on" in text
     assert "parity of losses over 5 steps" in text and "eager's best is eager " in text
     (path,) = tmp_path.iterdir()  # a folder: the name says what was measured
     found = json.loads(path.read_text())
@@ -353,10 +354,10 @@ def test_parity_without_dropout_leaves_the_net_alone():
 
 
 def test_the_step_as_one_kernel_must_have_the_same_losses(monkeypatch):
-    monkeypatch.setattr(ours, "SAME_STEPS", 3)
+    monkeypatch.setattr(ours, "SAME_STEPS", 2)
     tiny = gn.Sequential(gn.Flatten(), gn.Linear(784, 10))
     run = ours._persistent(work(net=tiny), "interpret")
-    assert torch.isfinite(run(2)).all()
+    assert torch.isfinite(run(1)).all()
     real = ours.compiled
 
     def other_rate(w, target, persistent):

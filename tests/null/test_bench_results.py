@@ -16,6 +16,7 @@ from benchmarks import index, mnist99, nets, plots, run
 from benchmarks.goals import GOALS
 from benchmarks.published import WORKLOADS
 from graphnet.bench import bench
+from graphnet.bench.result import table
 from graphnet.cli import main
 from graphnet.lowering import tables
 
@@ -114,6 +115,14 @@ def verdicts(*results):
     return {g.what: g.row(results)[2:] for g in GOALS}
 
 
+def test_the_text_of_a_gpu_result_says_what_decides_its_speed(measured):
+    clocks = [{"at": "now", "clocks.sm": "1980 MHz", "power.draw": "350 W"}]
+    text = table(on_gpu(measured, clocks=clocks))
+    assert "NVIDIA H200" in text and "driver 580.1, ptxas" in text and "1980 MHz, 350 W" in text
+    assert "No GPU was at hand" in index.goals({"x": measured})
+    assert "No GPU was at hand" not in index.goals({"x": on_gpu(measured)})
+
+
 def test_goals_are_reached_missed_or_not_measured(measured):
     assert {v for v, _ in verdicts(measured).values()} == {"not measured"}  # a CPU is no H200
     alexnet = on_gpu(measured, model="alexnet", batch=128, precision="bf16")
@@ -171,8 +180,8 @@ def test_rank_correlation_within_each_key():
     assert index.order(same + opposite) == (0.0, 2)
     wrong = tuned((5, None), verdict="wrong")
     assert index.order(same + wrong) == (1.0, 1) and index.order(wrong) == (None, 0)
-    table = index.tuning({"h200-tune-lenet5": of_tuner(same + wrong)})
-    assert "| 5 | 4 | 1 | 1.00 over 1 keys |" in table and "not measured" not in table
+    text = index.tuning({"h200-tune-lenet5": of_tuner(same + wrong)})
+    assert "| 5 | 4 | 1 | 1.00 over 1 keys |" in text and "not measured" not in text
     assert "not measured" in index.tuning({"interpreter": of_tuner(same, "cpu")})
 
 
@@ -314,7 +323,7 @@ def test_what_a_gpu_machine_lacks_is_not_imported():
 STUB = """#!/usr/bin/env bash
 echo "$@" >> "$LOG"
 case "$*" in
-  *"-c import"*) exit 0 ;;          # torch sees a GPU
+  *"-c import"*) exit ${NO_GPU:-0} ;;  # whether torch sees a GPU
   *alexnet_owt*) exit 3 ;;
 esac
 """
@@ -357,8 +366,9 @@ def test_gpu_sh_runs_everything_in_order_of_value_and_goes_on_past_a_failure(tmp
 def test_gpu_sh_refuses(tmp_path):
     done = gpu_sh(tmp_path, "--part", "everything")
     assert done.returncode == 2 and "--part correctness|tune|bench" in done.stderr
-    hidden = gpu_sh(tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    hidden, said = stubbed(tmp_path, NO_GPU="1")
     assert hidden.returncode == 1 and "sees no GPU" in hidden.stderr
+    assert len(said) == 1  # nothing else was run
 
 
 @pytest.mark.slow
