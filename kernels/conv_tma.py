@@ -10,8 +10,8 @@ input gradient of a convolution of stride 1 is the same loop with negative steps
 The weight gradient sums over images first, then over the pixels that its tap reaches. In bf16
 wgmma reads both operands transposed from shared memory.
 
-Tiles: 128x128x64 with 4 warps and 3 stages takes 96 KiB of shared memory and about 160 registers,
-40 fewer than conv_taps.py. BT is the second accumulator, as there. Filters that do not lie
+Tiles: 128x128x64 with 4 warps and 3 stages takes 96 KiB of shared memory and 154 to 187 registers,
+about 60 fewer than conv_taps.py. BT is the second accumulator, as there. Filters that do not lie
 channels-last (fp32, tf32) come by pointer.
 Limits: a batch that is no multiple of BM wastes rows; BK has to divide the channels of a group.
 """
