@@ -15,12 +15,14 @@ from graphnet.lowering.build import key_of, key_parts, request
 from graphnet.lowering.codegen import private_dir
 from graphnet.lowering.steps import Launch
 
-KINDS = ("binaries", "generated", "triton", "tuning")
+COMPILED = ("binaries", "generated", "triton")
+KINDS = (*COMPILED, "tuning", "images")
 
 
 def listing() -> list[dict[str, Any]]:
-    """Binaries and tuning results: kind, name, what it is, bytes, seconds since it was made."""
-    return [*_binaries(), *_tuning()]
+    """Binaries, tuning results and decoded image sets: kind, name, what it is, bytes on disk,
+    seconds since it was made."""
+    return [*_binaries(), *_tuning(), *_images()]
 
 
 def _row(kind: str, path: Path, what: str, size: int) -> dict[str, Any]:
@@ -45,6 +47,15 @@ def _tuning() -> Iterator[dict[str, Any]]:
         gpu = (e.environment or {}).get("gpu", "?")
         what = f"{e.kind} {'x'.join(map(str, e.shape))} {e.precision} on {gpu}: {e.us} us"
         yield _row("tuning", path, what, path.stat().st_size)
+
+
+def _images() -> Iterator[dict[str, Any]]:
+    for path in sorted(private_dir("images").glob("*/manifest.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads(path.read_text())
+            what = f"{about['rows']} images {about['stored']} of {about['of']}"
+            blocks = (path.parent / "images.u8").stat().st_blocks  # rows that are missing take none
+            yield _row("images", path.parent, what, 512 * blocks)
 
 
 def why(launches: Sequence[Launch], arch: int = 90) -> list[dict[str, Any]]:

@@ -160,7 +160,9 @@ class _Worker:
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         try:
-            process.stdin.write(json.dumps(jobs).encode() + b"\n")
+            request = memoryview(json.dumps(jobs).encode() + b"\n")
+            while request:  # a signal may cut a write short
+                request = request[process.stdin.write(request) :]
             while not answer.endswith(b"\n"):
                 if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
                     self.end()

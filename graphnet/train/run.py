@@ -140,7 +140,10 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
 
 def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Folder:
     resize = settings.resize or None
-    return load(settings.data, split, shape=shape[1:], resize=resize, max_bad=settings.max_bad)
+    return load(
+        settings.data, split, shape=shape[1:], resize=resize, max_bad=settings.max_bad,
+        cache=not settings.uncached,
+    )  # fmt: skip
 
 
 def _reading(settings: RunConfig) -> Reading:

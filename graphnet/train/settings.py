@@ -56,6 +56,7 @@ class RunConfig:
         0, "keep image files in this size and train on random crops (0: the net's size)", min=0
     )
     max_bad: float = _setting(0.001, "share of image files that may be bad", min=0.0, max=1.0)
+    uncached: bool = _setting(False, "decode image files in every epoch and keep none on disk")
     overfit_batches: int = _setting(0, "train on that many batches alone, to see it fit", min=0)
 
     def __post_init__(self) -> None:

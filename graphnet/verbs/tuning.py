@@ -129,13 +129,14 @@ def why(
 def clear(
     tuning: Annotated[bool, typer.Option("--tuning", help="only tuning results")] = False,
     binaries: Annotated[bool, typer.Option("--binaries", help="only what was compiled")] = False,
+    images: Annotated[bool, typer.Option("--images", help="only decoded images")] = False,
     as_json: Json = False,
 ) -> None:
     """Empty the cache, or a part of it."""
-    from graphnet.lowering.inventory import KINDS, clear
+    from graphnet.lowering.inventory import COMPILED, KINDS, clear
 
-    kinds = [k for k in KINDS if (tuning, binaries) == (False, False)
-             or (tuning and k == "tuning") or (binaries and k != "tuning")]  # fmt: skip
+    parts = [(binaries, COMPILED), (tuning, ("tuning",)), (images, ("images",))]
+    kinds = [k for wanted, names in parts if wanted for k in names] or list(KINDS)
     gone = clear(kinds)
     if as_json:
         emit(gone)

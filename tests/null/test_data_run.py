@@ -2,6 +2,7 @@
 ends in one line."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import graphnet as gn
 from graphnet import config
 from graphnet.cli import main
 from graphnet.errors import DataError
+from graphnet.lowering.inventory import clear, listing
 from graphnet.train.data import Dataset
 from graphnet.train.evaluation import evaluate_run
 from graphnet.train.run import RunConfig, run_training
@@ -78,7 +80,12 @@ def test_resize_trains_on_crops_and_resumes(tmp_path, net_file):
         net_file(2), f"imagefolder:{tmp_path / 'd'}", epochs=2, batch=6, target="cpu", resize=32,
         workers=0,
     )  # fmt: skip
-    losses = [run_training(settings, tmp_path / n, quiet=True)["train_loss"] for n in "ab"]
+    pair = {"a": settings, "b": replace(settings, uncached=True)}
+    losses = [run_training(s, tmp_path / n, quiet=True)["train_loss"] for n, s in pair.items()]
+    held = [row for row in listing() if row["kind"] == "images"]
+    assert sorted(r["what"][:24] for r in held) == ["20 images [3, 32, 32] of"] * 2
+    assert all(r["bytes"] >= 20 * 3 * 32 * 32 for r in held)
+    assert clear(["images"])["files"] == 6 and listing() == []
     assert losses[0] == losses[1] and (tmp_path / "a/config.toml").read_text().count("resize = 32")
 
 
