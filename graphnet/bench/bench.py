@@ -107,6 +107,7 @@ class _Bench:
             "versions": facts.versions(), "flags": facts.flags(), "clocks": [],
             "against": list(c.against), "complete": False, "seconds": 0.0, "parity": None,
             **self.found.as_dict(), "layers": None, "ceilings": None,
+            "notes": [],
         }  # fmt: skip
         if out is not None and out.is_dir():
             out = out / facts.file_name(self.result)
@@ -138,12 +139,22 @@ class _Bench:
             if kind:
                 beside += self.peers(work, kind)
             self.group(mine, beside, c.seconds / len(kinds))
-            if c.by_layer and self.result["layers"] is None:  # early: a late end keeps it
-                self.by_layer(work)
-        self.count()
+            if c.by_layer and kind == kinds[0]:  # early: a late end keeps it
+                self.extra("times by layer", lambda: self.by_layer(work))
+                self.extra("ceilings", lambda: self.ceilings(work))
+        self.extra("counts of launches", self.count)
         self.result["complete"] = True
         self.save()
         return self.result
+
+    def extra(self, what: str, measure: Callable[[], None]) -> None:
+        """Something beside the ratios, which it must not stop where it fails."""
+        try:
+            measure()
+        except Exception as error:
+            self.result["notes"].append(f"no {what}: {sentence(error)}")
+            self.save()
+            self.say(self.result["notes"][-1])
 
     def check(self, work: Work) -> None:
         found = parity.check(work, lambda w: compiled(w, self.target), self.c.parity_steps)
@@ -208,6 +219,9 @@ class _Bench:
             "variant": variant.name, "torch": layers.layer_times(work, variant),
             "graphnet": layers.launch_times(work, self.target),
         }  # fmt: skip
+        self.save()
+
+    def ceilings(self, work: Work) -> None:
         self.result["ceilings"] = facts.ceilings(self.device, work.precision)
         self.save()
 

@@ -81,18 +81,21 @@ def _persistent(work: Work, target: str) -> Run:
 
 def start_all(work: Work, target: str) -> tuple[list[Contestant], dict[str, str]]:
     """Our public ways to do the work, started: by call and, in training, over bound data and on a
-    GPU as one kernel; and why that one is missing, by name."""
-    ways: dict[str, Callable[[], Run]] = {OURS: lambda: _call(compiled(work, target), work)}
+    GPU as one kernel; and why one is missing, by name. The call must work."""
+    out = [start(OURS, OURS, lambda: _call(compiled(work, target), work), work.device)]
+    ways: dict[str, Callable[[], Run]] = {}
     if work.mode == "train":
-        ways[f"{OURS} bind/run"] = lambda: _bound(compiled(work, target), work)
-    out = [start(name, OURS, way, work.device) for name, way in ways.items()]
-    name, failures = f"{OURS} persistent", {}
-    if work.mode == "train" and target == "cuda":
+        ways["bind/run"] = lambda: _bound(compiled(work, target), work)
+        if target == "cuda":
+            ways["persistent"] = lambda: _persistent(work, target)
+    failures = {}
+    for way, build in ways.items():
+        name = f"{OURS} {way}"
         try:
-            out.append(start(name, OURS, lambda: _persistent(work, target), work.device))
+            out.append(start(name, OURS, build, work.device))
         except ConfigError as error:  # most nets are too large for one kernel
             failures[name] = f"not applicable: {error.message}"
-        except Exception as error:  # not the default: it must not stop the others
+        except Exception as error:
             failures[name] = sentence(error)
     return out, failures
 

@@ -317,6 +317,20 @@ def test_a_kind_lets_go_of_its_memory_before_the_next_is_built(monkeypatch):
     assert len(held) == 4
 
 
+def test_what_is_beside_the_ratios_cannot_stop_them(monkeypatch):
+    def broken(*a):
+        raise RuntimeError("no access to counters")
+
+    monkeypatch.setattr(layers, "launch_times", broken)
+    monkeypatch.setattr(counts, "count", broken)
+    found = bench.run_bench(quick(mode="infer", by_layer=True))
+    jsonschema.validate(found, SCHEMA)
+    assert found["complete"] and found["layers"] is None and found["ratio"]["eager"]
+    assert [note.split(":")[0] for note in found["notes"]] == [
+        "no times by layer", "no counts of launches"
+    ]  # fmt: skip
+
+
 def test_our_first_step_is_timed_before_the_check_can_warm_it_up(monkeypatch):
     order = []
     start, check = ours.start_all, parity.check
