@@ -144,6 +144,8 @@ class Progress(Callback):
         )
         if "val_accuracy" in metrics:
             text += f"  test accuracy {100 * metrics['val_accuracy']:.2f} %"
+        if "skipped" in metrics:
+            text += f"  {metrics['skipped']:.0f} steps were not finite and skipped"
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

@@ -175,7 +175,7 @@ class Trainer:
             return None
         metrics = {
             "epoch": self.epoch + 1, "step": self.step, "lr": program.optimizer.lr,
-            "train_loss": now.loss / max(1, now.rows - now.skipped_rows), "seconds": now.seconds,
+            "train_loss": now.loss / (now.rows - now.skipped_rows), "seconds": now.seconds,
             "images_per_s": now.rows / now.seconds,
         }  # fmt: skip
         metrics |= {"skipped": now.skipped} if now.skipped else {}
@@ -226,6 +226,11 @@ class Trainer:
         now.seconds += time.perf_counter() - start
         if now.trained and not now.rows:
             raise DataError("the training data holds no batch")
+        if now.trained and now.rows == now.skipped_rows:
+            raise NumericsError(
+                f"none of the {now.skipped} steps of epoch {self.epoch + 1} was finite",
+                help="lower the learning rate, or clip the gradients (clip_norm)",
+            )
 
     def _nonfinite(self, value: float, step: int) -> None:
         """The policy, for a step whose recorded loss is not finite. The layer can be named as long

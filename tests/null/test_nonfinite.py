@@ -227,6 +227,12 @@ def test_a_run_that_only_skips_ends():
         model[8].bias.data = put(model[8].bias.data, math.nan)
 
     t = trainer(net(), "skip", Watch(spoil))
-    with pytest.raises(gn.NumericsError, match="50 steps in a row were not finite"):
+    with pytest.raises(gn.NumericsError, match="none of the 4 steps of epoch 2 was finite"):
         t.fit(Batches(), epochs=20, batch=4)
+    assert t.step == 8
+    many = Batches()
+    many *= 20
+    t = trainer(net(), "skip", Watch(spoil))
+    with pytest.raises(gn.NumericsError, match="50 steps in a row were not finite"):
+        t.fit(many, epochs=1, batch=4)
     assert t.step == 52
