@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "graphnet.api": ("build", "check_gradients", "compile", "load", "save"),
+    "graphnet.api": ("build", "compile"),
+    "graphnet.gradcheck": ("check_gradients",),
+    "graphnet.saving": ("load", "save"),
     "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
         "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "Linear",
@@ -41,7 +43,7 @@ __all__ = ["__version__", *sorted([*_HOME, *_MODULES])]
 
 # ruff: noqa: F401  the imports below are for type checkers; __getattr__ does the work
 if TYPE_CHECKING:
-    from graphnet.api import build, check_gradients, compile, load, save
+    from graphnet.api import build, compile
     from graphnet.errors import GraphnetError
     from graphnet.frontends import init, models
     from graphnet.frontends.dsl import Module, Parameter, Sequential
@@ -60,10 +62,12 @@ if TYPE_CHECKING:
     )
     from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
     from graphnet.frontends.tracing import trace
+    from graphnet.gradcheck import check_gradients
     from graphnet.ops.adam import Adam, AdamW
     from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
     from graphnet.ops.update import SGD
     from graphnet.runtime import random
+    from graphnet.saving import load, save
     from graphnet.train import schedule
     from graphnet.train.trainer import Trainer
 

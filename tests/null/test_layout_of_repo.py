@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"errors", "config", "ir"}, {"ops"}, {"passes"}, {"lowering"}, {"runtime"}, {"frontends"},
-    {"api", "report", "doctor"}, {"train"}, {"bench"}, {"verbs"},
+    {"api", "gradcheck", "report", "doctor", "saving"}, {"train"}, {"bench"}, {"verbs"},
     {"cli", "__main__"},
 ]  # fmt: skip
 FLOOR = {name: at for at, names in enumerate(FLOORS) for name in names}
