@@ -33,7 +33,7 @@ class Optimizer:
         own = self.__dict__
         own["spec"], own["_hypers"], own["_state"] = spec, hypers, state
         own["_entries"] = {e.name: e for e in entries}
-        own["_values"], own["_counts"] = {}, ("steps", *counts)
+        own["_values"], own["_counts"] = {}, {"step": "steps"} | {n: n for n in counts}
         for knob, value in ({k: getattr(spec, k) for k in spec.knobs} | dict(more or {})).items():
             self._write(knob, value)
 
@@ -74,14 +74,13 @@ class Optimizer:
         """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU."""
         out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._entries.items()}
         out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
-        for name in self._counts:
-            out[name.removesuffix("s")] = torch.tensor(getattr(self._state, name))
+        for key, name in self._counts.items():
+            out[key] = torch.tensor(getattr(self._state, name))
         return out
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `state_dict`; StateDictError lists every key that does not fit."""
-        counts = {n.removesuffix("s"): n for n in self._counts}
-        want = {*self._entries, *self._values, *counts}
+        want = {*self._entries, *self._values, *self._counts}
         problems = [f"missing {k}" for k in sorted(want - set(state))]
         problems += [f"unexpected {k}" for k in sorted(set(state) - want)]
         problems += [
@@ -95,7 +94,7 @@ class Optimizer:
             entry.cell.live.copy_(state[key])
         for key in self._values:
             setattr(self, key, state[key].tolist())
-        for key, name in counts.items():
+        for key, name in self._counts.items():
             setattr(self._state, name, int(state[key]))
         self._state.entries["step"].cell.live.fill_(self._state.steps)
 

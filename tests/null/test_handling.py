@@ -29,7 +29,8 @@ def together(race, sizes):
 def test_micro_batches_are_one_large_batch(row, target):
     """Also with batches that are not full: the mean is over all rows, not over batches."""
     race = Race(*row, target, accumulate=3)
-    for sizes in ((6, 6, 6), (6, 1, 4), (2, 2, 2), (6, 6, 5)):
+    groups = [(6, 1, 4), (6, 6, 6), (2, 2, 2), (6, 6, 5)][: 2 if target == "interpret" else 4]
+    for sizes in groups:
         before = race.net.state_dict()
         batch = together(race, sizes[:2])
         assert all(torch.equal(v, before[k]) for k, v in race.net.state_dict().items())
@@ -39,7 +40,7 @@ def test_micro_batches_are_one_large_batch(row, target):
         assert race.error() <= 1e-6
     sums = {k: v for k, v in race.step.optimizer.state_dict().items() if "grad_sum" in k}
     assert len(sums) == 2 and all(float(v.abs().max()) == 0 for v in sums.values())
-    assert race.step.state.steps == 12
+    assert race.step.state.steps == 3 * len(groups)
 
 
 def torch_clipped(race, x, y, limit):
@@ -54,14 +55,16 @@ def torch_clipped(race, x, y, limit):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_is_torchs(target, accumulate):
     race = Race(*PLAIN, target, clip_norm=0.8, accumulate=accumulate)
-    norms = []
-    for at in range(6):
-        if at == 3:
+    clipped = []
+    half = 1 if target == "interpret" else 3
+    for at in range(2 * half):
+        if at == half:
             race.step.optimizer.clip_norm = 0.5
         x, y = together(race, (6, 4)[:accumulate])
-        norms.append(torch_clipped(race, x, y, 0.8 if at < 3 else 0.5))
+        limit = 0.8 if at < half else 0.5
+        clipped.append(torch_clipped(race, x, y, limit) > limit)
         assert race.error() <= 2e-6
-    assert min(norms) < 0.8 < max(norms) or min(norms) > 0.5  # it did clip
+    assert any(clipped)
     race.step.optimizer.clip_norm = 1e6  # and no more
     x, y = together(race, (6, 4)[:accumulate])
     race.teach(x, y)
@@ -167,7 +170,7 @@ def test_a_group_goes_on_where_it_was_saved():
         whole.step(x, y)
         if k == 3:
             saved = whole.net.state_dict(), whole.step.optimizer.state_dict()
-    assert int(saved[1]["pending"]) == 1 and int(saved[1]["pending_row"]) == 6
+    assert int(saved[1]["pending"]) == 1 and int(saved[1]["pending_rows"]) == 6
     second.net.load_state_dict(saved[0])
     second.step.optimizer.load_state_dict(saved[1])
     for x, y in batches[4:]:

@@ -119,7 +119,7 @@ def test_whole_schedules_recompile_nothing(target, monkeypatch):
                  f"lowering.targets.{target}.prepare"):  # fmt: skip
         monkeypatch.setattr(f"graphnet.{name}", lambda *a, name=name, **k: built.append(name))
     x, y = (t[:4] for t in data())
-    total, rates = 12 if target == "interpret" else 40, set()
+    total, rates = 4 if target == "interpret" else 40, set()
     for name in NAMES:
         schedule = by_name(name, 0.1, total)
         for at in range(total):
