@@ -122,9 +122,15 @@ def tune(low: Lowered, seconds: float = 60.0, **options: Any) -> Any:
     if gpu is None:
         raise ConfigError(f"target {low.target!r} has no launches to tune", help="use cuda")
     known = options.pop("known", tables.table_for(gpu))
-    found = search.search(low.plan, gpu=gpu, seconds=seconds, known=known, **options)
-    tables.remember(found.entries)
-    return found
+    told = options.pop("each", lambda found: None)
+
+    def each(found: Any) -> None:
+        tables.remember(found.entries[-1:])
+        told(found)
+
+    return search.search(
+        low.plan, gpu=gpu, seconds=seconds, known=known, each=each, **options
+    )  # fmt: skip
 
 
 def compile(

@@ -135,11 +135,13 @@ def search(
     known: Mapping[Key, Config] | None = None,
     keep: int = KEEP,
     say: Callable[[str], None] = lambda line: None,
+    each: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """Tries candidates for every key of a plan, the dearest first, until the time is up.
 
     gpu    under which name the result is kept; also the model's ceilings where it knows them
     known  keys that need no search
+    each   told of what is found so far after every key: being cut off loses nothing
     """
     began = time.perf_counter()
     model = gpu if gpu in CEILINGS else MODEL_GPU
@@ -167,8 +169,9 @@ def search(
             trials = [replace(t, chosen=t.config == best) for t in trials]
             found.entries.append(entry)
         found.trials += trials
+        found.seconds = time.perf_counter() - began
         say(_line(key, trials, entry))
-    found.seconds = time.perf_counter() - began
+        each(found)
     return found
 
 

@@ -40,26 +40,33 @@ def tune(
     low = api.lower(
         net, input_shape(net, batch), target=target, precision=precision, **training(mode)
     )  # fmt: skip
+    date, machine, versions = facts.now(), facts.machine(_device(low.target)), facts.versions()
+
+    def result(found: Any) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA, "kind": "tune", "date": date, "model": model,
+            "mode": "train" if mode else "infer", "batch": batch, "precision": precision,
+            "target": low.target, "gpu": found.gpu, "machine": machine, "versions": versions,
+            "keys": found.keys, "seconds": round(found.seconds, 1),
+            "rank_correlation": {k: round(v, 3) for k, v in found.rank_correlations().items()},
+            "rows": [t.as_dict() for t in found.trials],
+        }  # fmt: skip
+
+    def write(found: Any) -> None:
+        if out is not None:
+            name = f"{found.gpu}-{facts.slug(model)}-tune-b{batch}-{precision}-{date[:10]}.json"
+            text = json.dumps(result(found), indent=1)
+            write_whole(out / name if out.is_dir() else out, text.encode())
+
     options: dict[str, Any] = {"known": {}} if again else {}
-    found = api.tune(low, seconds, say=lambda line: typer.echo(line, err=True), **options)
-    result = {
-        "schema": SCHEMA, "kind": "tune", "date": facts.now(), "model": model,
-        "mode": "train" if mode else "infer", "batch": batch, "precision": precision,
-        "target": low.target, "gpu": found.gpu, "machine": facts.machine(_device(low.target)),
-        "versions": facts.versions(), "keys": found.keys, "seconds": round(found.seconds, 1),
-        "rank_correlation": {k: round(v, 3) for k, v in found.rank_correlations().items()},
-        "rows": [t.as_dict() for t in found.trials],
-    }  # fmt: skip
-    if out is not None:
-        name = f"{found.gpu}-{facts.slug(model)}-tune-b{batch}-{precision}-{result['date'][:10]}"
-        write_whole(
-            out / f"{name}.json" if out.is_dir() else out, json.dumps(result, indent=1).encode()
-        )
+    say = lambda line: typer.echo(line, err=True)
+    found = api.tune(low, seconds, say=say, each=write, **options)
+    write(found)
     if table is not None:
         have = tables.read(table) if table.exists() else []
         tables.write(table, found.gpu, [*have, *found.entries])
     if as_json:
-        emit(result)
+        emit(result(found))
         return
     bad = [t for t in found.trials if t.verdict == "wrong"]
     for t in bad:

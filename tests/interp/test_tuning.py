@@ -110,6 +110,20 @@ def test_a_clearly_faster_one_is_chosen_and_decides_from_then_on(monkeypatch):
     assert search.search(low.plan, gpu="x", known=known).entries[0].config == analytic(*KEY)
 
 
+def test_what_was_found_survives_an_interrupt():
+    low = plan()
+    seen = []
+
+    def cut_off(found):
+        seen.append(len(found.entries))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(low, known={}, each=cut_off, keep=1)
+    assert seen == [1, 2] and len(tables.table_for("interpreter")) == 2
+
+
 def test_what_does_not_build_is_recorded(monkeypatch):
     answers = [
         {"spill_bytes": 0, "name": "a"}, {"spill_bytes": 8, "name": "b"}, {"error": "E\nno"},
