@@ -9,17 +9,26 @@ from graphnet.errors import ConfigError, GraphnetError, ShapeError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.symbolic import Symbol, Tracer
 from graphnet.ir.graph import Builder, Graph, Input, Value, Where
-from graphnet.ir.types import TensorType, f32, i32, i64
+from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64
+from graphnet.ops.augment import Augment
 
 _SPATIAL = ("conv2d", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
 
 
-def trace(net: Module, shape: Sequence[int], *, loss: Any = None, training: bool = False) -> Graph:
+def trace(
+    net: Module,
+    shape: Sequence[int],
+    *,
+    loss: Any = None,
+    training: bool = False,
+    augment: Augment | None = None,
+) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
     Returns logits; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in
     training the loss alone. Inputs: x, the parameters in state_dict order, then labels, live,
-    seed and step where they are read. Errors name the layer, its place and the chain of sizes.
+    seed and step where they are read. With `augment`, x is what is stored, and index and epoch say
+    for what to draw. Errors name the layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape)
     if training and loss is None:
@@ -27,7 +36,11 @@ def trace(net: Module, shape: Sequence[int], *, loss: Any = None, training: bool
     b = Builder(f"{net._title()}.traced")
     tracer = Tracer(b, net.layer_names(), training=training)
     tracer.batch = shape[0]
-    x = b.input("x", TensorType(f32, shape), "data")
+    kind, stored = f32, shape
+    if augment is not None:
+        augment = augment.sized(shape)
+        kind, stored = DTYPES[augment.source], augment.input_shape(shape)
+    x = b.input("x", TensorType(kind, stored), "data")
     for key, p in net.named_parameters():
         tracer.params[p] = b.input(key, TensorType(f32, p.shape), "param")
     labels = b.input("labels", TensorType(i64, shape[:1]), "data")
@@ -36,9 +49,15 @@ def trace(net: Module, shape: Sequence[int], *, loss: Any = None, training: bool
         "seed": b.input("seed", TensorType(i64, ()), "hyper"),
         "step": b.input("step", TensorType(i64, ()), "counter"),
     }
+    image = x
+    if augment is not None:
+        index = b.input("index", TensorType(i64, shape[:1]), "data")
+        epoch = b.input("epoch", TensorType(i64, ()), "hyper")
+        b.where = Where(("augment",), "")
+        image = b.one("augment", x, index, epoch, tracer.lazy["seed"], attrs=augment)
     with tracer.active():
         try:
-            out = net(Symbol(tracer, x))
+            out = net(Symbol(tracer, image))
         except ShapeError as error:
             raise _with_chain(error, net, b, x) from None
         if not isinstance(out, Symbol):

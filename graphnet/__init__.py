@@ -23,6 +23,7 @@ _NAMES = {
     "graphnet.frontends.tracing": ("trace",),
     "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss", "MulticlassHingeLoss"),
     "graphnet.ops.adam": ("Adam", "AdamW"),
+    "graphnet.ops.augment": ("Augment",),
     "graphnet.ops.update": ("SGD",),
     "graphnet.train.trainer": ("Trainer",),
     "graphnet.errors": (
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from graphnet.frontends.tracing import trace
     from graphnet.gradcheck import check_gradients
     from graphnet.ops.adam import Adam, AdamW
+    from graphnet.ops.augment import Augment
     from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
     from graphnet.ops.update import SGD
     from graphnet.runtime import random

@@ -18,6 +18,7 @@ from graphnet.errors import (
 )
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.tracing import trace
+from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling
 from graphnet.passes import pipeline
 from graphnet.passes.precision import POLICIES
@@ -53,6 +54,7 @@ def lower(
     nonfinite: str | None = None,
     apply: bool = True,
     persistent: bool = False,
+    augment: Any = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
@@ -64,10 +66,11 @@ def lower(
     from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
+    _check_augment(augment, optimizer, persistent)
     handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     training = optimizer is not None or grads
-    traced = trace(net, shape, loss=loss, training=training)
+    traced = trace(net, shape, loss=loss, training=training, augment=augment)
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
     if training and not keys:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
@@ -147,6 +150,7 @@ def compile(
     clip_norm: float | None = None,
     nonfinite: str | None = None,
     persistent: bool = False,
+    augment: Any = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -164,6 +168,9 @@ def compile(
                 one whose gradients are not, and its recorded loss is NaN
     Clipping and "skip" read all gradients before the first update: `inspect --why` has the price.
 
+    augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
+                its index in the data and the epoch: step(x, y, index, epoch)
+
     persistent=True runs a training step as one kernel in which all programs wait for each other,
     and `run(n)` as one launch of it: for nets so small that launches are what they wait for.
     """
@@ -173,7 +180,7 @@ def compile(
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "persistent": persistent,
+        "persistent": persistent, "augment": augment,
     }  # fmt: skip
     low = lower(net, shape, **how)
     module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
@@ -217,6 +224,7 @@ def build(
     clip_norm: float | None = None,
     nonfinite: str | None = None,
     persistent: bool = False,
+    augment: Any = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
@@ -229,7 +237,7 @@ def build(
     low = lower(
         net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer,
         grads=grads, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite,
-        persistent=persistent,
+        persistent=persistent, augment=augment,
     )  # fmt: skip
     return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 
@@ -251,6 +259,20 @@ def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads:
         raise ConfigError(f"{optimizer!r} is no optimizer", help="optimizer=gn.SGD(lr=0.01)")
     if optimizer is not None and grads:
         raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
+
+
+def _check_augment(augment: Any, optimizer: Any, persistent: bool) -> None:
+    if augment is None:
+        return
+    if not isinstance(augment, Augment):
+        raise ConfigError(f"{augment!r} is no augmentation", help="augment=gn.Augment(flip=0.5)")
+    if optimizer is None:
+        raise ConfigError("augment is for training steps", help="give an optimizer")
+    if persistent:
+        raise ConfigError(
+            "persistent=True draws its batches on the device, ready for the net",
+            help="leave augment or persistent out",
+        )
 
 
 def _handling(

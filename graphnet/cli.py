@@ -19,7 +19,9 @@ from graphnet.errors import (
     NumericsError,
     OutOfMemoryPlanError,
 )
-from graphnet.verbs import benching, compiling, demos, training, tuning  # noqa: F401  they register themselves
+
+# They register themselves.
+from graphnet.verbs import augmenting, benching, compiling, demos, training, tuning  # noqa: F401
 from graphnet.verbs.common import app
 
 # The work failed, as against: the input was bad.

@@ -18,6 +18,7 @@ logical order; shapes, strides and tile sizes are constexprs.
 
 conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
 conv_taps.py    the same for channels-last images with many channels, tap by tap
+augment.py      crops, warps, colours and the normalization of stored images
 pack.py         space-to-depth
 gemm.py         the fully connected products
 lrn.py          local response normalization, alone and fused with a max-pool

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from graphnet.ir.types import TensorType, i32, i64
 from tests.case import Case, Tensors, attrs, f, fill, pulled_back
+from tests.cases_augment import augment_rows
 from tests.cases_pool import lrn_rows, pool_rows
+from tests.philox import philox_scalar
 
 # ---- activations, elementwise ---------------------------------------------------------------
 
@@ -186,16 +188,6 @@ def _loss_rows() -> list[Case]:
             rows.append(Case(op, ins, fn, a, f"{note}-sum" if note == "live" else note, _draw_loss,
                              wrt=wrt))  # fmt: skip
     return rows
-
-
-def philox_scalar(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Philox4x32-10 as the paper writes it, on Python ints: independent of `ops/philox.py`."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(q >> 32) ^ c[1] ^ k[0], q & 0xFFFFFFFF, (p >> 32) ^ c[3] ^ k[1], p & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
 
 
 def _kept(shape: Sequence[int], seed: int, step: int, a: Any) -> torch.Tensor:
@@ -401,5 +393,5 @@ UPDATES = [
 
 CASES = [
     *ELEMENTWISE, *PRODUCTS, *pool_rows(), *lrn_rows(), *MOVES, *_loss_rows(), *_dropout_rows(),
-    *UPDATES,
+    *augment_rows(), *UPDATES,
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
 from graphnet.lowering.codegen import Index, Ref, write_epilogue
 from graphnet.lowering.cost import with_costs
+from graphnet.lowering.launch_augment import AUGMENTS
 from graphnet.lowering.launch_conv import CONVS
 from graphnet.lowering.launch_gemm import LINEARS
 from graphnet.lowering.launch_pool import POOLS
@@ -170,7 +171,7 @@ _FAMILIES: dict[str, Callable[[Work], list[Launch]]] = {
     **CONVS, **LINEARS,
     "cross_entropy": _loss, "cross_entropy_grad": _loss,
     "multi_margin": _loss, "multi_margin_grad": _loss,
-    **POOLS,
+    **POOLS, **AUGMENTS,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from graphnet.ops import (  # noqa: F401
     activation,
     adam,
     adaptive_pool,
+    augment,
     conv2d,
     dropout,
     elementwise,

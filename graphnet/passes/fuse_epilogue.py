@@ -146,7 +146,7 @@ MOVES = [
 
 EPILOGUES = [
     _epilogue(outer, inner) for inner in (*FORWARD, *BACKWARD, *LOSSES) for outer in POINTWISE
-]
+] + [_epilogue("cast", "augment")]
 # What has no anchor above it at least shares one kernel.
 CHAINS = [
     Rule(f"{outer}({inner}(...)) => fused", P((outer,), P((inner,))), build_merge, fits)

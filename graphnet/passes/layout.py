@@ -75,12 +75,13 @@ def _plain(eqn: Eqn) -> Iterator[Eqn]:
 
 def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
     """The graph with a relayout behind each image that only strided convolutions read, and the
-    layouts of its result and of their weight copies."""
+    layouts of its result and of their weight copies. An augmentation writes the blocks itself."""
     chosen: dict[Value, Layout] = {}
     derived = {i.value for i in graph.inputs if i.role == "derived"}
     readers = graph.readers()
     names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
-    for image in [i.value for i in graph.inputs if i.role == "data"]:
+    made = {e.out for e in graph.eqns if any(p.op == "augment" for p in _plain(e))}
+    for image in [*(i.value for i in graph.inputs if i.role == "data"), *made]:
         uses = [p for r in readers.get(image, ()) for p in _plain(r) if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
         if not uses or not all(_folds(u, image) for u in uses) or not weights <= derived:
@@ -88,6 +89,9 @@ def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
         if not all(_read_by_conv2d(w, readers) for w in weights):
             continue
         to = Layout("row", None, uses[0].attrs.stride[0])  # type: ignore[attr-defined]
+        if image in made:
+            chosen |= {v: to for v in (image, *weights)}
+            continue
         name = next(n for n in (f"{image.name}.blocks", f"{image.name}.blocks0") if n not in names)
         packed = Value(name, image.type.with_layout(to))
         graph = _behind(graph, image, packed)

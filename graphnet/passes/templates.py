@@ -28,6 +28,7 @@ class Template:
 TEMPLATES = {
     t.anchor: t
     for t in (
+        Template("augment"),
         Template("conv2d"),
         Template("conv2d_dgrad"),
         Template("conv2d_wgrad", updates=True),

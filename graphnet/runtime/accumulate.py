@@ -30,11 +30,17 @@ class Accumulated(TrainStep):
     def ran(self) -> Program:
         return self._ran
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        index: torch.Tensor | None = None,
+        epoch: int = 0,
+    ) -> torch.Tensor:
         state = self.state
         last = state.pending + 1 >= self.every
         program = self._ran = self if last else self._adding
-        rows = state.pending_rows + program._feed(x, y)
+        rows = state.pending_rows + program._feed(x, y, index, epoch)
         if last:
             self._storage["rows"].fill_(rows)
         program._step()

@@ -42,6 +42,11 @@ class Bound:
             x = x.float() / 255
         return x, self.labels[rows]
 
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """The next batch as it is kept, with its places in the data and its epoch."""
+        rows = self.rows()
+        return self.images[rows], self.labels[rows], rows, self.epoch
+
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """DataError naming the first row whose label is outside 0..classes-1."""

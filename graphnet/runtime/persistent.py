@@ -34,10 +34,16 @@ class PersistentStep(TrainStep):
 
         super().__init__(plan=plan, prepare=single, optimizer=optimizer, **kwargs)
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        index: torch.Tensor | None = None,
+        epoch: int = 0,
+    ) -> torch.Tensor:
         self._unbroken()
         self._steps.fill_(1)
-        return super().__call__(x, y)
+        return super().__call__(x, y, index, epoch)
 
     def bind(self, images: torch.Tensor, labels: torch.Tensor, **options: Any) -> PersistentStep:
         """As `TrainStep.bind`; compiles the kernel that draws from these data."""

@@ -62,7 +62,8 @@ class Program:
         self.shape = tuple(stages.traced.input("x").value.type.shape)
         self.classes = _classes(stages.traced)
         self._returns = tuple(v.name for v in graph.returns)
-        self._live = 0
+        self._live = self._epoch = 0
+        self._takes = stages.traced.input("x").value.type.dtype.torch
         if "seed" in self._storage:
             self._storage["seed"].fill_(_signed64(seed))
         targets = {old.name for old, _ in graph.commits}
@@ -82,11 +83,18 @@ class Program:
 
     # ---- inputs -----------------------------------------------------------------------------
 
-    def _feed(self, x: torch.Tensor, y: torch.Tensor | None = None) -> int:
+    def _feed(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        epoch: int = 0,
+    ) -> int:
         """Copies a batch in and returns its rows."""
         rows = self._check_x(x)
         if y is not None:
             self._check_y(y, rows)
+        self._place(index, epoch, rows)
         self._copy("x", x, rows)
         if y is not None and "labels" in self._storage:
             self._copy("labels", y, rows)
@@ -95,6 +103,24 @@ class Program:
             if "live" in self._storage:
                 self._storage["live"].fill_(rows)
         return rows
+
+    def _place(self, index: torch.Tensor | None, epoch: int, rows: int) -> None:
+        """Where the rows stand in the data and in its epochs: what an augmentation draws by."""
+        if "index" not in self._storage:
+            if index is not None:
+                raise ConfigError(
+                    "this program draws nothing by index", help="compile it with augment="
+                )
+            return
+        if index is None:  # no row twice
+            first = self.state.steps * self.shape[0]
+            index = torch.arange(first, first + rows)
+        if index.dtype != torch.int64 or tuple(index.shape) != (rows,):
+            raise ShapeError(f"index {index.dtype}{list(index.shape)} for {rows} rows")
+        self._copy("index", index, rows)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._storage["epoch"].fill_(epoch)
 
     def _copy(self, name: str, source: torch.Tensor, rows: int) -> None:
         into = self._storage[name]
@@ -107,8 +133,11 @@ class Program:
             raise DataError(
                 f"the input is a {type(x).__name__}", help="give a torch tensor: torch.as_tensor(x)"
             )
-        if x.dtype != torch.float32:
-            raise DTypeError(f"the input has dtype {x.dtype}, not torch.float32", help="x.float()")
+        if x.dtype != self._takes:
+            raise DTypeError(
+                f"the input has dtype {x.dtype}, not {self._takes}",
+                help="x.float()" if self._takes == torch.float32 else "images as they are stored",
+            )
         want = ", ".join(map(str, self.shape[1:]))
         if x.ndim != len(self.shape) or tuple(x.shape[1:]) != self.shape[1:]:
             raise ShapeError(f"the input has shape {list(x.shape)}, compiled for [N, {want}]")
@@ -219,6 +248,9 @@ class TrainStep(Program):
 
     Each loss is a tensor of its own, overwritten 4,096 steps later; only float() synchronises.
     optimizer  the live view: set `lr`, `momentum`, `weight_decay` ... between steps
+
+    A step that augments draws for each row by `index`, int64[N], its place in the data, and the
+    epoch; without an index no place comes twice.
     """
 
     counts: tuple[str, ...] = ()  # numbers of the state that its optimizer saves
@@ -238,8 +270,14 @@ class TrainStep(Program):
         """The program whose buffers hold the latest step."""
         return self
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        self._feed(x, y)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        index: torch.Tensor | None = None,
+        epoch: int = 0,
+    ) -> torch.Tensor:
+        self._feed(x, y, index, epoch)
         self._step()
         at = self.state.steps % RING
         self.state.steps += 1
@@ -281,7 +319,8 @@ class TrainStep(Program):
         for k in range(n):
             if lr is not None:
                 self.optimizer.lr = float(lr[k])
-            losses[k].copy_(self(*bound.next()))
+            batch = bound.stored() if "index" in self._storage else bound.next()
+            losses[k].copy_(self(*batch))
         return losses
 
     def _ready(self, n: int, lr: Sequence[float] | None) -> Bound:

@@ -15,7 +15,7 @@ import torch
 from graphnet import __version__
 from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model
-from graphnet.train import checkpoint, plots, rundir
+from graphnet.train import augment, checkpoint, plots, rundir
 from graphnet.train.building import (
     make_loss,
     make_optimizer,
@@ -54,7 +54,7 @@ def run_training(
             found = checkpoint.load_latest(out)
         if found is not None and _finished(found.state, settings):
             return _result(settings, out, found.state["history"], found.step, 0)
-        parts = _build(settings)
+        parts = _build(settings, out if resume else None)
         trainer, batches, tests = parts.trainer, parts.batches, parts.tests
         signals.watch(trainer)
         check_classes(parts.train, trainer.compile(parts.shape).classes)
@@ -64,6 +64,8 @@ def run_training(
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
             write_about(out, parts.train)
+            if trainer.augment is not None:
+                augment.save(out, trainer.augment)
         files = (parts.train, parts.test)
         trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, files)]
         if not quiet:
@@ -86,8 +88,9 @@ class _Parts:
     shape: tuple[int, ...]
 
 
-def _build(settings: RunConfig) -> _Parts:
-    """Net, data and trainer of the settings. Touches no file but the data."""
+def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
+    """Net, data and trainer of the settings, or of an existing run. Writes nothing."""
+    drawn = augment.parse(settings.augment) if settings.augment else None
     torch.manual_seed(settings.seed)  # of the initial parameters
     net = prepare(load_model(settings.model), settings)
     shape = input_shape(net, settings.batch)
@@ -98,11 +101,14 @@ def _build(settings: RunConfig) -> _Parts:
         train = test = _first(batches, settings.overfit_batches)
         batches = Batches(train, settings.batch, seed=settings.seed)
     tests = Batches(test, settings.batch, shuffle=False, reading=reading)
+    if drawn is not None:
+        batches.raw = True
+        drawn = augment.stored(run) if run is not None else augment.known(drawn, train)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
         target=settings.target, precision=settings.precision, seed=settings.seed,
         accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
-        nonfinite=settings.nonfinite,
+        nonfinite=settings.nonfinite, augment=drawn,
     )  # fmt: skip
     return _Parts(trainer, train, test, batches, tests, shape)
 

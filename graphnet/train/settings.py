@@ -50,6 +50,9 @@ class RunConfig:
     nonfinite: str = _setting("stop", "stop or skip a step that is not finite")
     init: str = _setting("", f"initial values: {', '.join(INITS)}; the model's own by default")
     freeze: str = _setting("", "layers that are not trained: conv1,conv2 or patterns (conv*)")
+    augment: str = _setting(
+        "", "what is drawn for each image: digits, cifar, photos, or rotate=10,scale=0.9:1.1,..."
+    )
     seed: int = _setting(0, "of initial values, order, dropout and augmentation")
     workers: int = _setting(2, "processes that decode image files", min=0)
     resize: int = _setting(

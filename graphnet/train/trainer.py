@@ -14,6 +14,7 @@ import torch
 from graphnet.api import compile
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
+from graphnet.ops.augment import Augment
 from graphnet.runtime.diagnose import Finding, first_nonfinite
 from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.metrics import RunningMean, topk_wrong
@@ -72,6 +73,8 @@ class Trainer:
     nonfinite  "stop": a step whose loss is not finite raises NumericsError, names the layer and
                leaves the state as it was; "skip": it is left out, as is one whose gradients are
                not finite (which costs the update fusion), and 50 in a row raise
+    augment    a `gn.Augment`, drawn anew for each image in each epoch; the evaluation sees images
+               as they are. Batches of a DataLoader are then what is stored: uint8, not normalised
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
 
@@ -83,6 +86,7 @@ class Trainer:
         schedule: Schedule | None = None,
         callbacks: Sequence[Callback] = (),
         *,
+        augment: Augment | None = None,
         target: str = "auto",
         precision: str = "fp32",
         seed: int = 0,
@@ -96,7 +100,7 @@ class Trainer:
         self.nonfinite, self._bad = nonfinite, 0
         self.net, self.loss, self.optimizer = net, loss, optimizer
         self.schedule: Any = schedule
-        self.callbacks = list(callbacks)
+        self.callbacks, self.augment = list(callbacks), augment
         self.target, self.precision, self.seed = target, precision, seed
         self.epoch, self.step, self.stop = 0, 0, False
         self.history: list[dict[str, float]] = []
@@ -104,19 +108,21 @@ class Trainer:
         self.data: Any = None
         self._data_state: Mapping[str, Any] | None = None
         self.program: TrainStep | None = None
+        self._shape: tuple[int, ...] = ()
         self.evaluation: Evaluate | None = None
 
     def compile(self, shape: Sequence[int]) -> TrainStep:
         """Compiles the step and the evaluation for `shape`, batch first. `fit` does it if needed;
         call it before `load_state_dict` to resume."""
-        if self.program is None or self.program.shape != tuple(shape):
+        if self.program is None or self._shape != tuple(shape):
             common = {"target": self.target, "precision": self.precision, "loss": self.loss}
             step = compile(
-                self.net, shape, seed=self.seed, optimizer=self.optimizer, **common, **self.handling
-            )
+                self.net, shape, seed=self.seed, optimizer=self.optimizer, augment=self.augment,
+                **common, **self.handling,
+            )  # fmt: skip
             evaluation = compile(self.net, shape, **common)
             assert isinstance(step, TrainStep) and isinstance(evaluation, Evaluate)
-            self.program, self.evaluation = step, evaluation
+            self.program, self.evaluation, self._shape = step, evaluation, tuple(shape)
         return self.program
 
     def fit(
@@ -135,6 +141,7 @@ class Trainer:
             raise ConfigError(f"batch is a positive int, not {batch!r}")
         train = self._batches(train, batch, shuffle=True)
         val = None if val is None else self._batches(val, batch, shuffle=False)
+        self._prepare_augment(train)
         step = self.compile((batch, *_sample_shape(self.net, train)))
         self._place(train)
         try:
@@ -158,6 +165,16 @@ class Trainer:
                 c.on_end(self)
             self.stop = False
         return self.history
+
+    def _prepare_augment(self, train: Any) -> None:
+        """Tells the augmentation about the data, and the data to come as they are stored."""
+        from graphnet.train.augment import known
+        from graphnet.train.data import Batches
+
+        if isinstance(train, Batches):
+            train.raw = self.augment is not None
+            if self.augment is not None:
+                self.augment = known(self.augment, train.dataset)
 
     def _place(self, train: Any) -> None:
         """Puts the data where a loaded `progress` left them."""
@@ -205,7 +222,7 @@ class Trainer:
             x, y = batch
             if self.schedule is not None:
                 turn(program.optimizer, self.schedule(self.step))
-            loss = program(x, y)
+            loss = program(x, y, *self._drawn_by(train))
             self.step += 1
             now.batches += 1
             now.rows += len(x)
@@ -231,6 +248,12 @@ class Trainer:
                 f"none of the {now.skipped} steps of epoch {self.epoch + 1} was finite",
                 help="lower the learning rate, or clip the gradients (clip_norm)",
             )
+
+    def _drawn_by(self, train: Any) -> tuple[Any, ...]:
+        """What the augmentation of the batch at hand draws by."""
+        if self.augment is None or not hasattr(train, "rows"):
+            return ()
+        return train.rows, self.epoch
 
     def _nonfinite(self, value: float, step: int) -> None:
         """The policy, for a step whose recorded loss is not finite. The layer can be named as long

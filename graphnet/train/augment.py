@@ -1,0 +1,170 @@
+"""Augmentation by name, what it has to know of the data, and a sheet to look at it.
+
+    gn.Augment(crop=True, flip=0.5)    in Python
+    crop,flip=0.5,scale=0.9:1.1        on the command line; a name of `PRESETS` may come first
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphnet.errors import CheckpointError, ConfigError
+from graphnet.ops.augment import Augment
+from graphnet.train.checkpoint import atomic_write
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Written characters: no mirror, small changes of shape.
+    "digits": {"rotate": 10.0, "scale": (0.9, 1.1), "stretch": 1.1, "shear": 8.0,
+               "translate": 0.06},
+    # Small photographs: a crop out of a border of zeros.
+    "cifar": {"crop": True, "pad": 4, "flip": 0.5},
+    # The recipe of AlexNet; with resize=256 the crop has room.
+    "photos": {"crop": True, "flip": 0.5, "brightness": 0.1, "contrast": 0.2, "pca": 0.1},
+}  # fmt: skip
+FILE = "augment.json"
+_OF_DATA = ("mean", "std", "components", "stored", "source", "size", "stream")
+SETTINGS = tuple(f.name for f in fields(Augment) if f.name not in _OF_DATA)
+_SWITCHES = {"crop": True, "flip": 0.5}  # what a name alone stands for
+_SAMPLE = 2000  # image files whose pixels make the principal components
+
+
+def parse(text: str) -> Augment:
+    """The augmentation that a text names; ConfigError lists what there is."""
+    given: dict[str, Any] = {}
+    for at, part in enumerate(p.strip() for p in text.split(",")):
+        name, equals, value = part.partition("=")
+        if at == 0 and part in PRESETS:
+            given |= PRESETS[part]
+        elif name not in SETTINGS or (not equals and name not in _SWITCHES):
+            raise ConfigError(
+                f"unknown augmentation {part!r}",
+                help=f"a preset ({', '.join(PRESETS)}), then NAME=VALUE: {', '.join(SETTINGS)}",
+            )
+        else:
+            given[name] = _value(name, value) if equals else _SWITCHES[name]
+    return Augment(**given)
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        if name == "border":
+            return text
+        if name == "crop":
+            return {"true": True, "false": False}[text.lower()]
+        if name == "scale":
+            return tuple(float(v) for v in text.split(":"))
+        return int(text) if name == "pad" else float(text)
+    except (KeyError, ValueError):
+        what = {"crop": "true or false", "scale": "LEAST:MOST", "pad": "a whole number"}
+        raise ConfigError(
+            f"augment: {name}={text!r}", help=f"{name} takes {what.get(name, 'a number')}"
+        ) from None
+
+
+# ---- what it has to know of the data --------------------------------------------------------
+
+
+def known(augment: Augment, data: Any) -> Augment:
+    """The augmentation with the data's mean, std, shape, type and, for `pca`, components."""
+    if augment.stored:
+        return augment
+    kind = getattr(getattr(data, "images", None), "dtype", torch.uint8)
+    source = "f32" if kind == torch.float32 else "u8"
+    found = replace(
+        augment, mean=tuple(data.mean), std=tuple(data.std), stored=tuple(data.stored),
+        source=source,
+    )  # fmt: skip
+    return replace(found, components=principal(data)) if augment.pca else found
+
+
+def principal(data: Any) -> tuple[float, ...]:
+    """[C, C] by rows: column k is the k-th principal component of the pixels' colours, times the
+    standard deviation along it. Values lie in [0, 1].
+
+    Of all images in memory; of image files, of at most 2,000 that lie evenly in their order.
+    """
+    count = len(data) if hasattr(data, "images") else min(len(data), _SAMPLE)
+    rows = np.linspace(0, len(data) - 1, count).astype(np.int64)
+    channels = data.shape[0]
+    sums, products, pixels = np.zeros(channels), np.zeros((channels, channels)), 0
+    for first in range(0, count, 500):
+        x = data.read(rows[first : first + 500])
+        v = x.double().div_(255) if x.dtype == torch.uint8 else x.double()
+        flat = v.transpose(0, 1).reshape(channels, -1).numpy()
+        sums, products = sums + flat.sum(1), products + flat @ flat.T
+        pixels += flat.shape[1]
+    mean = sums / max(pixels, 1)
+    variances, vectors = np.linalg.eigh(products / max(pixels, 1) - np.outer(mean, mean))
+    # Largest first, and each with its largest entry positive: else the sign is the library's.
+    vectors = vectors[:, ::-1] * np.sqrt(np.clip(variances[::-1], 0, None))
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0)
+    vectors = vectors * np.where(largest < 0, -1.0, 1.0)
+    return tuple(round(float(v), 9) for v in vectors.flatten())
+
+
+def save(run: Path, augment: Augment) -> None:
+    """Keeps it in a run folder: the components are of the data as they were at the start."""
+    about = {k: v for k, v in asdict(augment).items() if k != "stream"}
+    atomic_write(run / FILE, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def stored(run: Path) -> Augment:
+    """The augmentation that a run was started with."""
+    try:
+        return Augment(**json.loads((run / FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {run / FILE}: {error}") from None
+
+
+# ---- looking at it --------------------------------------------------------------------------
+
+
+def drawn(augment: Augment, data: Any, rows: Sequence[int], epoch: int, seed: int) -> torch.Tensor:
+    """f32[N, C, H, W] in [0, 1]: what the net would see of some images, before normalising."""
+    from graphnet.ir.op import get_op
+
+    a = known(augment, data).sized((len(rows), *data.shape))
+    scalars = (torch.tensor(v, dtype=torch.int64) for v in (epoch, seed))
+    x = data.read(rows)
+    (y,) = get_op("augment").cpu(a, x, torch.tensor(list(rows)), *scalars)
+    mean, std = (
+        torch.tensor(a.per_channel(n, y.shape[1])).view(1, -1, 1, 1) for n in ("mean", "std")
+    )
+    return (y.float() * std + mean).clamp(0, 1)
+
+
+def sheet(
+    path: Path, augment: Augment, data: Any, *, images: int = 8, draws: int = 10, seed: int = 0
+) -> None:
+    """A contact sheet: each row an image as it is stored, then what each epoch sees of it."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    rows = np.linspace(0, len(data) - 1, images).astype(np.int64).tolist()
+    x = data.read(rows)
+    plain = x.float() / 255 if x.dtype == torch.uint8 else x.clamp(0, 1)
+    a = known(augment, data)
+    columns = [plain, *(drawn(a, data, rows, epoch, seed) for epoch in range(draws))]
+    figure = Figure(figsize=((draws + 1) * 0.95, images * 0.95 + 0.5))
+    grid = figure.subplots(images, draws + 1, squeeze=False)
+    for k, line in enumerate(grid):
+        for j, axes in enumerate(line):
+            pixels = columns[j][k].permute(1, 2, 0).numpy()
+            axes.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0,
+                        vmax=1, interpolation="nearest")  # fmt: skip
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if k == 0:
+                axes.set_title("stored" if j == 0 else f"epoch {j}", fontsize=8)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.06, 0.06)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    atomic_write(path, out.getvalue())
