@@ -64,8 +64,8 @@ def run_training(
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
             write_about(out, parts.train)
-            if trainer.augment is not None:
-                augment.save(out, trainer.augment)
+        if trainer.augment is not None and not (out / augment.FILE).exists():
+            augment.save(out, trainer.augment)  # also of a run that was killed before it had one
         files = (parts.train, parts.test)
         trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, files)]
         if not quiet:
@@ -103,7 +103,8 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     tests = Batches(test, settings.batch, shuffle=False, reading=reading)
     if drawn is not None:
         batches.raw = True
-        drawn = augment.stored(run) if run is not None else augment.known(drawn, train)
+        kept = run is not None and (run / augment.FILE).exists()
+        drawn = augment.stored(run) if run and kept else augment.known(drawn, train)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
         target=settings.target, precision=settings.precision, seed=settings.seed,
