@@ -123,17 +123,16 @@ class Bench:
     def compare(self, form: str, peers: list[str], rounds: int) -> dict[str, Any]:
         self.same(form, peers)
 
-        def cold() -> Epoch:
-            self.clear()
-            return self.ours(form)
-
-        runs: dict[str, Callable[[], Epoch]] = {"cold": cold, "warm": lambda: self.ours(form)}
+        ours = lambda: self.ours(form)
+        runs: dict[str, Callable[[], Epoch]] = {"cold": ours, "warm": ours}
         runs |= {f"loader, {p}": lambda p=p: self.loader(p) for p in peers}  # type: ignore[misc]
         times: dict[str, list[float]] = {name: [] for name in runs}
         names = list(runs)
         for number in range(rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
+                if name == "cold":
+                    self.clear()
                 if name == "warm":
                     for _ in self.ours(form):  # fills what a cold run has not
                         pass
