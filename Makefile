@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLD := .venv36
+# Two processes of two threads each would wait for each other on two cores.
+TWO := OMP_NUM_THREADS=1
 PIP := -m pip install -q --disable-pip-version-check
 
 .PHONY: demo test lint smoke36 soak clean
@@ -29,14 +31,14 @@ demo: $(VENV)/.stamp
 	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(TWO) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 smoke36: $(OLD)/.stamp
-	$(OLD)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(addprefix tests/interp/test_,cases.py lowering.py \
+	$(TWO) $(OLD)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(addprefix tests/interp/test_,cases.py lowering.py \
 	    build.py build_alexnet.py small_alexnet.py conv_tma.py)
 
 soak: $(VENV)/.stamp
