@@ -77,6 +77,7 @@ def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
     """The graph with a relayout behind each image that only strided convolutions read, and the
     layouts of its result and of their weight copies. An augmentation writes the blocks itself."""
     chosen: dict[Value, Layout] = {}
+    pinned = _pinned(graph)
     derived = {i.value for i in graph.inputs if i.role == "derived"}
     readers = graph.readers()
     names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
@@ -85,6 +86,9 @@ def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
         uses = [p for r in readers.get(image, ()) for p in _plain(r) if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
         if not uses or not all(_folds(u, image) for u in uses) or not weights <= derived:
+            continue
+        # The weight gradient by blocks reads its dy channels-last, which a flatten does not allow.
+        if any(u.op == "conv2d_wgrad" and u.inputs[1] in pinned for u in uses):
             continue
         if not all(_read_by_conv2d(w, readers) for w in weights):
             continue

@@ -144,3 +144,18 @@ def test_updates_of_wide_layers_run_beside_the_convolutions():
     at = plan.steps.index(beside[-1])
     behind = [s for s, n in zip(plan.steps[at:], plan.streams[at:], strict=True) if n == 0]
     assert sum("conv" in s.kernel for s in behind) >= 8
+
+
+def test_a_strided_first_layer_in_front_of_a_flatten_stays_row_major():
+    """Its gradient leaves a flatten, so no kernel could read it by blocks."""
+    torch.manual_seed(0)
+    net = gn.Sequential(
+        gn.Conv2d(3, 16, 7, stride=4), gn.ReLU(), gn.Flatten(), gn.Linear(256, 5)
+    )
+    step = gn.compile(
+        net, (2, 3, 19, 19), target="interpret", precision="bf16", loss=gn.CrossEntropyLoss(),
+        optimizer=gn.SGD(lr=0.1),
+    )  # fmt: skip
+    assert "s2d4" not in str(step.graph("fused"))
+    x, y = torch.randn(2, 3, 19, 19), torch.tensor([1, 4])
+    assert float(step(x, y)) > float(step(x, y))
