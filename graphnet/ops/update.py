@@ -204,6 +204,7 @@ class OptimizerSpec:
 
     @property
     def hypers(self) -> tuple[str, ...]:
+        """Names of the device's scalars; every spec has its own."""
         raise NotImplementedError
 
     @property
