@@ -2,9 +2,9 @@
 
     python -m graphnet.train.decode_worker C,H,W STRIDE MEMORY_FD IMAGES_FD SUMS_FD
 
-A request is a JSON line on stdin: [[slot, row, path], ...]. The image lands at slot * STRIDE of the
-memory and, where there is a cache (IMAGES_FD not -1), in its row. The answer is a JSON line on
-stdout with the reason for each file that is no image, null for the others.
+A request is a JSON line on stdin: [[slot, row, path], ...]. The answer is one on stdout, with the
+`handled` of each: where there is a cache (IMAGES_FD not -1) the image lands in its row there, else
+at slot * STRIDE of the memory.
 
 A process of its own, and no multiprocessing: it works from a script, stdin or a notebook without
 a guard around `__main__`, leaves the interpreter of the training loop alone, and a decoder that
@@ -24,18 +24,28 @@ from collections.abc import Sequence
 from graphnet.train.decode import BadImage, decode
 from graphnet.train.rowstore import write_row
 
+Job = tuple[int, int, str]  # slot of the memory, row of the data set, file
+Cache = tuple[int, int]  # descriptors of the images and of their checksums
 
-def fill(image: memoryview, path: str, shape: Sequence[int]) -> str | None:
-    """Decodes a file into memory; the reason where it is no image."""
+
+def handled(
+    job: Job, shape: Sequence[int], stride: int, memory: memoryview, cache: Cache | None
+) -> bool | str:
+    """Decodes a file: True for in the cache, False for in its slot, or why it is no image."""
+    slot, row, path = job
     try:
         planes = decode(path, shape)
     except BadImage as error:
         return str(error)
-    at = 0
-    for plane in planes:
-        image[at : at + len(plane)] = plane
-        at += len(plane)
-    return None
+    # Not both: copies and memory that is touched for the first time are most of what decoding a
+    # small JPEG costs besides the decoder.
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a full disk: the row is decoded again later
+            if write_row(*cache, row, stride, planes):
+                return True
+    image = b"".join(planes)
+    memory[slot * stride : slot * stride + len(image)] = image
+    return False
 
 
 def main(arguments: list[str]) -> int:
@@ -44,20 +54,14 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     shape = [int(v) for v in arguments[0].split(",")]
-    stride, memory, images, sums = (int(v) for v in arguments[1:])
-    shared = memoryview(mmap.mmap(memory, 0))
-    size = shape[0] * shape[1] * shape[2]
+    stride, handle, images, sums = (int(v) for v in arguments[1:])
+    memory = memoryview(mmap.mmap(handle, 0))
+    cache = None if images < 0 else (images, sums)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not mix with answers
     for line in sys.stdin:
-        reasons: list[str | None] = []
-        for slot, row, path in json.loads(line):
-            image = shared[slot * stride : slot * stride + size]
-            reasons.append(fill(image, path, shape))
-            if images >= 0 and reasons[-1] is None:
-                with contextlib.suppress(OSError):  # a full disk: the row is decoded again later
-                    write_row(images, sums, row, stride, image)
-        answers.write(json.dumps(reasons) + "\n")
+        answer = [handled(job, shape, stride, memory, cache) for job in json.loads(line)]
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return 0
 

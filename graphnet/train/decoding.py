@@ -17,10 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graphnet.errors import DataError
-from graphnet.train.decode_worker import fill
-from graphnet.train.rowstore import RowStore, write_row
+from graphnet.train.decode_worker import Cache, Job, handled
+from graphnet.train.rowstore import RowStore
 
-Job = tuple[int, int, str]  # slot of the memory, row of the data set, file
 _CHUNK = 16  # files in a request: enough to hide the pipe, few enough to share out evenly
 LIMIT_S = 30.0  # for one file; 25 million pixels take less than one second
 # For glibc: keep what an image needed for the next one. Given back to the system, it costs a page
@@ -33,9 +32,10 @@ START_S = 120.0  # for a process to come up, on a machine that is busy
 
 
 class Decoders:
-    """Decodes files into `slots` pieces of memory: `run(jobs)` says what went wrong with each.
+    """Decodes files: `run(jobs)` gives the bytes of each image, or what is wrong with the file.
 
     workers  processes; 0 decodes in the caller. They start with the first job.
+    slots    pieces of memory, for images that are not kept: a job names one that is free
     cache    where decoded rows are kept, or None
     `run` may be called from several threads. Close it when done: `with Decoders(...) as d`.
     """
@@ -57,29 +57,27 @@ class Decoders:
             for _ in range(workers):
                 self._idle.put(_Worker(self._command(), self._handles()))
 
-    def run(self, jobs: Sequence[Job]) -> list[str | None]:
-        """Decodes; the reason for each file that is no image, None for the others."""
+    def run(self, jobs: Sequence[Job]) -> list[memoryview | str]:
+        """Decodes; the reason for each file that is no image, the bytes of the others."""
         if self._threads is None:
-            return [self._here(job) for job in jobs]
-        size = max(1, min(_CHUNK, -(-len(jobs) // (2 * self.workers))))
-        chunks = [jobs[at : at + size] for at in range(0, len(jobs), size)]
-        answers = self._threads.map(self._ask, chunks)
-        return [reason for answer in answers for reason in answer]
+            memory, cache = memoryview(self.memory), self._kept()
+            answers = [handled(job, self.shape, self.stride, memory, cache) for job in jobs]
+        else:
+            size = max(1, min(_CHUNK, -(-len(jobs) // (2 * self.workers))))
+            chunks = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+            answers = [one for answer in self._threads.map(self._ask, chunks) for one in answer]
+        return [self._found(*pair) for pair in zip(jobs, answers, strict=True)]
 
-    def slot(self, number: int) -> memoryview:
-        """The bytes of the image in a slot."""
-        return memoryview(self.memory)[number * self.stride : number * self.stride + self.size]
+    def _found(self, job: Job, answer: bool | str) -> memoryview | str:
+        if isinstance(answer, str):
+            return answer
+        slot, row, _ = job
+        if answer:
+            assert self.cache is not None
+            return self.cache.written(row)
+        return memoryview(self.memory)[slot * self.stride : slot * self.stride + self.size]
 
-    def _here(self, job: Job) -> str | None:
-        slot, row, path = job
-        image = self.slot(slot)
-        reason = fill(image, path, self.shape)
-        if self.cache is not None and reason is None:
-            with contextlib.suppress(OSError):  # a full disk: the row is decoded again later
-                write_row(self.cache.images, self.cache.sums, row, self.stride, image)
-        return reason
-
-    def _ask(self, jobs: Sequence[Job]) -> list[str | None]:
+    def _ask(self, jobs: Sequence[Job]) -> list[bool | str]:
         worker = self._idle.get()
         try:
             try:
@@ -88,23 +86,24 @@ class Decoders:
                 if len(jobs) == 1:
                     return [str(error)]
             # One of them ends the worker or holds it up: alone, it shows.
-            reasons: list[str | None] = []
+            answers: list[bool | str] = []
             for job in jobs:
                 try:
-                    reasons += worker.ask([job])
+                    answers += worker.ask([job])
                 except _WorkerFailed as error:
-                    reasons.append(str(error))
-            return reasons
+                    answers.append(str(error))
+            return answers
         finally:
             self._idle.put(worker)
 
     def _handles(self) -> tuple[int, ...]:
-        mine = () if self.cache is None else (self.cache.images, self.cache.sums)
-        return (self._handle, *mine)
+        return (self._handle, *(self._kept() or ()))
+
+    def _kept(self) -> Cache | None:
+        return None if self.cache is None else (self.cache.images, self.cache.sums)
 
     def _command(self) -> list[str]:
-        files = (-1, -1) if self.cache is None else (self.cache.images, self.cache.sums)
-        numbers = [str(v) for v in (self.stride, self._handle, *files)]
+        numbers = [str(v) for v in (self.stride, self._handle, *(self._kept() or (-1, -1)))]
         shape = ",".join(map(str, self.shape))
         # -S: what `site` would set up is not needed, and is a third of the time to start.
         return [sys.executable, "-S", "-m", "graphnet.train.decode_worker", shape, *numbers]
@@ -135,7 +134,7 @@ class _Worker:
         self.command, self.handles = command, handles
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, jobs: Sequence[Job]) -> list[str | None]:
+    def ask(self, jobs: Sequence[Job]) -> list[bool | str]:
         if self.process is None:
             self._start()
         return self._exchange(jobs, LIMIT_S * len(jobs))
@@ -160,7 +159,7 @@ class _Worker:
                     help="use workers=0 to decode in this process",
                 ) from None
 
-    def _exchange(self, jobs: Sequence[Job], limit: float) -> list[str | None]:
+    def _exchange(self, jobs: Sequence[Job], limit: float) -> list[bool | str]:
         process = self.process
         assert process is not None and process.stdin and process.stdout
         answer, until = b"", time.monotonic() + limit

@@ -303,11 +303,11 @@ class _Reader:
             if views[k] is None
         ]
         failed = {}
-        for (slot, row, _), reason in zip(jobs, self.decoders.run(jobs), strict=True):
-            if reason is None:
-                views[slot - first] = self.decoders.slot(slot)
+        for (slot, row, _), found in zip(jobs, self.decoders.run(jobs), strict=True):
+            if isinstance(found, str):
+                failed[row] = found
             else:
-                failed[row] = reason
+                views[slot - first] = found
         good = [(k, view) for k, view in enumerate(views) if view is not None]
         c, h, w = folder.stored if self.windows is None else folder.shape
         windows = [(0, 0, False)] * len(rows) if self.windows is None else self.windows(rows)

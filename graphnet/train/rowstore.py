@@ -12,7 +12,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,22 @@ IMAGES, SUMS, MANIFEST = "images.u8", "sums.u64", "manifest.json"
 _THERE = 1 << 32  # above the checksum: a row that was never written reads as zero
 
 
-def checksum(data: Any, row: int) -> int:
+def checksum(parts: Iterable[Any], row: int) -> int:
     """Of the row's bytes and its number, so that a row in the wrong place is a damaged one."""
-    return _THERE | zlib.crc32(data, row)
+    value = row
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return _THERE | value
 
 
-def write_row(images: int, sums: int, row: int, stride: int, data: memoryview) -> None:
-    """Writes a row into the files behind the two descriptors; OSError where it cannot."""
-    if os.pwrite(images, data, row * stride) == len(data):
-        os.pwrite(sums, checksum(data, row).to_bytes(8, "little"), 8 * row)
+def write_row(images: int, sums: int, row: int, stride: int, parts: Sequence[bytes]) -> bool:
+    """Writes a row into the files behind the two descriptors: whether all of it is there.
+
+    OSError where it cannot. The row comes in parts, so that nobody has to put them together.
+    """
+    if os.pwritev(images, parts, row * stride) < sum(map(len, parts)):
+        return False
+    return os.pwrite(sums, checksum(parts, row).to_bytes(8, "little"), 8 * row) == 8
 
 
 class RowStore:
@@ -55,6 +64,8 @@ class RowStore:
             self._make(folder)
         self.images = os.open(self.path / IMAGES, os.O_RDWR | os.O_CLOEXEC)
         self.sums = os.open(self.path / SUMS, os.O_RDWR | os.O_CLOEXEC)
+        # A set that is dropped gives its files back: while open, a removed cache takes room.
+        self.close = weakref.finalize(self, _close, self.images, self.sums)
         self._data = memoryview(mmap.mmap(self.images, rows * self.stride, prot=mmap.PROT_READ))
         self._words = memoryview(mmap.mmap(self.sums, rows * 8, prot=mmap.PROT_READ)).cast("Q")
 
@@ -94,19 +105,27 @@ class RowStore:
         word = self._words[row]
         if not word:
             return None
-        data = self._data[row * self.stride : row * self.stride + self.size]
+        data = self._bytes(row)
         if not self._known[row]:
-            if word != checksum(data, row):
+            if word != checksum([data], row):
                 self.damaged += 1
                 return None
             self._known[row] = 1
         return data
 
+    def written(self, row: int) -> memoryview:
+        """The row's bytes after a `write_row` that said True: nothing to compare."""
+        self._known[row] = 1
+        return self._bytes(row)
+
+    def _bytes(self, row: int) -> memoryview:
+        return self._data[row * self.stride : row * self.stride + self.size]
+
     def filled(self) -> int:
         """How many rows are there, damaged ones included."""
         return self.rows - self._words.tolist().count(0)
 
-    def close(self) -> None:
-        """Gives the descriptors back; views of rows stay valid."""
-        for handle in (self.images, self.sums):
-            os.close(handle)
+
+def _close(*handles: int) -> None:
+    for handle in handles:
+        os.close(handle)

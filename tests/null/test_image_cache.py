@@ -9,7 +9,7 @@ import pytest
 
 from graphnet import config
 from graphnet.errors import ConfigError
-from graphnet.train import decoding, folder
+from graphnet.train import decode_worker, decoding, folder
 from graphnet.train.data import Batches
 from graphnet.train.folder import Reading
 from tests.image_files import make, seen, train
@@ -148,6 +148,18 @@ def test_a_disk_that_fills_up_costs_only_the_cache(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     want = seen(Batches(train(tmp_path, cache=False), 5))
-    monkeypatch.setattr(decoding, "write_row", full)
+    monkeypatch.setattr(decode_worker, "write_row", full)
     data = train(tmp_path)
     assert seen(Batches(data, 5)) == want and data.cache.filled() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_that_is_dropped_gives_its_files_back(tmp_path, workers):
+    make(tmp_path)
+    here = lambda: [p for p in map(os.path.realpath, Path("/proc/self/fd").iterdir())
+                    if str(tmp_path) in p]  # fmt: skip
+    data = train(tmp_path)
+    seen(Batches(data, 5, reading=Reading(workers)))
+    assert here()
+    del data
+    assert not here() and "images.u8" not in Path("/proc/self/maps").read_text()
