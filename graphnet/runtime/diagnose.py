@@ -6,7 +6,9 @@ and its inputs are still in their buffers: the ops' own formulas give the same n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,11 +31,15 @@ class Finding:
         return f"{f'layer {self.layer}: ' if self.layer else ''}{self.what}"
 
 
-def first_nonfinite(program: Program) -> Finding | None:
+def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | None:
     """Of the step that the program ran last: input, then parameters, then each equation in order.
 
-    None where the formulas stay finite: then only the rounding of the compiled step overflowed.
+    batch  (x, y, ...) as that step took them, where a later one has overwritten them since
+    None where the formulas stay finite: then only the rounding of the compiled step overflowed, or
+    a later step has changed what did.
     """
+    if batch:
+        program._feed(*batch)
     graph = program.stages.joint
     env: dict[Value, torch.Tensor] = {}
     params = {i.value.name: i for i in graph.inputs if i.role == "param"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,19 @@ from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.schedule import Schedule, turn
 
-_DRAIN = 1024  # losses fetched at a time at most; the device keeps 4,096
+_DRAIN = 256  # losses fetched at a time at most; the device keeps 4,096
+_HELD = 256 << 20  # bytes of batches kept until their losses are known
 _PATIENCE = 50  # steps in a row that are not finite before a skipping run ends
 _DRAIN_S = 0.5  # seconds between two fetches, each of which waits for the device
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step whose loss has not been fetched yet. `again` gives its batch, as the step took it."""
+
+    rows: int
+    loss: torch.Tensor
+    again: Callable[[], Sequence[Any]]
 
 
 @dataclass
@@ -70,9 +82,10 @@ class Trainer:
                with `observe(loss)` hears the validation loss (else the training loss) of each epoch
     callbacks  `Callback` objects, called in order
     accumulate, clip_norm  as for gn.compile
-    nonfinite  "stop": a step whose loss is not finite raises NumericsError, names the layer and
-               leaves the state as it was; "skip": it is left out, as is one whose gradients are
-               not finite (which costs the update fusion), and 50 in a row raise
+    nonfinite  "stop": a step whose loss is not finite leaves the state as it was and raises
+               NumericsError, which names the layer; "skip": it is left out, as is one whose
+               gradients are not finite (which costs the update fusion), and 50 in a row raise. A
+               GPU is asked about twice a second, so steps behind such a one may have run by then
     augment    a `gn.Augment`, drawn anew for each image in each epoch; the evaluation sees images
                as they are. Batches of a DataLoader are then what is stored: uint8, not normalised
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
@@ -210,11 +223,12 @@ class Trainer:
         batches = iter(train)
         if not hasattr(train, "state"):  # deterministic by its epoch, or not to be resumed
             batches = itertools.islice(batches, now.batches, None)
-        pending: list[tuple[int, torch.Tensor]] = []
+        pending: list[Taken] = []
+        held = 0
         start = drained = time.perf_counter()
-        every_step = program.device.type == "cpu"  # reading a loss costs nothing there
         # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
         while not self.stop:
+            place = train.state() if hasattr(train, "state") else None
             batch = next(batches, None)
             if batch is None:
                 now.trained = True
@@ -222,19 +236,23 @@ class Trainer:
             x, y = batch
             if self.schedule is not None:
                 turn(program.optimizer, self.schedule(self.step))
-            loss = program(x, y, *self._drawn_by(train))
+            taken = (x, y, *self._drawn_by(train))
+            loss = program(*taken)
             self.step += 1
             now.batches += 1
             now.rows += len(x)
-            pending.append((len(x), loss))
-            if every_step:
+            again = partial(tuple, taken) if place is None else partial(self._again, train, place)
+            pending.append(Taken(len(x), loss, again))
+            held += x.nbytes if place is None else 0
+            if self._at_once:
                 if math.isfinite(value := loss.item()):
                     self._bad = 0
                 else:
                     self._nonfinite(value, self.step - 1)
-            if len(pending) == _DRAIN or time.perf_counter() - drained > _DRAIN_S:
+            full = len(pending) == _DRAIN or held > _HELD
+            if full or time.perf_counter() - drained > _DRAIN_S:
                 self._drain(pending, now)
-                drained = time.perf_counter()
+                drained, held = time.perf_counter(), 0
             for c in self.callbacks:
                 c.on_step(self, loss)
         if hasattr(train, "state") and train.state()["epoch"] > self.epoch:
@@ -255,13 +273,28 @@ class Trainer:
             return ()
         return train.rows, self.epoch
 
-    def _nonfinite(self, value: float, step: int) -> None:
-        """The policy, for a step whose recorded loss is not finite. The layer can be named as long
-        as no later step has run: always where each loss is read at once."""
+    @property
+    def _at_once(self) -> bool:
+        """Whether the loss of a step is read before the next one: it costs nothing on the CPU."""
+        return self.program is not None and self.program.device.type == "cpu"
+
+    def _again(self, train: Any, place: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The batch that a data set gave at a place, as a step takes it."""
+        other = copy.copy(train)  # the iteration under way keeps its own place
+        other.load_state(place)
+        x, y = next(iter(other))
+        return x, y, *self._drawn_by(other)
+
+    def _nonfinite(self, value: float, step: int, again: Any = None) -> None:
+        """The policy, for a step whose recorded loss is not finite. `again` gives its batch, where
+        later steps have overwritten it."""
         assert self.program is not None
-        finding = first_nonfinite(self.program.ran) if step == self.step - 1 else None
         self._bad += 1
-        if self.nonfinite == "skip" and self._bad < _PATIENCE:
+        last = self.nonfinite == "stop" or self._bad >= _PATIENCE
+        finding = None
+        if self._at_once or last:
+            finding = first_nonfinite(self.program.ran, again() if again else ())
+        if not last:
             for c in self.callbacks:
                 c.on_skip(self, step, finding)
             return
@@ -276,21 +309,23 @@ class Trainer:
             ' (nonfinite="skip")',
         )
 
-    def _drain(self, pending: list[tuple[int, torch.Tensor]], now: Partial) -> None:
+    def _drain(self, pending: list[Taken], now: Partial) -> None:
         """Adds the losses to the epoch's, empties the list and tells the callbacks."""
         if not pending:
             return
-        assert self.program is not None
-        losses = torch.stack([loss for _, loss in pending]).double().cpu().tolist()
-        first, seen = self.step - len(pending), self.program.device.type == "cpu"
-        for at, ((rows, _), value) in enumerate(zip(pending, losses, strict=True)):
+        losses = torch.stack([t.loss for t in pending]).double().cpu().tolist()
+        first, seen = self.step - len(pending), self._at_once
+        for at, (taken, value) in enumerate(zip(pending, losses, strict=True)):
             if math.isfinite(value):
-                now.loss += rows * value
+                now.loss += taken.rows * value
                 self._bad = self._bad if seen else 0
                 continue
-            now.skipped, now.skipped_rows = now.skipped + 1, now.skipped_rows + rows
+            now.skipped, now.skipped_rows = now.skipped + 1, now.skipped_rows + taken.rows
             if not seen:
-                self._nonfinite(value, first + at)
+                # Where no step behind it was finite, the guard has kept the state as it was: the
+                # latest step, whose batch is still there, says what that one would.
+                went_on = any(map(math.isfinite, losses[at:]))
+                self._nonfinite(value, first + at, taken.again if went_on else None)
         pending.clear()
         if fine := [v for v in losses if math.isfinite(v)]:
             for c in self.callbacks:

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import graphnet as gn
+from graphnet.train import trainer as trainer_module
+from graphnet.train.data import Batches as Data
+from graphnet.train.data import Dataset
 from graphnet.train.trainer import Callback
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -165,6 +168,75 @@ def test_in_the_loss(policy):
         t.fit(Batches(), epochs=1, batch=4)
         assert {f.layer for _, f in watch.found} == {"loss"}
     assert same(t.net.state_dict(), watch.before)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Losses are read as from a GPU: several together, after later steps have run."""
+    monkeypatch.setattr(gn.Trainer, "_at_once", False)
+
+
+class Loader(Batches):
+    """As a DataLoader: no place in it can be asked for, so its batches are kept."""
+
+
+def data_set(spoil, row):
+    images = torch.cat([x for x, _ in Batches()])
+    spoil(images[row : row + 1])
+    return images, torch.cat([y for _, y in Batches()])
+
+
+@pytest.mark.parametrize("kind", ["loader", "data set"])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_read_late_a_bad_batch_is_read_again(late, kind, at):
+    """Later steps were fine and have overwritten it."""
+
+    def spoil(x):
+        x[0, 0, 4, 4] = math.nan
+
+    t = trainer(net(), "stop", Watch())
+    data = Loader(spoil, [at])
+    if kind == "data set":
+        order = Data(Dataset.of(*data_set(lambda x: None, 0)), 4, seed=0)
+        row = int([rows for _ in order for rows in [order.rows]][at][0])
+        data = data_set(spoil, row)
+    with pytest.raises(gn.NumericsError, match=f"at step {at}: the input holds NaN in row 0 of"):
+        t.fit(data, epochs=1, batch=4)
+
+
+@pytest.mark.parametrize("key", ["3.bias", "8.weight"])
+def test_read_late_a_bad_parameter_is_still_there(late, key):
+    """No step behind it is finite, so none has changed anything."""
+
+    def spoil(model):
+        p = dict(model.named_parameters())[key]
+        p.data = put(p.data, math.nan)
+
+    watch = Watch(spoil)
+    t = trainer(net(), "stop", watch)
+    with pytest.raises(gn.NumericsError, match=f"at step 2: the parameter {key} held NaN") as e:
+        t.fit(Batches(), epochs=1, batch=4)
+    assert e.value.layer == KEYS[key] and same(t.net.state_dict(), watch.before)
+    watch = Watch(spoil)
+    t = trainer(net(), "skip", watch)
+    many = Batches()
+    many *= 20
+    with pytest.raises(gn.NumericsError, match="50 steps in a row.*parameter") as e:
+        t.fit(many, epochs=1, batch=4)
+    assert e.value.layer == KEYS[key] and watch.found[0] == (2, None)
+
+
+def test_read_late_batches_are_kept_up_to_a_bound(late, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_HELD", 2 * Batches()[0][0].nbytes)
+    monkeypatch.setattr(trainer_module, "_DRAIN_S", 1e9)
+    fetched = []
+
+    class Count(Callback):
+        def on_losses(self, trainer, losses):
+            fetched.append(len(losses))
+
+    trainer(net(), "stop", Count()).fit(Loader() * 2, epochs=1, batch=4)
+    assert fetched == [3, 3, 2]
 
 
 def deep():
