@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,24 +16,11 @@ from graphnet.api import compile
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
-from graphnet.runtime.diagnose import Finding, first_nonfinite
+from graphnet.runtime.diagnose import Finding
 from graphnet.runtime.program import Evaluate, TrainStep
+from graphnet.train.losses import Losses
 from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.schedule import Schedule, turn
-
-_DRAIN = 256  # losses fetched at a time at most; the device keeps 4,096
-_HELD = 256 << 20  # bytes of batches kept until their losses are known
-_PATIENCE = 50  # steps in a row that are not finite before a skipping run ends
-_DRAIN_S = 0.5  # seconds between two fetches, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A step whose loss has not been fetched yet. `again` gives its batch, as the step took it."""
-
-    rows: int
-    loss: torch.Tensor
-    again: Callable[[], Sequence[Any]]
 
 
 @dataclass
@@ -110,7 +96,7 @@ class Trainer:
         self.handling: dict[str, Any] = {
             "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite
         }  # fmt: skip
-        self.nonfinite, self._bad = nonfinite, 0
+        self.nonfinite = nonfinite
         self.net, self.loss, self.optimizer = net, loss, optimizer
         self.schedule: Any = schedule
         self.callbacks, self.augment = list(callbacks), augment
@@ -157,11 +143,12 @@ class Trainer:
         self._prepare_augment(train)
         step = self.compile((batch, *_sample_shape(self.net, train)))
         self._place(train)
+        losses = Losses(self, step)
         try:
             for c in self.callbacks:
                 c.on_start(self)
             while self.epoch < epochs and not self.stop:
-                metrics = self._epoch(step, train, val)
+                metrics = self._epoch(step, train, val, losses)
                 if metrics is None:
                     break
                 self.epoch, self.partial = self.epoch + 1, None
@@ -196,11 +183,13 @@ class Trainer:
             train.load_state(self._data_state)
         self._data_state = None
 
-    def _epoch(self, program: TrainStep, train: Any, val: Any) -> dict[str, float] | None:
+    def _epoch(
+        self, program: TrainStep, train: Any, val: Any, losses: Losses
+    ) -> dict[str, float] | None:
         """The rest of the epoch and its evaluation: its metrics, None where it was stopped."""
         now = self.partial = self.partial or Partial()
         if not now.trained:
-            self._train(program, train, now)
+            self._train(program, train, now, losses)
         if not now.trained:
             return None
         metrics = {
@@ -216,16 +205,14 @@ class Trainer:
             metrics |= {"val_loss": found[0], "val_accuracy": found[1]}
         return metrics
 
-    def _train(self, program: TrainStep, train: Any, now: Partial) -> None:
+    def _train(self, program: TrainStep, train: Any, now: Partial, losses: Losses) -> None:
         """Trains to the end of the epoch, or until stopped."""
         if hasattr(train, "set_epoch"):
             train.set_epoch(self.epoch)
         batches = iter(train)
         if not hasattr(train, "state"):  # deterministic by its epoch, or not to be resumed
             batches = itertools.islice(batches, now.batches, None)
-        pending: list[Taken] = []
-        held = 0
-        start = drained = time.perf_counter()
+        start = time.perf_counter()
         # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
         while not self.stop:
             place = train.state() if hasattr(train, "state") else None
@@ -241,23 +228,15 @@ class Trainer:
             self.step += 1
             now.batches += 1
             now.rows += len(x)
-            again = partial(tuple, taken) if place is None else partial(self._again, train, place)
-            pending.append(Taken(len(x), loss, again))
-            held += x.nbytes if place is None else 0
-            if self._at_once:
-                if math.isfinite(value := loss.item()):
-                    self._bad = 0
-                else:
-                    self._nonfinite(value, self.step - 1)
-            full = len(pending) == _DRAIN or held > _HELD
-            if full or time.perf_counter() - drained > _DRAIN_S:
-                self._drain(pending, now)
-                drained, held = time.perf_counter(), 0
+            if place is None:
+                losses.add(now, len(x), loss, partial(tuple, taken), holds=x.nbytes)
+            else:
+                losses.add(now, len(x), loss, partial(self._again, train, place))
             for c in self.callbacks:
                 c.on_step(self, loss)
         if hasattr(train, "state") and train.state()["epoch"] > self.epoch:
             now.trained = True  # stopped behind the last batch, before the end was asked for
-        self._drain(pending, now)
+        losses.fetch(now)
         now.seconds += time.perf_counter() - start
         if now.trained and not now.rows:
             raise DataError("the training data holds no batch")
@@ -273,63 +252,12 @@ class Trainer:
             return ()
         return train.rows, self.epoch
 
-    @property
-    def _at_once(self) -> bool:
-        """Whether the loss of a step is read before the next one: it costs nothing on the CPU."""
-        return self.program is not None and self.program.device.type == "cpu"
-
     def _again(self, train: Any, place: Mapping[str, Any]) -> tuple[Any, ...]:
         """The batch that a data set gave at a place, as a step takes it."""
         other = copy.copy(train)  # the iteration under way keeps its own place
         other.load_state(place)
         x, y = next(iter(other))
         return x, y, *self._drawn_by(other)
-
-    def _nonfinite(self, value: float, step: int, again: Any = None) -> None:
-        """The policy, for a step whose recorded loss is not finite. `again` gives its batch, where
-        later steps have overwritten it."""
-        assert self.program is not None
-        self._bad += 1
-        last = self.nonfinite == "stop" or self._bad >= _PATIENCE
-        finding = None
-        if self._at_once or last:
-            finding = first_nonfinite(self.program.ran, again() if again else ())
-        if not last:
-            for c in self.callbacks:
-                c.on_skip(self, step, finding)
-            return
-        text = f"the loss is {value} at step {step}"
-        if self.nonfinite == "skip":
-            text = f"{self._bad} steps in a row were not finite; {text}"
-        raise NumericsError(
-            f"{text}: {finding.what}" if finding else text,
-            layer=finding.layer or None if finding else None,
-            where=finding.where or None if finding else None,
-            help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
-            ' (nonfinite="skip")',
-        )
-
-    def _drain(self, pending: list[Taken], now: Partial) -> None:
-        """Adds the losses to the epoch's, empties the list and tells the callbacks."""
-        if not pending:
-            return
-        losses = torch.stack([t.loss for t in pending]).double().cpu().tolist()
-        first, seen = self.step - len(pending), self._at_once
-        for at, (taken, value) in enumerate(zip(pending, losses, strict=True)):
-            if math.isfinite(value):
-                now.loss += taken.rows * value
-                self._bad = self._bad if seen else 0
-                continue
-            now.skipped, now.skipped_rows = now.skipped + 1, now.skipped_rows + taken.rows
-            if not seen:
-                # Where no step behind it was finite, the guard has kept the state as it was: the
-                # latest step, whose batch is still there, says what that one would.
-                went_on = any(map(math.isfinite, losses[at:]))
-                self._nonfinite(value, first + at, taken.again if went_on else None)
-        pending.clear()
-        if fine := [v for v in losses if math.isfinite(v)]:
-            for c in self.callbacks:
-                c.on_losses(self, fine)
 
     def evaluate(self, val: Any, batch: int = 128) -> tuple[float, float]:
         """(mean loss, accuracy between 0 and 1) over a data set, by the evaluation program."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet.train import trainer as trainer_module
+from graphnet.train import losses
 from graphnet.train.data import Batches as Data
 from graphnet.train.data import Dataset
 from graphnet.train.trainer import Callback
@@ -173,7 +173,7 @@ def test_in_the_loss(policy):
 @pytest.fixture
 def late(monkeypatch):
     """Losses are read as from a GPU: several together, after later steps have run."""
-    monkeypatch.setattr(gn.Trainer, "_at_once", False)
+    monkeypatch.setattr(losses.Losses, "at_once", False)
 
 
 class Loader(Batches):
@@ -227,13 +227,13 @@ def test_read_late_a_bad_parameter_is_still_there(late, key):
 
 
 def test_read_late_batches_are_kept_up_to_a_bound(late, monkeypatch):
-    monkeypatch.setattr(trainer_module, "_HELD", 2 * Batches()[0][0].nbytes)
-    monkeypatch.setattr(trainer_module, "_DRAIN_S", 1e9)
+    monkeypatch.setattr(losses, "HELD", 2 * Batches()[0][0].nbytes)
+    monkeypatch.setattr(losses, "EVERY_S", 1e9)
     fetched = []
 
     class Count(Callback):
-        def on_losses(self, trainer, losses):
-            fetched.append(len(losses))
+        def on_losses(self, trainer, values):
+            fetched.append(len(values))
 
     trainer(net(), "stop", Count()).fit(Loader() * 2, epochs=1, batch=4)
     assert fetched == [3, 3, 2]

@@ -1,0 +1,117 @@
+"""The losses of a run's steps: when they are read, and what follows where one is not finite.
+
+On the CPU each is read before the next step. Reading one from a GPU waits for it, so there several
+are fetched together, after later steps have run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphnet.errors import NumericsError
+from graphnet.runtime.diagnose import first_nonfinite
+from graphnet.runtime.program import TrainStep
+
+if TYPE_CHECKING:
+    from graphnet.train.trainer import Partial, Trainer
+
+AT_MOST = 256  # losses fetched together; the device keeps 4,096
+HELD = 256 << 20  # bytes of batches kept until their losses are known
+EVERY_S = 0.5  # seconds between two fetches
+PATIENCE = 50  # steps in a row that are not finite before a skipping run ends
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step whose loss has not been fetched yet. `again` gives its batch, as the step took it."""
+
+    rows: int
+    loss: torch.Tensor
+    again: Callable[[], Sequence[Any]]
+
+
+class Losses:
+    """Those of the steps of a trainer; its callbacks hear of them."""
+
+    def __init__(self, trainer: Trainer, program: TrainStep) -> None:
+        self.trainer, self.program = trainer, program
+        self.pending: list[Taken] = []
+        self.held, self.fetched = 0, time.perf_counter()
+        self.bad = 0  # steps in a row
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a loss is read before the next step."""
+        return self.program.device.type == "cpu"
+
+    def add(
+        self, now: Partial, rows: int, loss: torch.Tensor, again: Callable[[], Any], holds: int = 0
+    ) -> None:
+        """The loss of the step that the trainer has just taken.
+
+        again  gives the step's batch (x, y, ...) once more, and keeps `holds` bytes for that
+        """
+        self.pending.append(Taken(rows, loss, again))
+        self.held += holds
+        if self.at_once:
+            if math.isfinite(value := loss.item()):
+                self.bad = 0
+            else:
+                self._not_finite(value, self.trainer.step - 1)
+        full = len(self.pending) == AT_MOST or self.held > HELD
+        if full or time.perf_counter() - self.fetched > EVERY_S:
+            self.fetch(now)
+
+    def fetch(self, now: Partial) -> None:
+        """Adds the losses to the epoch's and tells the callbacks."""
+        pending, self.pending, self.held = self.pending, [], 0
+        if pending:
+            losses = torch.stack([t.loss for t in pending]).double().cpu().tolist()
+            self._count(now, pending, losses)
+            if fine := [v for v in losses if math.isfinite(v)]:
+                for c in self.trainer.callbacks:
+                    c.on_losses(self.trainer, fine)
+        self.fetched = time.perf_counter()
+
+    def _count(self, now: Partial, pending: Sequence[Taken], losses: Sequence[float]) -> None:
+        first = self.trainer.step - len(pending)
+        for at, (taken, value) in enumerate(zip(pending, losses, strict=True)):
+            if math.isfinite(value):
+                now.loss += taken.rows * value
+                self.bad = self.bad if self.at_once else 0
+                continue
+            now.skipped, now.skipped_rows = now.skipped + 1, now.skipped_rows + taken.rows
+            if not self.at_once:
+                # Where no step behind it was finite, the guard has kept the state as it was: the
+                # latest step, whose batch is still there, says what that one would.
+                went_on = any(map(math.isfinite, losses[at:]))
+                self._not_finite(value, first + at, taken.again if went_on else None)
+
+    def _not_finite(self, value: float, step: int, again: Callable[[], Any] | None = None) -> None:
+        """The policy. `again` gives the batch of the step, where later ones have overwritten it."""
+        trainer, skipping = self.trainer, self.trainer.nonfinite == "skip"
+        self.bad += 1
+        last = not skipping or self.bad >= PATIENCE
+        finding = None
+        if self.at_once or last:
+            finding = first_nonfinite(self.program.ran, again() if again else ())
+        if not last:
+            for c in trainer.callbacks:
+                c.on_skip(trainer, step, finding)
+            return
+        text = f"the loss is {value} at step {step}"
+        if skipping:
+            text = f"{self.bad} steps in a row were not finite; {text}"
+        raise NumericsError(
+            f"{text}: {finding.what}" if finding else text,
+            layer=finding.layer or None if finding else None,
+            where=finding.where or None if finding else None,
+            help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
+            ' (nonfinite="skip")',
+        )
