@@ -114,8 +114,8 @@ class RowStore:
         return data
 
     def written(self, row: int) -> memoryview:
-        """The row's bytes after a `write_row` that said True: nothing to compare."""
-        self._known[row] = 1
+        """The row's bytes just after a `write_row` that said True. What the disk makes of them is
+        compared when the row is read the next time."""
         return self._bytes(row)
 
     def _bytes(self, row: int) -> memoryview:

@@ -95,6 +95,19 @@ def test_every_damage_of_the_cache_is_found_and_mended(tmp_path, decoded, cache)
     assert len(list(cache.iterdir())) == 1  # nothing partial is left
 
 
+def test_damage_behind_the_first_epoch_is_found_in_the_second(tmp_path, decoded, cache):
+    """What was just written is read unseen; what a disk made of it is not."""
+    make(tmp_path)
+    data = train(tmp_path)
+    want = seen(Batches(data, 5))
+    (images,) = cache.glob("*/images.u8")
+    with open(images, "r+b") as file:
+        file.seek(4 * 3 * 24 * 24)
+        file.write(bytes(100))
+    decoded()
+    assert seen(Batches(data, 5)) == want and decoded() == 1 == data.cache.damaged
+
+
 def test_a_cache_that_others_could_write_is_refused(tmp_path, cache):
     make(tmp_path)
     train(tmp_path)
