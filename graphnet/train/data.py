@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from graphnet.errors import ConfigError, DataError
-from graphnet.train.folder import MAX_BAD, Folder, Reading, Window
+from graphnet.train.folder import MAX_BAD, Folder, Reading, Window, normalised
 
 SPECS = ("mnist:DIR", "cifar10:PATH", "digits", "synthetic", "imagefolder:DIR")
 SPLITS = ("train", "test")
@@ -87,10 +87,8 @@ class Dataset:
         return self.shape
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Rows of `images` as the net sees them: float32, (value - mean) / std."""
-        x = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
-        mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
-        return x.sub_(mean).div_(std)
+        """Rows of `images` as the net sees them."""
+        return normalised(images, self.mean, self.std)
 
     def read(self, rows: Sequence[int], workers: int = 0) -> torch.Tensor:
         """The images of some rows, as they are stored."""

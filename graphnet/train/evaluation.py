@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from graphnet.frontends.loading import input_shape, load_model
 from graphnet.train import checkpoint, rundir
 from graphnet.train.building import read_settings
 from graphnet.train.data import Batches, check_classes, load
-from graphnet.train.folder import Reading
+from graphnet.train.folder import Folder, Reading, centre, normalised
 from graphnet.train.metrics import confusion_matrix, topk_wrong
 from graphnet.train.settings import RunConfig
 
@@ -38,13 +39,13 @@ class Trained:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def load_trained(path: Path, model: str | None = None) -> Trained:
+def load_trained(path: Path, model: str | None = None, *, insist: bool = True) -> Trained:
     """The net of a run folder (its last checkpoint) or of a checkpoint.
 
-    model  only needed for a file that lies in no run
+    model  of a file that lies in no run; where `insist`, instead of a run's own as well
     """
     tensors, settings, file, run = _find(Path(path), model)
-    name = model or (settings.model if settings else "")
+    name = settings.model if settings and not (model and insist) else model or ""
     net = load_model(name)
     own = set(net.state_dict())
     net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
@@ -89,10 +90,17 @@ def write_about(run: Path, data: Any) -> None:
 
 
 def _about(run: Path | None) -> dict[str, Any]:
-    try:
-        return json.loads((run / ABOUT).read_bytes()) if run is not None else {}
-    except (OSError, ValueError):
+    """What `write_about` left. Guessing it would give wrong answers without a word."""
+    if run is None:
         return {}
+    try:
+        about = json.loads((run / ABOUT).read_bytes())
+        return {name: about[name] for name in ("classes", "mean", "std", "stored")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read {run / ABOUT}, by which images are normalised: {error}",
+            help="graphnet train --resume writes it again, if the run is not finished",
+        ) from None
 
 
 # ---- probabilities ---------------------------------------------------------------------------
@@ -127,6 +135,30 @@ def averaged(members: Sequence[Predict], size: Sequence[int] | None = None) -> P
 def _program(trained: Trained, batch: int, target: str) -> tuple[Any, tuple[int, ...]]:
     shape = input_shape(trained.net, batch)
     return compile(trained.net, shape, target=target), shape
+
+
+def _width(program: Any) -> int:
+    return int(program.stages.traced.returns[0].type.shape[-1])
+
+
+def _member(program: Any, about: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Predict:
+    """Images in the net's size, not normalised -> logits: normalised as the net was trained."""
+    mean, std = (about.get(name, otherwise[name]) for name in ("mean", "std"))
+    return lambda x: program(normalised(x, mean, std))
+
+
+def _check_names(trained: Trained, data: Any) -> None:
+    """DataError where a class number means one thing to the net and another in the data."""
+    mine, theirs = trained.about.get("classes"), list(data.classes)
+    if not mine or not theirs or mine == theirs:
+        return
+    pairs = zip_longest(mine, theirs)
+    k, (ours, other) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise DataError(
+        f"{data.name} has {len(theirs)} classes, the net of {trained.file} was trained on "
+        f"{len(mine)}; class {k} is {other!r} there, {ours!r} here",
+        help="evaluate on data with the classes of the training, in their order",
+    )
 
 
 # ---- test error ------------------------------------------------------------------------------
@@ -194,34 +226,46 @@ def evaluate_run(
     ensemble  further runs or checkpoints; the softmax is averaged over all of them
     """
     first = load_trained(path, model)
-    members = [first, *(load_trained(p, model) for p in ensemble)]
+    members = [first, *(load_trained(p, model, insist=False) for p in ensemble)]
     spec = data or (first.settings.data if first.settings else None)
     if spec is None:
         raise ConfigError(f"{path} lies in no run, so its data are not known", help="give --data")
     programs = [_program(m, batch, target) for m in members]
     shape = programs[0][1]
-    for m, (_, other) in zip(members, programs, strict=True):
+    for m, (program, other) in zip(members, programs, strict=True):
         if other != shape:
             raise ConfigError(
                 f"{m.file} takes {list(other[1:])}, {first.file} {list(shape[1:])}",
                 help="an ensemble looks at the same images",
             )
+        if (theirs := _width(program)) != (ours := _width(programs[0][0])):
+            raise ConfigError(
+                f"{m.file} tells {theirs} classes apart, {first.file} {ours}",
+                help="an ensemble votes on the same classes",
+            )
     known = first.settings or RunConfig()
     kept = resize or known.resize
-    test: Any = load(spec, "test", shape=shape[1:], resize=kept or None, max_bad=known.max_bad)
-    if ten_crop and tuple(getattr(test, "stored", test.shape)[1:]) == tuple(shape[2:]):
+    test: Any = load(
+        spec, "test", shape=shape[1:], resize=kept or None, max_bad=known.max_bad,
+        cache=not known.uncached,
+    )  # fmt: skip
+    for m in members:
+        _check_names(m, test)
+    if ten_crop and test.stored == test.shape:
         raise ConfigError(
             f"ten crops of {shape[2]}x{shape[3]} from images of the same size are one",
             help="image files, kept larger: --resize 256",
         )
-    batches: Any = Batches(
-        test, batch, shuffle=False, reading=Reading(workers), raw=ten_crop
-    )  # fmt: skip
-    probabilities = averaged([p for p, _ in programs], shape[2:] if ten_crop else None)
+    batches = Batches(test, batch, shuffle=False, reading=Reading(workers), raw=True)
+    voices = [
+        _member(p, m.about, {"mean": test.mean, "std": test.std})
+        for m, (p, _) in zip(members, programs, strict=True)
+    ]
+    probabilities = averaged(voices, shape[2:] if ten_crop else None)
     tally: Tally | None = None
     start = time.perf_counter()
     for x, y in batches:
-        p = probabilities(test.normalised(x) if ten_crop else x)
+        p = probabilities(x if ten_crop else centre(x, shape[2:]))
         if tally is None:
             tally = Tally(p.shape[1])
             check_classes(test, p.shape[1])
@@ -231,6 +275,7 @@ def evaluate_run(
     return {
         "model": first.name, "data": spec, "checkpoint": str(first.file), **tally.as_dict(),
         "classes": list(test.classes), "ten_crop": ten_crop, "members": len(members),
+        "left_out": test.report() if isinstance(test, Folder) else [],
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
@@ -258,10 +303,7 @@ def predict(
     trained = load_trained(path, model)
     size = min(batch, max(1, len(images)))
     program, shape = _program(trained, size, target)
-    mean, std = (
-        torch.tensor(trained.about.get(k, [v])).reshape(1, -1, 1, 1)
-        for k, v in (("mean", 0.0), ("std", 1.0))
-    )
+    logits = _member(program, trained.about, {"mean": (0.0,), "std": (1.0,)})
     names = trained.about.get("classes") or []
     out: list[dict[str, Any]] = []
     whole: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -274,8 +316,8 @@ def predict(
             row["error"] = error.message
     for at in range(0, len(whole), size):
         part = whole[at : at + size]
-        x = torch.stack([image for _, image in part]).float().div(255)
-        p = torch.softmax(program((x - mean) / std).float(), 1).cpu()
+        x = torch.stack([image for _, image in part])
+        p = torch.softmax(logits(x).float(), 1).cpu()
         values, indices = p.topk(min(top, p.shape[1]), 1)
         for (row, _), v, k in zip(part, values.tolist(), indices.tolist(), strict=True):
             row["classes"] = [

@@ -29,6 +29,19 @@ Window = tuple[int, int, bool]  # top, left, mirrored
 MAX_BAD = 0.001
 
 
+def normalised(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Images as a net sees them: float32, (value - mean) / std; bytes are value / 255."""
+    x = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
+    shift, scale = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (mean, std))
+    return x.sub_(shift).div_(scale)
+
+
+def centre(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The middle of images [..., S, T], in `size` (H, W)."""
+    top, left = ((s - n) // 2 for s, n in zip(images.shape[-2:], size, strict=True))
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
 @dataclass(frozen=True)
 class File:
     """One image: its path, and what tells whether it has changed."""
@@ -103,9 +116,8 @@ class Folder:
         return len(self.files)
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Images as the net sees them: float32, (value / 255 - mean) / std."""
-        mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
-        return images.float().div_(255).sub_(mean).div_(std)
+        """Images as the net sees them."""
+        return normalised(images, self.mean, self.std)
 
     def read(self, rows: Sequence[int], workers: int = 0) -> torch.Tensor:
         """The images of some rows, uint8 as they are stored; without the quarantined ones."""

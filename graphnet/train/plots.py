@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from graphnet.train.checkpoint import atomic_write
 def write_figure(path: Path, figure: Any) -> None:
     """Writes a picture whole or not at all."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
+    with warnings.catch_warnings():  # a name in letters that the font lacks: it draws boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
     atomic_write(path, data.getvalue())
 
 
@@ -40,10 +43,10 @@ def curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.set_yscale("log")
     left.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a path may hold two dollar signs
     write_figure(path, figure)
 
 
@@ -74,6 +77,11 @@ def _shown(image: torch.Tensor) -> Any:
     return image.numpy() if image.shape[2] == 3 else image.mean(2).numpy()
 
 
+def _short(name: str, most: int = 16) -> str:
+    """A class name that leaves its neighbour in a contact sheet readable."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def misclassified(
     path: Path, rows: Sequence[tuple[float, torch.Tensor, int, int]], names: Sequence[str]
 ) -> None:
@@ -88,7 +96,8 @@ def misclassified(
         if k < len(rows):
             p, image, label, answer = rows[k]
             axes.imshow(_shown(image), cmap="gray", interpolation="nearest")
-            axes.set_title(f"{names[label]}, not {names[answer]}\n{p:.0%} sure", fontsize=7)
+            title = f"{_short(names[label])}\nnot {_short(names[answer])}\n{p:.0%} sure"
+            axes.set_title(title, fontsize=7, parse_math=False)
     title = f"the {len(rows)} surest mistakes" if rows else "no mistakes"
     figure.suptitle(f"{title} (label, not answer)", fontsize=10)
     write_figure(path, figure)
@@ -105,8 +114,9 @@ def confusion(path: Path, counts: torch.Tensor, names: Sequence[str]) -> None:
     axes = figure.subplots()
     drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     if n <= 30:
-        axes.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 3 else 0)
-        axes.set_yticks(range(n), names)
+        turn = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(n), names, rotation=turn, parse_math=False)
+        axes.set_yticks(range(n), names, parse_math=False)
         for i in range(n):
             for j in range(n):
                 if counts[i, j]:

@@ -17,7 +17,7 @@ import torch
 from graphnet.errors import DataError
 from graphnet.train.data import Dataset, permutation
 from graphnet.train.decode import SUFFIXES, BadImage, decode
-from graphnet.train.folder import MAX_BAD, File, Folder
+from graphnet.train.folder import MAX_BAD, File, Folder, centre
 
 _MAX_BYTES = 4 << 30  # a header may claim anything; no set that belongs in memory is larger
 _DIGITS = tuple("0123456789")
@@ -343,5 +343,4 @@ def read_image(
             f"cannot read image {path}: {error}", help="remove or replace it"
         ) from None
     image = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(tuple(stored))
-    top, left = ((s - n) // 2 for s, n in zip(stored[1:], shape[1:], strict=True))
-    return image[:, top : top + shape[1], left : left + shape[2]].contiguous()
+    return centre(image, shape[1:]).contiguous()

@@ -25,8 +25,8 @@ from graphnet.train.building import (
 )
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
 from graphnet.train.data import Batches, Dataset, check_classes, load
-from graphnet.train.evaluation import Tally, write_about
-from graphnet.train.folder import Folder, Reading
+from graphnet.train.evaluation import ABOUT, Tally, write_about
+from graphnet.train.folder import Folder, Reading, centre
 from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
@@ -63,11 +63,11 @@ def run_training(
         elif not resume:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
-            write_about(out, parts.train)
+        if not (out / ABOUT).exists():  # also of a run that was killed before it had one
+            write_about(out, parts.loaded[0])
         if trainer.augment is not None and not (out / augment.FILE).exists():
-            augment.save(out, trainer.augment)  # also of a run that was killed before it had one
-        files = (parts.train, parts.test)
-        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, files)]
+            augment.save(out, trainer.augment)
+        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, parts.loaded)]
         if not quiet:
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)
@@ -78,9 +78,10 @@ def run_training(
 
 @dataclass
 class _Parts:
-    """What a run trains and on what."""
+    """What a run trains and on what; `loaded` is both splits, whole."""
 
     trainer: Trainer
+    loaded: tuple[Any, Any]
     train: Any
     test: Any
     batches: Any
@@ -94,7 +95,7 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     torch.manual_seed(settings.seed)  # of the initial parameters
     net = prepare(load_model(settings.model), settings)
     shape = input_shape(net, settings.batch)
-    train, test = (_load(settings, split, shape) for split in ("train", "test"))
+    train, test = loaded = (_load(settings, "train", shape), _load(settings, "test", shape))
     reading = _reading(settings)
     batches = Batches(train, settings.batch, seed=settings.seed, reading=reading, cut="random")
     if settings.overfit_batches:
@@ -111,14 +112,16 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
         accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
         nonfinite=settings.nonfinite, augment=drawn,
     )  # fmt: skip
-    return _Parts(trainer, train, test, batches, tests, shape)
+    return _Parts(trainer, loaded, train, test, batches, tests, shape)
 
 
 def _first(batches: Batches, count: int) -> Dataset:
-    """The first batches as a data set of their own, normalised."""
+    """The first batches as a data set of their own: of images stored larger, the middle."""
+    batches.raw, whole = True, batches.dataset
     parts = list(itertools.islice(batches, count))
     x, y = (torch.cat(t) for t in zip(*parts, strict=True))
-    return Dataset(x, y, batches.dataset.classes, f"{count} batches of {batches.dataset.name}")
+    name = f"{count} batches of {whole.name}"
+    return Dataset(centre(x, whole.shape[1:]), y, whole.classes, name, whole.mean, whole.std)
 
 
 def dry_run(settings: RunConfig) -> dict[str, Any]:

@@ -135,6 +135,9 @@ def evaluate(
     if as_json:
         emit(result)
         return
+    if left := result["left_out"]:
+        text = f"{len(left)} image files left out, the first: {left[0]['path']}: "
+        typer.echo(text + left[0]["reason"], err=True)
     how = ", ten crops" if ten_crop else ""
     how += f", {result['members']} nets averaged" if result["members"] > 1 else ""
     typer.echo(

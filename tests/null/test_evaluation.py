@@ -1,15 +1,20 @@
 """Ten crops, ensembles, predictions of image files, and the pictures of a run."""
 
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
 from PIL import Image
 
 import graphnet as gn
+from graphnet import config
 from graphnet.cli import main
-from graphnet.errors import CheckpointError, ConfigError
+from graphnet.errors import CheckpointError, ConfigError, DataError
+from graphnet.frontends.loading import load_model
 from graphnet.train import demos, evaluation, plots
+from graphnet.train.data import Batches, load
 from graphnet.train.evaluation import Tally, averaged, evaluate_run, predict, ten_crops
 from graphnet.train.run import RunConfig, run_training
 
@@ -164,3 +169,91 @@ def test_a_checkpoint_in_no_run_needs_its_model(tmp_path):
         evaluation.load_trained(tmp_path / "n.safetensors")
     trained = evaluation.load_trained(tmp_path / "n.safetensors", "lenet5")
     assert trained.about == {} and trained.name == "lenet5"
+
+
+# ---- one set, one answer ---------------------------------------------------------------------
+
+
+def test_what_a_net_was_trained_on_decides_how_it_sees(runs):
+    """The same files under another name have another mean, the net its own."""
+    base, _ = runs
+    spec = {"data": f"cifar10:{base / 'data'}", "resize": 20, "target": "cpu", "workers": 0}
+    one, other = (evaluate_run(base / "run0", **how, ten_crop=True)
+                  for how in ({"target": "cpu", "workers": 0}, spec))  # fmt: skip
+    assert one["loss"] == other["loss"] and one["left_out"] == []
+
+
+def test_other_classes_are_not_the_same_numbers(runs, tmp_path):
+    base, _ = runs
+    for split in ("train", "test"):
+        for name in ("blue", "cyan", "red"):
+            source = base / "data" / split / (name if name != "cyan" else "green")
+            shutil.copytree(source, tmp_path / split / name)
+    with pytest.raises(DataError, match="class 1 is 'cyan' there, 'green' here"):
+        evaluate_run(base / "run0", f"imagefolder:{tmp_path}", target="cpu", resize=20)
+    (base / "wide.py").write_text(MODEL.replace("196, 3", "196, 5"))
+    wide = load_model(f"{base / 'wide.py'}:net")
+    gn.save(tmp_path / "wide.safetensors", wide)
+    with pytest.raises(ConfigError, match="tells 3 classes apart.*wide.safetensors 5"):
+        evaluate_run(
+            tmp_path / "wide.safetensors", f"imagefolder:{base / 'data'}", target="cpu",
+            model=f"{base / 'wide.py'}:net", ensemble=[base / "run0"],
+        )  # fmt: skip
+
+
+def test_prediction_agrees_with_the_training_of_a_few_batches(runs, tmp_path):
+    """`overfit_batches` trains on a set of its own: it is normalised as the whole one is."""
+    base, _ = runs
+    settings = RunConfig(
+        f"{base / 'net.py'}:net", f"imagefolder:{base / 'data'}", epochs=4, batch=12, lr=0.05,
+        target="cpu", workers=0, resize=20, overfit_batches=2,
+    )  # fmt: skip
+    out = tmp_path / "run"
+    run_training(settings, out, quiet=True)
+    data = load(settings.data, "train", shape=(3, 16, 16), resize=20)
+    program = gn.compile(evaluation.load_trained(out).net, (72, 3, 16, 16), target="cpu")
+    ((x, _),) = Batches(data, 72, shuffle=False)
+    want = torch.softmax(program(x), 1)
+    rows = predict(out, [f.path for f in data.files], target="cpu", top=3)
+    got = torch.tensor([[c["p"] for c in sorted(r["classes"], key=lambda c: c["index"])]
+                        for r in rows])  # fmt: skip
+    assert torch.allclose(got, want, atol=1e-4) and rows[0]["classes"][0]["name"] in COLOURS
+
+
+def test_a_run_without_its_data_json_predicts_nothing(runs, tmp_path):
+    base, _ = runs
+    shutil.copytree(base / "run0", tmp_path / "run")
+    for text in (None, "{", '{"mean": [0.5]}'):
+        (tmp_path / "run/data.json").unlink()
+        if text is not None:
+            (tmp_path / "run/data.json").write_text(text)
+        with pytest.raises(CheckpointError, match="data.json, by which images are normalised"):
+            predict(tmp_path / "run", [], target="cpu")
+        (tmp_path / "run/data.json").touch()
+
+
+def test_an_evaluation_says_what_it_left_out_and_keeps_nothing_uncached(runs, tmp_path, capsys):
+    base, _ = runs
+    shutil.copytree(base / "data", tmp_path / "data")
+    shutil.copytree(base / "run0", tmp_path / "run")
+    config_file = tmp_path / "run/config.toml"
+    text = config_file.read_text().replace("uncached = false", "uncached = true")
+    config_file.write_text(text.replace("max_bad = 0.001", "max_bad = 0.1"))
+    (tmp_path / "data/test/red/03.png").write_bytes(b"junk")
+    with config.override(CACHE_DIR=str(tmp_path / "cache")), pytest.raises(SystemExit) as end:
+        main(["eval", str(tmp_path / "run"), "--data", f"imagefolder:{tmp_path / 'data'}"])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and "23 images" in said.out
+    assert "1 image files left out, the first:" in said.err and "red/03.png: not an" in said.err
+    assert not (tmp_path / "cache/images").exists()
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    names = ["cost_$5_$10", "a^b_{$x$", "\N{CJK UNIFIED IDEOGRAPH-732B}"]
+    rows = [(0.9, torch.rand(3, 4, 4), 0, 1), (0.8, torch.rand(1, 4, 4), 2, 0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.misclassified(tmp_path / "m.png", rows, names)
+        plots.confusion(tmp_path / "c.png", torch.eye(3, dtype=torch.int64), names)
+        plots.curves(tmp_path / "l.png", [{"epoch": 1, "train_loss": 1.0}], "on $x_$^/data")
+    assert len(list(tmp_path.iterdir())) == 3
