@@ -270,24 +270,30 @@ def _classic_nesterov(w, g, v, lr, mom, wd):
 
 def _draw_adam(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     """Operands as they are before the third step: lr, gains, decay, corrections (and l1)."""
-    w, grad, m, v = (fill(t, g, dtype) for t in c.ins[:4])
+    w, grad, m, *squares = (fill(t, g, dtype) for t in c.ins if t.shape)
     hypers = [0.1, 0.1, 0.001, 0.01, 1 - 0.9**3, 1 - 0.999**3]
     hypers = hypers if c.note != "l1" else [*hypers, 0.03]
-    return [w, grad, m, v.abs(), *(torch.tensor(h, dtype=dtype) for h in hypers)]
+    scalars = (torch.tensor(h, dtype=dtype) for h in hypers)
+    return [w, grad, m, *(v.abs() for v in squares), *scalars]
 
 
-def _torch_adam(kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0) -> Callable[..., Any]:
-    def run(w, g, m, v, lr, gain1, gain2, wd, c1, c2, *l1):
+def _torch_adam(
+    kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0, amsgrad: bool = False
+) -> Callable[..., Any]:
+    slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]
+
+    def run(w, g, *rest):
+        lr, gain1, gain2, wd, _, _, *l1 = rest[len(slots) :]
         p = torch.nn.Parameter(w.clone())
         betas = (float(1 - gain1), float(1 - gain2))
-        opt = kind([p], float(lr) * lr_mult, betas, 1e-8, float(wd) * decay_mult, foreach=False)
-        opt.state[p] = {
-            "step": torch.tensor(2.0, dtype=torch.float64), "exp_avg": m.clone(),
-            "exp_avg_sq": v.clone(),
-        }  # fmt: skip
+        opt = kind(
+            [p], float(lr) * lr_mult, betas, 1e-8, float(wd) * decay_mult, amsgrad, foreach=False
+        )
+        opt.state[p] = {n: t.clone() for n, t in zip(slots, rest, strict=False)}
+        opt.state[p]["step"] = torch.tensor(2.0, dtype=torch.float64)
         p.grad = g + l1[0] * w.sign() if l1 else g.clone()
         opt.step()
-        return p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]
+        return p.detach(), *(opt.state[p][n] for n in slots)
 
     return run
 
@@ -364,6 +370,13 @@ UPDATES = [
             ("scaled", torch.optim.AdamW, (2.0, 3.0),
              {"decoupled": True, "lr_mult": 2.0, "decay_mult": 3.0}),
             ("plain", torch.optim.Adam, (2.0, 0.0), {"lr_mult": 2.0, "decay_mult": 0.0}),
+        ]
+    ),
+    *(
+        Case("adam_update", (_W,) * 5 + (_S,) * 6, _torch_adam(kind, amsgrad=True),
+             attrs("adam_update", amsgrad=True, decoupled=decoupled), note, _draw_adam)
+        for note, kind, decoupled in [
+            ("amsgrad", torch.optim.Adam, False), ("amsgradw", torch.optim.AdamW, True),
         ]
     ),
     Case("adam_debias", (_S,) * 4,

@@ -94,6 +94,11 @@ TABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
     # A rate at which few weights reach 0, where a rounding decides the sign.
     "adam_l1": (gn.Adam(0.001, l1=0.1), _rule(adam_l1(0.1))),
     "adamw": (gn.AdamW(0.02), lambda p, lr: torch.optim.AdamW(p, lr)),
+    # Averages short enough that squares often fall below their maximum.
+    "amsgrad": (gn.Adam(0.02, (0.8, 0.9), weight_decay=0.1, amsgrad=True),
+                lambda p, lr: torch.optim.Adam(p, lr, (0.8, 0.9), 1e-8, 0.1, True)),
+    "amsgradw": (gn.AdamW(0.02, (0.8, 0.9), amsgrad=True),
+                 lambda p, lr: torch.optim.AdamW(p, lr, (0.8, 0.9), amsgrad=True)),
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def _conv2d_wgrad(work: Work) -> list[Launch]:
 
     def shape(has_bias: bool) -> tuple[Config, tuple[int, int], int]:
         columns = prod(w[1:]) + has_bias
-        c = choose("conv2d_wgrad", (w[0] // g, columns, pixels, g), math)
+        c = choose("conv2d_wgrad", (w[0] // g, columns, pixels, g), math, work.held)
         return c, (cdiv(w[0] // g, c.BM), cdiv(columns, c.BN)), columns
 
     return weight_gradient(work, "conv2d_wgrad", "conv", constants, w, g, shape, why=str(choice))
@@ -211,7 +211,7 @@ def _wgrad_taps(
             "PT": a.padding[0], "PL": a.padding[2], "DH": a.dilation[0], "DW": a.dilation[1],
         }  # fmt: skip
     g, k = a.groups, w[0] // a.groups
-    config = choose("conv2d_wgrad_taps", (k, c, n * oh * ow, g * r * s), a.math)
+    config = choose("conv2d_wgrad_taps", (k, c, n * oh * ow, g * r * s), a.math, work.held)
     choice = choose_loader("conv2d_wgrad", (x, dy), g, wanted=config.loader)
     constants: dict[str, Any] = {
         "N": n, **image, "K": k, "OH": oh, "OW": ow, "R": r, "S": s, "G": g, "BT": config.BT

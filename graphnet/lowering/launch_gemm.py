@@ -142,7 +142,7 @@ def _linear_wgrad(work: Work) -> list[Launch]:
     }  # fmt: skip
 
     def shape(has_bias: bool) -> tuple[Config, tuple[int, int], int]:
-        config = choose("linear_wgrad", (k, c + has_bias, n, 1), math)
+        config = choose("linear_wgrad", (k, c + has_bias, n, 1), math, work.held)
         return config, (cdiv(k, config.BM), cdiv(c + has_bias, config.BN)), c + has_bias
 
     w = work.anchor.out.type.shape

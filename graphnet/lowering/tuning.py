@@ -17,6 +17,7 @@ from graphnet.errors import ConfigError
 PROCESSORS = 132
 SHARED_BYTES = 232448
 UPDATE_ACCUMULATORS = 32  # a thread; a fused update spills above (measured)
+UPDATE_TENSORS = 3  # beside that many: with a fourth Triton 3.6 spills, with a fifth 3.7 too
 LEAST_PART = 256  # of a split reduction
 TAPS = ("conv2d_taps", "conv2d_wgrad_taps")
 PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad", "conv2d_taps")
@@ -191,7 +192,7 @@ class Choice:
         return self.kind, self.shape, self.precision
 
 
-def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config:
+def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee", held: int = 0) -> Config:
     """The configuration of a kernel.
 
     kind       an anchor op, "split_reduce" or "elementwise"
@@ -199,6 +200,7 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
                by taps, and groups the taps of all groups in a weight gradient; (rows, classes) of
                losses; (pixels, channels) of normalization; (elements,) otherwise
     precision  "ieee", "tf32" or "bf16" of products; the image's element type of normalization
+    held       tensors that an update in the kernel reads beside each of its accumulators
     """
     found = _tables[-1].get((kind, shape, precision)) if _tables else None
     config = found or analytic(kind, shape, precision)
@@ -206,6 +208,7 @@ def choose(kind: str, shape: tuple[int, ...], precision: str = "ieee") -> Config
     for kinds, changes in _forced:
         if not kinds or kind in kinds:
             config, source = _cut(replace(config, **changes), kind, shape), "forced"
+    config = _with_room(config, held)
     for asked in _listening:
         asked.append(Choice(kind, shape, precision, config, source))
     return config
@@ -237,6 +240,16 @@ def _cut(config: Config, kind: str, shape: tuple[int, ...]) -> Config:
         config, BM=_tile(m, config.BM), BN=_tile(n, config.BN), BK=_tile(k, config.BK),
         BT=config.BT if n > config.BN else 0,
     )  # fmt: skip
+
+
+def _with_room(config: Config, held: int) -> Config:
+    """Fewer columns where an update holds many tensors; behind a split it has a pass of its own."""
+    most = UPDATE_ACCUMULATORS * UPDATE_TENSORS
+    while config.SPLIT == 1 and held > UPDATE_TENSORS and config.accumulators * held > most:
+        if not config.BT and config.BN <= 16:
+            break
+        config = replace(config, BT=0) if config.BT else replace(config, BN=config.BN // 2)
+    return config
 
 
 _forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []

@@ -35,6 +35,14 @@ class Work:
     def anchor(self) -> Eqn:
         return self.anchors[0]
 
+    @property
+    def held(self) -> int:
+        """How many tensors like the anchor's result the code behind it reads: what an update keeps
+        in registers beside each accumulator."""
+        made = {v for e in self.eqn.body.eqns for v in e.results} if self.eqn.body else set()
+        reads = {v for e in self.rest for v in e.inputs} - made
+        return sum(v.type.shape == self.anchor.results[0].type.shape for v in reads)
+
     def type(self, v: Value) -> TensorType:
         """The type of an operand, with the layout that it has outside."""
         return self.outer.get(v, v).type

@@ -50,10 +50,12 @@ class AdamDebias(Op):
 
 @dataclass(frozen=True)
 class AdamAttrs(UpdateAttrs):
-    """decoupled: weight decay beside the gradient (AdamW), not in it."""
+    """decoupled: weight decay beside the gradient (AdamW), not in it; amsgrad: whether the step is
+    divided by the largest v' so far, which is a slot of its own."""
 
     eps: float = 1e-8
     decoupled: bool = False
+    amsgrad: bool = False
 
 
 @register
@@ -62,62 +64,73 @@ class AdamUpdate(Update):
 
     m' = m + gain1 (g' - m), v' = v + gain2 (g'^2 - v) with gain = 1 - beta, and
     w' = w - lr/c1 m' / (sqrt(v')/sqrt(c2) + eps). g' = g + wd w + l1 sign(w); decoupled: wd stays
-    out of it and w is (1 - lr wd) w before the step.
+    out of it and w is (1 - lr wd) w before the step. amsgrad: a slot u behind v, u' = max(u, v'),
+    and u' in the place of v' in w'.
     """
 
     name = "adam_update"
     attrs_type = AdamAttrs
 
     def slots(self, attrs: AdamAttrs) -> int:
-        return 2
+        return 2 + attrs.amsgrad
 
     def scalars(self, attrs: AdamAttrs) -> int:
         return 6 + attrs.l1
 
+    def _split(self, attrs: AdamAttrs, operands: Sequence[Any]) -> tuple[Any, Any]:
+        """The tensors and the scalars among the operands."""
+        tensors = 2 + self.slots(attrs)
+        return operands[:tensors], operands[tensors:]
+
     def reference(self, attrs: AdamAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        w, g, m, v, lr, gain1, gain2, wd, c1, c2, *l1 = args
+        (w, g, m, v, *top), (lr, gain1, gain2, wd, c1, c2, *l1) = self._split(attrs, args)
         lr = lr * attrs.lr_mult
         g = penalised(attrs, w, g, None if attrs.decoupled else wd, l1)
         if attrs.decoupled:
             w = w * (1 - lr * (wd * attrs.decay_mult))
         m1 = m + gain1 * (g - m)
         v1 = v + gain2 * (g * g - v)
-        return w - lr / c1 * m1 / (v1.sqrt() / c2.sqrt() + attrs.eps), m1, v1
+        slots = [m1, v1, *(torch.maximum(u, v1) for u in top)]
+        return (w - lr / c1 * m1 / (slots[-1].sqrt() / c2.sqrt() + attrs.eps), *slots)
 
     def flops(
         self, attrs: AdamAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
-        return (14 + 2 * attrs.l1) * ins[0].numel
+        return (14 + 2 * attrs.l1 + attrs.amsgrad) * ins[0].numel
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
-        w, g, m, v, lr, gain1, gain2, wd, c1, c2, *l1 = expr
+        (w, g, m, v, *top), (lr, gain1, gain2, wd, c1, c2, *l1) = self._split(attrs, expr)
         lr = times(lr, attrs.lr_mult)
         g = emit_penalised(attrs, w, g, None if attrs.decoupled else wd, l1)
         if attrs.decoupled and attrs.decay_mult:
             w = f"({w} * (1.0 - {lr} * {times(wd, attrs.decay_mult)}))"
         m1 = f"({m} + {gain1} * ({g} - {m}))"
         v1 = f"({v} + {gain2} * ({g} * {g} - {v}))"
-        root = f"(tl.sqrt({v1} / {c2}) + {attrs.eps!r})"
-        return [f"({w} - {lr} * {m1} / ({c1} * {root}))", m1, v1]
+        if top:
+            ctx.uses("maximum_nan")
+        slots = [m1, v1, *(f"maximum_nan({u}, {v1})" for u in top)]
+        root = f"(tl.sqrt({slots[-1]} / {c2}) + {attrs.eps!r})"
+        return [f"({w} - {lr} * {m1} / ({c1} * {root}))", *slots]
 
 
 @dataclass(frozen=True)
 class Adam(OptimizerSpec):
     """Adam with torch's arguments and defaults, and an L1 penalty as in `SGD`.
 
-    lr, betas, weight_decay and l1 may change between steps; eps, and l1 0 against non-zero, are
-    part of the compiled graph.
+    lr, betas, weight_decay and l1 may change between steps; eps, `amsgrad`, and l1 0 against
+    non-zero, are part of the compiled graph. amsgrad divides by the largest average of squares so
+    far (Reddi et al. 2018), which never lets go of a large gradient: one more slot a parameter.
     """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    amsgrad: bool = False
     l1: float = 0.0
     op = "adam_update"
     structural = ("l1",)
     decoupled = False
-    slots = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:
         for knob in self.knobs:
@@ -128,7 +141,13 @@ class Adam(OptimizerSpec):
 
     def attrs(self, lr_mult: float = 1.0, decay_mult: float = 1.0) -> AdamAttrs:
         """Of a parameter with these multipliers."""
-        return AdamAttrs(self.l1 != 0, lr_mult, decay_mult, float(self.eps), self.decoupled)
+        return AdamAttrs(
+            self.l1 != 0, lr_mult, decay_mult, float(self.eps), self.decoupled, bool(self.amsgrad)
+        )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
 
     @property
     def hypers(self) -> tuple[str, ...]:

@@ -27,14 +27,21 @@ def read_settings(run: Path) -> RunConfig:
 
 
 def make_optimizer(s: RunConfig) -> Any:
-    """The optimizer of the settings."""
-    if s.optimizer == "sgd":
+    """The optimizer of the settings; ConfigError where one is set that it does not have."""
+    sgd, plain = s.optimizer == "sgd", RunConfig()
+    for name in ("amsgrad",) if sgd else ("nesterov", "form"):
+        if getattr(s, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name}={getattr(s, name)} with optimizer {s.optimizer}",
+                help=f"it belongs to {'adam and adamw' if sgd else 'sgd'}",
+            )
+    if sgd:
         return SGD(
             lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov,
             form=s.form, l1=s.l1,
         )  # fmt: skip
     kind = Adam if s.optimizer == "adam" else AdamW
-    return kind(lr=s.lr, weight_decay=s.weight_decay, l1=s.l1)
+    return kind(lr=s.lr, weight_decay=s.weight_decay, amsgrad=s.amsgrad, l1=s.l1)
 
 
 def make_loss(s: RunConfig) -> Any:

@@ -37,6 +37,7 @@ class RunConfig:
     momentum: float = _setting(0.9, "of SGD")
     form: str = _setting("torch", "of momentum: torch (v = m v + g) or classic (v = m v - lr g)")
     nesterov: bool = _setting(False, "Nesterov's momentum")
+    amsgrad: bool = _setting(False, "of Adam and AdamW: the largest average of squares so far")
     weight_decay: float = _setting(5e-4, "L2 penalty; of adamw decoupled")
     l1: float = _setting(0.0, "L1 penalty; with weight decay an elastic net")
     bias_lr: float = _setting(1.0, "times the learning rate for biases", min=0.0)

@@ -21,15 +21,22 @@ def test_many_steps_with_a_drop_of_the_rate(name, steps):
     assert not any("_update" in s.kernel for s in race.step.plan.launches)
 
 
-@pytest.mark.parametrize("model, options", [
-    (gn.models.lenet5, {}),
-    (lambda: gn.Sequential(gn.Flatten(), gn.Linear(784, 10)),
-     {"clip_norm": 1.0, "accumulate": 4, "nonfinite": "skip"}),
-], ids=["fused", "handled"])  # fmt: skip
-def test_adam_compiles_without_spills(model, options):
+def layer(outputs):
+    return lambda: gn.Sequential(gn.Flatten(), gn.Linear(784, outputs))
+
+
+@pytest.mark.parametrize("model, amsgrad, options", [
+    (gn.models.lenet5, False, {"precision": "bf16"}),
+    (layer(10), False,
+     {"precision": "bf16", "clip_norm": 1.0, "accumulate": 4, "nonfinite": "skip"}),
+    # A whole tile of 64 x 64, and beside it what Adam reads: one tensor more, and two.
+    (layer(84), True, {"precision": "bf16"}),
+    (layer(84), True, {"accumulate": 2}),
+], ids=["fused", "handled", "amsgrad", "amsgrad_summed"])  # fmt: skip
+def test_adam_compiles_without_spills(model, amsgrad, options):
     report = gn.build(
-        model(), (128, 1, 28, 28), precision="bf16", loss=gn.CrossEntropyLoss(),
-        optimizer=gn.AdamW(weight_decay=0.1), **options,
+        model(), (128, 1, 28, 28), loss=gn.CrossEntropyLoss(),
+        optimizer=gn.AdamW(weight_decay=0.1, amsgrad=amsgrad), **options,
     )  # fmt: skip
     assert [r.name for r in report.rows if r.spill_bytes] == []
     assert [r.name for r in report.rows if r.float_atomics] == []

@@ -224,8 +224,8 @@ def test_the_command_line_prints_the_price(capsys):
 
 @pytest.mark.parametrize("spec", [
     gn.SGD(0.05), gn.SGD(0.05, 0.9, form="classic"), gn.SGD(0.05, 0.9, nesterov=True, l1=1e-3),
-    gn.Adam(0.01), gn.AdamW(0.01),
-], ids=["sgd", "classic", "nesterov", "adam", "adamw"])  # fmt: skip
+    gn.Adam(0.01), gn.AdamW(0.01, amsgrad=True),
+], ids=["sgd", "classic", "nesterov", "adam", "amsgrad"])  # fmt: skip
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_run_cut_in_a_group_goes_on_bit_for_bit(spec, stop, tmp_path):
     """Four steps an epoch, groups of three: after 4 and 6 steps, in a group and between two."""

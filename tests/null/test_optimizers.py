@@ -94,16 +94,25 @@ def test_bad_settings_are_refused(make):
         make()
 
 
-def test_the_state_of_adam_goes_through_its_state_dict():
-    a = Race(*TABLE["adam"], "cpu")
+@pytest.mark.parametrize("name", ["adam", "amsgrad"])
+def test_the_state_of_adam_goes_through_its_state_dict(name):
+    a = Race(*TABLE[name], "cpu")
     for _ in range(7):
         a.turn()
-    b = Race(*TABLE["adam"], "cpu")
+    b = Race(*TABLE[name], "cpu")
     b.net.load_state_dict(a.net.state_dict())
-    b.step.optimizer.load_state_dict(a.step.optimizer.state_dict())
-    assert {k.split(".")[-1] for k in a.step.optimizer.state_dict()} == {
-        "exp_avg", "exp_avg_sq", "debias1", "debias2", "lr", "betas", "weight_decay", "step"
+    saved = a.step.optimizer.state_dict()
+    b.step.optimizer.load_state_dict(saved)
+    buffers = {k for s in a.other.state.values() for k in s} - {"step"}  # torch's names
+    assert {k.split(".")[-1] for k in saved} == buffers | {
+        "debias1", "debias2", "lr", "betas", "weight_decay", "step"
     }  # fmt: skip
+    if name == "amsgrad":
+        plain = Race(*TABLE["adam"], "cpu")
+        with pytest.raises(gn.StateDictError, match="unexpected 0.bias.max_exp_avg_sq"):
+            plain.step.optimizer.load_state_dict(saved)
+        with pytest.raises(gn.ConfigError, match="amsgrad=True is compiled into this step"):
+            b.step.optimizer.amsgrad = False
     for _ in range(5):
         x, y = a.batch()
         a.step(x, y)
@@ -142,7 +151,9 @@ def test_wide_layers_by_rows_are_the_op(spec, monkeypatch):
         torch.testing.assert_close(rows[key], whole[key], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("spec", [gn.SGD(0.1, 0.9), gn.SGD(0.1, l1=0.1), gn.Adam(), gn.AdamW()])
+@pytest.mark.parametrize("spec", [
+    gn.SGD(0.1, 0.9), gn.SGD(0.1, l1=0.1), gn.Adam(), gn.AdamW(), gn.AdamW(amsgrad=True),
+])  # fmt: skip
 def test_every_update_joins_its_weight_gradient(spec):
     options = {"target": "cuda", "loss": LOSS, "optimizer": spec}
     low = gn.api.lower(gn.models.lenet5(), (32, 1, 28, 28), **options)

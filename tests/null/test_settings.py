@@ -94,7 +94,14 @@ def test_usage_errors_are_one_line(tmp_path, capsys):
 def test_what_the_settings_build():
     sgd = building.make_optimizer(config(l1=1e-4, form="classic", nesterov=True))
     assert (sgd.l1, sgd.form, sgd.nesterov) == (1e-4, "classic", True)
-    assert isinstance(building.make_optimizer(config(optimizer="adamw")), gn.AdamW)
+    adamw = building.make_optimizer(config(optimizer="adamw", amsgrad=True))
+    assert isinstance(adamw, gn.AdamW) and adamw.amsgrad
+    for wrong in (
+        {"amsgrad": True}, {"optimizer": "adam", "nesterov": True},
+        {"optimizer": "adamw", "form": "classic"},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="belongs to"):
+            building.make_optimizer(config(**wrong))
     assert isinstance(building.make_loss(config(loss="hinge")), gn.MulticlassHingeLoss)
     assert building.make_loss(config(label_smoothing=0.1)).label_smoothing == 0.1
     with pytest.raises(ConfigError, match="belongs to cross_entropy"):
