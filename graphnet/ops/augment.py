@@ -45,8 +45,9 @@ class Augment(Attrs):
                 component of the pixels' colours
     border      what lies beyond the stored image: "zero", or the pixels at its "edge"
 
-    Set by `on(data)` and by the compiler: the data's mean and std per channel (the result is
-    normalised), its principal components, shape and type; the size that comes out.
+    Set by the Trainer (`graphnet.train.augment.known`) and by the compiler: the data's mean and std
+    per channel (the result is normalised), its principal components, shape and type; the size that
+    comes out.
     """
 
     crop: bool = False
@@ -256,7 +257,7 @@ class AugmentOp(Op):
         if a.pca and len(a.components) != channels**2:
             raise ConfigError(
                 f"augment: pca without the {channels} components of the data",
-                help="augment.on(data) computes them",
+                help="graphnet.train.augment.known(augment, data) computes them of a Dataset",
             )
         return (TensorType(f32, (*x.shape[:2], *a.size)),)
 

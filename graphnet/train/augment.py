@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphnet.errors import CheckpointError, ConfigError
+from graphnet.errors import CheckpointError, ConfigError, DataError
 from graphnet.ops.augment import Augment
 from graphnet.train.checkpoint import atomic_write
 
@@ -84,6 +84,17 @@ def known(augment: Augment, data: Any) -> Augment:
     return replace(found, components=principal(data)) if augment.pca else found
 
 
+def idle(augment: Augment, data: Any) -> str | None:
+    """What of it can do nothing with these data, for people; or None."""
+    if not augment.crop or augment.pad or tuple(data.stored) != tuple(data.shape):
+        return None
+    size = "x".join(map(str, data.shape[1:]))
+    return (
+        f"augment: the crop has no room, images of {size} for a net that takes {size}: keep image "
+        "files larger (--resize), or pad=PIXELS"
+    )
+
+
 def principal(data: Any) -> tuple[float, ...]:
     """[C, C] by rows: column k is the k-th principal component of the pixels' colours, times the
     standard deviation along it. Values lie in [0, 1].
@@ -94,8 +105,9 @@ def principal(data: Any) -> tuple[float, ...]:
     rows = np.linspace(0, len(data) - 1, count).astype(np.int64)
     channels = data.shape[0]
     sums, products, pixels = np.zeros(channels), np.zeros((channels, channels)), 0
-    for first in range(0, count, 500):
-        x = data.read(rows[first : first + 500])
+    at_once = max(1, (1 << 22) // int(np.prod(data.stored)))  # their float64 takes 32 MiB
+    for first in range(0, count, at_once):
+        x = data.read(rows[first : first + at_once])
         v = x.double().div_(255) if x.dtype == torch.uint8 else x.double()
         flat = v.transpose(0, 1).reshape(channels, -1).numpy()
         sums, products = sums + flat.sum(1), products + flat @ flat.T
@@ -142,19 +154,25 @@ def drawn(augment: Augment, data: Any, rows: Sequence[int], epoch: int, seed: in
 
 def sheet(
     path: Path, augment: Augment, data: Any, *, images: int = 8, draws: int = 10, seed: int = 0
-) -> None:
-    """A contact sheet: each row an image as it is stored, then what each epoch sees of it."""
+) -> int:
+    """A contact sheet: each row an image as it is stored, then what each epoch sees of it.
+
+    The number of images in it: fewer where the data has fewer, or files that are no image.
+    """
     import io
 
     from matplotlib.figure import Figure
 
-    rows = np.linspace(0, len(data) - 1, images).astype(np.int64).tolist()
+    rows = np.unique(np.linspace(0, len(data) - 1, images).astype(np.int64)).tolist()
     x = data.read(rows)
+    rows = [r for r in rows if r not in getattr(data, "quarantined", ())]
+    if not rows:
+        raise DataError(f"none of {images} files of {data.name} is an image")
     plain = x.float() / 255 if x.dtype == torch.uint8 else x.clamp(0, 1)
     a = known(augment, data)
     columns = [plain, *(drawn(a, data, rows, epoch, seed) for epoch in range(draws))]
-    figure = Figure(figsize=((draws + 1) * 0.95, images * 0.95 + 0.5))
-    grid = figure.subplots(images, draws + 1, squeeze=False)
+    figure = Figure(figsize=((draws + 1) * 0.95, len(rows) * 0.95 + 0.5))
+    grid = figure.subplots(len(rows), draws + 1, squeeze=False)
     for k, line in enumerate(grid):
         for j, axes in enumerate(line):
             pixels = columns[j][k].permute(1, 2, 0).numpy()
@@ -168,3 +186,4 @@ def sheet(
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     atomic_write(path, out.getvalue())
+    return len(rows)

@@ -12,6 +12,8 @@ folders are decoded while they are read: folder.py.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +99,27 @@ class Dataset:
     @classmethod
     def of(cls, images: Any, labels: Any) -> Dataset:
         """Of tensors or NumPy arrays; labels of any integer type."""
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        images, labels = _tensor(images, "images"), _tensor(labels, "labels")
         if not (labels.dtype.is_floating_point or labels.dtype == torch.bool):
             labels = labels.long()
         return cls(images, labels)
+
+
+def _tensor(value: Any, what: str) -> torch.Tensor:
+    """What torch cannot take as it is, in NumPy's hands: another byte order, negative strides."""
+    try:
+        if isinstance(value, np.ndarray):
+            value = value.astype(value.dtype.newbyteorder("="), copy=False)
+            if any(s < 0 for s in value.strides):
+                value = value.copy()
+        with warnings.catch_warnings():  # an array that is only read may be read-only
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} of {type(value).__name__} are no numbers that a tensor holds: {error}",
+            help="give arrays or tensors: uint8 or float32 images, integer labels",
+        ) from None
 
 
 def check_classes(data: Dataset | Folder, classes: int) -> None:
@@ -143,6 +162,7 @@ def load(
         if not path:
             what = "PATH" if kind == "cifar10" else "DIR"
             raise DataError(f"data {spec!r} names no folder", help=f"use {kind}:{what}")
+        path = os.path.expanduser(path)  # no shell does it behind a colon
         if kind == "mnist":
             data = readers.mnist(path, split)
         else:

@@ -5,6 +5,7 @@ Used by the decode workers, so it imports Pillow and neither torch nor NumPy.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import warnings
@@ -30,8 +31,9 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
     resized.
 
     CMYK, palette, 16-bit and grey images are converted, alpha is dropped, the content decides
-    about the format and not the name. EXIF is not looked at. A JPEG of at least four times the
-    size is decoded at a fraction of its resolution, never below twice what is needed.
+    about the format and not the name. An image is turned as its EXIF says, so it is what a viewer
+    shows. A JPEG of at least four times the size is decoded at a fraction of its resolution, never
+    below twice what is needed.
     BadImage for everything that cannot be read whole, and for animations, images of more than
     25 million pixels or with a side of one.
     """
@@ -44,7 +46,8 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
             with Image.open(_stream(source), formats=FORMATS) as image:
                 _check(image)
                 if image.format == "JPEG":
-                    image.draft(None, (2 * w, 2 * h))
+                    image.draft(None, (2 * max(h, w),) * 2)  # it may lie on its side
+                _turn(image)
                 ready = converted(image, c)
                 if ready.size != (w, h):
                     ready = ImageOps.fit(ready, (w, h))
@@ -53,7 +56,8 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
         raise
     # Pillow's decoders raise many types on damaged files, SyntaxError and struct.error among them.
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # an OSError's own repeats the path
+        text = " ".join(said.split()) or type(error).__name__
         raise BadImage(_REASONS.get(type(error).__name__, text)) from None
 
 
@@ -65,13 +69,16 @@ def _stream(source: str | os.PathLike[str] | bytes) -> BytesIO:
         return BytesIO(source)
     # Without O_NONBLOCK, opening a named pipe waits for its other end for ever.
     handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-    with open(handle, "rb") as file:
+    try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
-            raise BadImage("not a regular file")
+            raise BadImage("a directory" if stat.S_ISDIR(about.st_mode) else "not a regular file")
         if about.st_size > MAX_BYTES:
             raise BadImage(f"{about.st_size} bytes, at most {MAX_BYTES}")
-        data = file.read()
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read()
+    finally:
+        os.close(handle)  # `open` would not close that of a directory
     if not data:
         raise BadImage("the file is empty")
     return BytesIO(data)
@@ -86,6 +93,15 @@ def _check(image: Any) -> None:
     # A camera's MPO is a JPEG with previews behind it; Pillow calls it animated.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise BadImage(f"animated: {image.n_frames} frames")
+
+
+def _turn(image: Any) -> None:
+    """Turns the image in place as its EXIF says; damaged EXIF says nothing."""
+    from PIL import ImageOps
+
+    image.load()
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def converted(image: Any, channels: int) -> Any:

@@ -132,7 +132,9 @@ class Folder:
         import PIL
 
         digest = hashlib.sha256()
-        digest.update(json.dumps([1, PIL.__version__, self.stored, str(self.root)]).encode())
+        version = 2  # of what `decode` makes of a file
+        about = [version, PIL.__version__, self.stored, str(self.root)]
+        digest.update(json.dumps(about).encode())
         for f in self.files:
             digest.update(json.dumps([f.path, f.size, f.mtime_ns]).encode())
         return digest.hexdigest()[:32]

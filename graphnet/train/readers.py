@@ -258,7 +258,7 @@ def imagefolder(
     max_bad: float = MAX_BAD,
     cache: bool = True,
 ) -> Folder:
-    """DIR/SPLIT/CLASS/*.jpg: cropped to the aspect ratio of `shape` and resized to it, or to
+    """DIR/SPLIT/CLASS/**/*.jpg: cropped to the aspect ratio of `shape` and resized to it, or to
     `resize` x `resize`, from which `shape` is cut."""
     c, h, w = shape or (3, 224, 224)
     if c not in (1, 3):
@@ -296,18 +296,35 @@ def imagefolder(
 
 
 def _files(folder: Path, label: int) -> list[File]:
-    """The image files of a class, by name."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(SUFFIXES):
-                try:
-                    about = entry.stat()
-                    size, mtime = about.st_size, about.st_mtime_ns
-                except OSError:  # a link to nothing: decoding says so
-                    size = mtime = -1
-                found.append(File(entry.path, label, size, mtime))
+    """The image files of a class and of the folders in it, by path."""
+    found: list[File] = []
+    above = {str(p) for p in Path(os.path.realpath(folder)).parents}
+    _gather(folder, label, found, above)
     return sorted(found, key=lambda f: f.path)
+
+
+def _gather(folder: str | Path, label: int, found: list[File], seen: set[str]) -> None:
+    if (place := os.path.realpath(folder)) in seen:  # a link upwards, or a second one
+        return
+    seen.add(place)
+    for entry in _entries(folder):
+        if entry.name.lower().endswith(SUFFIXES):
+            try:
+                about = entry.stat()
+                size, mtime = about.st_size, about.st_mtime_ns
+            except OSError:  # a link to nothing: decoding says so
+                size = mtime = -1
+            found.append(File(entry.path, label, size, mtime))
+        elif not entry.name.startswith(".") and os.path.isdir(entry.path):
+            _gather(entry.path, label, found, seen)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror or error}") from None
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -322,7 +339,8 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    seen = [e for e in _entries(folder) if not e.name.startswith(".")]
+    names = [e.name for e in seen if os.path.isdir(e.path)]
     if not names:
         raise DataError(f"{folder} holds 0 class folders, expected at least 1")
     return tuple(names)

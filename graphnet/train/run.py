@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
@@ -68,6 +69,8 @@ def run_training(
         if trainer.augment is not None and not (out / augment.FILE).exists():
             augment.save(out, trainer.augment)
         trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, parts.loaded)]
+        if trainer.augment is not None and (remark := augment.idle(trainer.augment, parts.train)):
+            print(remark, file=sys.stderr, flush=True)
         if not quiet:
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)

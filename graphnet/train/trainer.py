@@ -220,7 +220,7 @@ class Trainer:
             if batch is None:
                 now.trained = True
                 break
-            x, y = batch
+            x, y = _pair(batch)
             if self.schedule is not None:
                 turn(program.optimizer, self.schedule(self.step))
             taken = (x, y, *self._drawn_by(train))
@@ -274,9 +274,10 @@ class Trainer:
         wrong = torch.zeros((), dtype=torch.int64, device=self.evaluation.device)
         if hasattr(val, "set_epoch"):
             val.set_epoch(0)
-        for x, y in val:
+        for batch in val:
             if interruptible and self.stop:
                 return None
+            x, y = _pair(batch)
             loss, logits = self.evaluation(x, y)
             rows += len(x)
             mean.add(loss, len(x))
@@ -294,11 +295,12 @@ class Trainer:
         if isinstance(data, Dataset | Folder):
             return Batches(data, batch, seed=self.seed, shuffle=shuffle)
         # `iter` of a DataLoader starts its workers, so it is not called to find out.
-        if isinstance(data, Iterable) and not isinstance(data, Iterator):
+        if isinstance(data, Iterable) and not isinstance(data, Iterator | str):
             return data
         raise DataError(
             f"{type(data).__name__} cannot be read epoch after epoch",
-            help="give a Dataset, a pair (images, labels) or an iterable of (x, y) batches",
+            help="give a Dataset (graphnet.train.data.load reads one), a pair (images, labels), or "
+            "an iterable of (x, y) batches: a torch DataLoader",
         )
 
     # ---- resuming ---------------------------------------------------------------------------
@@ -344,6 +346,17 @@ class Trainer:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
 
+def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, y) of what an iterable gives as a batch."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise DataError(
+            f"a batch is a {type(batch).__name__}{many}, not a pair (images, labels)",
+            help="wrap the loader in an iterable that gives (x, y)",
+        )
+    return batch[0], batch[1]
+
+
 def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
     """Shape of one sample: what the net declares, else that of the first batch."""
     if net.input_shape is not None:
@@ -352,6 +365,6 @@ def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
 
     if isinstance(batches, Batches):  # drawing a batch would move its place
         return tuple(batches.dataset.shape)
-    for x, _ in batches:
-        return tuple(x.shape[1:])
+    for batch in batches:
+        return tuple(_pair(batch)[0].shape[1:])
     raise DataError("the data holds no batch")

@@ -26,14 +26,17 @@ def augment(
     as_json: Json = False,
 ) -> None:
     """A contact sheet of training images as they are stored, and as each epoch would see them."""
-    from graphnet.train.augment import known, parse, sheet
+    from graphnet.train.augment import idle, known, parse, sheet
     from graphnet.train.data import load
 
     asked = parse(augment)
     shape = (3, size, size) if size else None
-    train = load(data, "train", shape=shape, resize=resize or None)
+    # Files that are no image are the business of a run, with its limit and its list of them.
+    train = load(data, "train", shape=shape, resize=resize or None, max_bad=1.0)
     what = known(asked, train)
-    sheet(out, what, train, images=images, draws=draws, seed=seed)
+    images = sheet(out, what, train, images=images, draws=draws, seed=seed)
+    if remark := idle(what, train):
+        typer.echo(remark, err=True)
     if as_json:
         emit({
             "preview": str(out), "augment": augment, "data": data, "images": images,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import graphnet as gn
-from graphnet import cli
+from graphnet import cli, config
 from graphnet.errors import ConfigError, DTypeError, ShapeError
 from graphnet.ir.op import get_op
 from graphnet.ops.augment import pose, words
@@ -20,6 +20,7 @@ from graphnet.train.data import Dataset
 from graphnet.train.run import RunConfig, _build, dry_run, run_training
 from graphnet.train.trainer import Callback
 from tests.cases_augment import COMPONENTS, words_of
+from tests.image_files import make
 
 WARP = gn.Augment(rotate=20, scale=(0.8, 1.2), translate=0.1, flip=0.5)
 
@@ -283,6 +284,28 @@ def test_the_preview_shows_each_draw(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*asked[:3], "--augment", "flop", "--out", str(path)])
     assert ended.value.code == 2 and "unknown augmentation 'flop'" in capsys.readouterr().err
+
+
+def test_the_preview_leaves_out_what_is_no_image_and_says_what_is_idle(tmp_path, capsys):
+    make(tmp_path, splits=("train",))
+    (tmp_path / "train/cat/000.png").write_bytes(b"junk")
+
+    def preview(*more):
+        argv = ["augment", "--data", f"imagefolder:{tmp_path}", "--augment", "photos", "--draws"]
+        with (
+            config.override(CACHE_DIR=str(tmp_path / "cache")), pytest.raises(SystemExit) as ended
+        ):  # fmt: skip
+            cli.main([*argv, "2", "--size", "16", "--out", str(tmp_path / "s.png"), *more])
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, err = preview("--images", "64")
+    assert code == 0 and "11 images" in out and "the crop has no room, images of 16x16" in err
+    code, out, err = preview("--resize", "20", "--images", "3")
+    assert code == 0 and "2 images" in out and not err  # the first, of three, is no image
+    for path in (tmp_path / "train").glob("*/*.png"):
+        path.write_bytes(b"")
+    code, out, err = preview()
+    assert code == 2 and "is an image" in err and err.count("\n") == 1
 
 
 @pytest.mark.data

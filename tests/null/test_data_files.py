@@ -79,14 +79,37 @@ def test_the_middle_is_kept_and_large_jpegs_are_reduced_while_decoding():
     assert np.abs(a - b).max() <= 3
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_image_is_turned_as_its_exif_says(form):
+    upright = np.zeros((60, 80, 3), np.uint8)
+    upright[:30, :40], upright[:30, 40:], upright[30:, :40] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose that the tag undoes
+    for orientation in range(1, 9):
+        lying = Image.fromarray(upright)
+        if orientation in undone:
+            lying = lying.transpose(Image.Transpose(undone[orientation]))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for shape in ((3, 60, 80), (3, 6, 8)):  # the latter is decoded at a fraction
+            got = pixels(encoded(lying, form, exif=exif), shape)
+            corners = got[:, 1 :: shape[1] - 3, 1 :: shape[2] - 3].transpose(1, 2, 0).astype(int)
+            want = upright[::59, ::79].astype(int)
+            assert np.abs(corners - want).max() < 60, (orientation, shape, corners)
+
+
 def test_read_image_gives_what_training_reads(tmp_path):
     make(tmp_path)
     path = tmp_path / "train" / "cat" / "003.png"
     image = read_image(path, (3, 8, 8))
     assert image.dtype == torch.uint8 and image[:, 4, 4].tolist() == [3, 6, 252]
     assert torch.equal(image, train(tmp_path, (3, 8, 8)).read([3])[0])
-    with pytest.raises(DataError, match=r"cannot read image .*no\.png: .*No such file"):
+    with pytest.raises(DataError, match=r"cannot read image .*no\.png: No such file"):
         read_image(tmp_path / "no.png", (3, 8, 8))
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(DataError, match=r"cannot read image .*cat: a directory"):
+            read_image(path.parent, (3, 8, 8))
+    assert len(os.listdir("/proc/self/fd")) == held
 
 
 # ---- bad files -------------------------------------------------------------------------------
@@ -153,6 +176,27 @@ def test_more_than_the_allowed_share_stops(tmp_path):
         assert sum(len(y) for y, _ in seen(Batches(data, 4, reading=Reading(workers)))) == 10
     with pytest.raises(ConfigError, match="share from 0 to 1, not -1"):
         train(tmp_path, max_bad=-1)
+
+
+def test_folders_in_a_class_belong_to_it(tmp_path, monkeypatch):
+    make(tmp_path)
+    cat, far = tmp_path / "train/cat", tmp_path / "far"
+    (cat / "2024/may").mkdir(parents=True)
+    (cat / "000.png").rename(cat / "2024/may/000.PNG")
+    (cat / ".trash").mkdir()
+    (cat / "001.png").rename(cat / ".trash/001.png")
+    far.mkdir()
+    (cat / "002.png").rename(far / "002.png")
+    (cat / "link").symlink_to(far)
+    for name, to in (("again", far), ("self", "."), ("up", "../.."), ("loop", "loop")):
+        (cat / name).symlink_to(to)
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ behind a colon as it is
+    data = load("imagefolder:~", "train", shape=(3, 24, 24))
+    names = ["/".join(Path(f.path).parts[-2:]) for f in data.files if not f.label]
+    own = [f"cat/00{k}.png" for k in (3, 4, 5)]
+    assert names == [*own, "may/000.PNG", "again/002.png"]
+    assert int(data.labels.sum()) == 6
+    assert len(data.read(range(len(data)))) == 11
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

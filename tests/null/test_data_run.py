@@ -2,6 +2,7 @@
 ends in one line."""
 
 import json
+import warnings
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -156,5 +157,36 @@ def test_a_trainer_takes_arrays_loaders_and_folders(tmp_path):
     assert losses[0] == losses[1] == losses[2]
     make(tmp_path)
     assert small().fit(train(tmp_path, (3, 2, 2)), epochs=2, batch=5)[-1]["step"] == 6
-    with pytest.raises(DataError, match="cannot be read epoch after epoch"):
-        small().fit(iter(in_order), epochs=1, batch=8)
+    for odd in (iter(in_order), "digits", pairs):
+        with pytest.raises(DataError, match="cannot be read epoch after epoch"):
+            small().fit(odd, epochs=1, batch=8)
+
+
+def test_arrays_of_every_make_train_alike():
+    g = np.random.default_rng(0)
+    x, y = g.random((16, 3, 2, 2), dtype=np.float32), np.arange(16) % 3
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    mirrored = np.ascontiguousarray(x[..., ::-1])[..., ::-1]
+    pairs = [
+        (x, y), (frozen, y.astype(np.uint8)), (mirrored, y), (x.astype(">f4"), y.astype(">i2")),
+        (np.asfortranarray(x), np.ascontiguousarray(y[::-1])[::-1]), (x, y.astype(np.uint64)),
+        (x, y.tolist()), (torch.tensor(x).to(memory_format=torch.channels_last), torch.tensor(y)),
+    ]  # fmt: skip
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pair in pairs:
+            losses.append(small().fit(pair, epochs=1, batch=8)[-1]["train_loss"])
+    assert losses == [losses[0]] * len(pairs)
+    for wrong in (x.astype(object), x.astype(np.float64), x.astype("S4")):
+        with pytest.raises(DataError, match="float32"):
+            small().fit((wrong, y), epochs=1, batch=8)
+
+
+def test_a_loader_gives_pairs():
+    x, y = torch.zeros(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
+    for batch, what in (((x, y, y), "a tuple of 3"), ({"x": x, "y": y}, "a dict"), (x, "a Tensor")):
+        for data, val in (([batch], None), ([(x, y)], [batch])):
+            with pytest.raises(DataError, match=f"a batch is {what}"):
+                small().fit(data, val, epochs=1, batch=4)
