@@ -56,6 +56,8 @@ def _find(
     path: Path, model: str | None
 ) -> tuple[dict[str, torch.Tensor], RunConfig | None, Path, Path | None]:
     """(tensors, settings of the run, file, run folder)."""
+    if not path.exists():
+        raise CheckpointError(f"{str(path)!r} is no run and no checkpoint: nothing is there")
     if path.is_dir():
         settings = read_settings(path)
         found = checkpoint.load_latest(path)
@@ -306,20 +308,20 @@ def predict(
     logits = _member(program, trained.about, {"mean": (0.0,), "std": (1.0,)})
     names = trained.about.get("classes") or []
     out: list[dict[str, Any]] = []
-    whole: list[tuple[dict[str, Any], torch.Tensor]] = []
-    for file in images:
-        row: dict[str, Any] = {"image": str(file)}
-        out.append(row)
-        try:
-            whole.append((row, read_image(file, shape[1:], trained.about.get("stored"))))
-        except DataError as error:
-            row["error"] = error.message
-    for at in range(0, len(whole), size):
-        part = whole[at : at + size]
-        x = torch.stack([image for _, image in part])
-        p = torch.softmax(logits(x).float(), 1).cpu()
+    for at in range(0, len(images), size):
+        whole: list[tuple[dict[str, Any], torch.Tensor]] = []
+        for file in images[at : at + size]:
+            row: dict[str, Any] = {"image": str(file)}
+            out.append(row)
+            try:
+                whole.append((row, read_image(file, shape[1:], trained.about.get("stored"))))
+            except DataError as error:
+                row["error"] = error.message
+        if not whole:
+            continue
+        p = torch.softmax(logits(torch.stack([image for _, image in whole])).float(), 1).cpu()
         values, indices = p.topk(min(top, p.shape[1]), 1)
-        for (row, _), v, k in zip(part, values.tolist(), indices.tolist(), strict=True):
+        for (row, _), v, k in zip(whole, values.tolist(), indices.tolist(), strict=True):
             row["classes"] = [
                 {"index": i, "name": names[i] if i < len(names) else str(i), "p": round(q, 6)}
                 for i, q in zip(k, v, strict=True)

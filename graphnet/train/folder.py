@@ -66,6 +66,8 @@ class Reading:
             value = getattr(self, what)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{what} is a number of at least {least}, not {value!r}")
+        if self.pin and not torch.cuda.is_available():
+            raise ConfigError("pinned memory is for a GPU, and none is here", help="pin=False")
 
 
 class Folder:

@@ -77,8 +77,9 @@ def _shown(image: torch.Tensor) -> Any:
     return image.numpy() if image.shape[2] == 3 else image.mean(2).numpy()
 
 
-def _short(name: str, most: int = 16) -> str:
-    """A class name that leaves its neighbour in a contact sheet readable."""
+def _name(name: str, most: int = 40) -> str:
+    """A class name as a label: of any bytes, on one line, no longer than `most`."""
+    name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -96,7 +97,7 @@ def misclassified(
         if k < len(rows):
             p, image, label, answer = rows[k]
             axes.imshow(_shown(image), cmap="gray", interpolation="nearest")
-            title = f"{_short(names[label])}\nnot {_short(names[answer])}\n{p:.0%} sure"
+            title = f"{_name(names[label], 16)}\nnot {_name(names[answer], 16)}\n{p:.0%} sure"
             axes.set_title(title, fontsize=7, parse_math=False)
     title = f"the {len(rows)} surest mistakes" if rows else "no mistakes"
     figure.suptitle(f"{title} (label, not answer)", fontsize=10)
@@ -114,6 +115,7 @@ def confusion(path: Path, counts: torch.Tensor, names: Sequence[str]) -> None:
     axes = figure.subplots()
     drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     if n <= 30:
+        names = [_name(name) for name in names]
         turn = 90 if max(map(len, names)) > 3 else 0
         axes.set_xticks(range(n), names, rotation=turn, parse_math=False)
         axes.set_yticks(range(n), names, parse_math=False)

@@ -11,6 +11,7 @@ import torch
 from graphnet import config
 from graphnet.errors import ConfigError, DataError
 from graphnet.train.data import Batches, Dataset, load, permutation
+from graphnet.train.folder import Reading
 from graphnet.train.readers import read_idx
 
 
@@ -223,6 +224,9 @@ def test_state_of_something_else_is_refused():
     for batch in (0, -1, 2.5):
         with pytest.raises(ConfigError):
             Batches(numbered(), batch)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="pinned memory.*none is here"):
+            Reading(pin=True)
 
 
 @pytest.mark.data

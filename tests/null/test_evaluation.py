@@ -249,11 +249,11 @@ def test_an_evaluation_says_what_it_left_out_and_keeps_nothing_uncached(runs, tm
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):
-    names = ["cost_$5_$10", "a^b_{$x$", "\N{CJK UNIFIED IDEOGRAPH-732B}"]
-    rows = [(0.9, torch.rand(3, 4, 4), 0, 1), (0.8, torch.rand(1, 4, 4), 2, 0)]
+    names = ["cost_$5_$10", "a^b_{$x$", "\N{CJK UNIFIED IDEOGRAPH-732B}", "b\udcff\nx"]
+    rows = [(0.9, torch.rand(3, 4, 4), 0, 1), (0.8, torch.rand(1, 4, 4), 2, 3)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.misclassified(tmp_path / "m.png", rows, names)
-        plots.confusion(tmp_path / "c.png", torch.eye(3, dtype=torch.int64), names)
+        plots.confusion(tmp_path / "c.png", torch.eye(4, dtype=torch.int64), names)
         plots.curves(tmp_path / "l.png", [{"epoch": 1, "train_loss": 1.0}], "on $x_$^/data")
     assert len(list(tmp_path.iterdir())) == 3
