@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError
+from graphnet.errors import ConfigError, number
 from graphnet.frontends.dsl import Module, Parameter
 
 Bias = float | Mapping[str, float]
@@ -29,9 +29,9 @@ def _generator(seed: int | None) -> torch.Generator | None:
 
 
 def _bias_of(name: str, bias: Bias) -> float:
-    if not isinstance(bias, Mapping):
-        return float(bias)
-    return next((float(v) for k, v in bias.items() if fnmatch.fnmatchcase(name, k)), 0.0)
+    of = bias if isinstance(bias, Mapping) else {"*": bias}
+    value = next((v for k, v in of.items() if fnmatch.fnmatchcase(name, k)), 0.0)
+    return number("init", "bias", value, -math.inf)
 
 
 def _fill(
@@ -57,6 +57,8 @@ def normal_(
     net: Module, mean: float = 0.0, std: float = 0.01, *, bias: Bias = 0.0, seed: int | None = None
 ) -> Module:
     """Weights from a Gaussian: the lecture's and AlexNet's start with std 0.01."""
+    number("normal_", "mean", mean, -math.inf)
+    number("normal_", "std", std)
     return _fill(net, lambda w, g: torch.nn.init.normal_(w, mean, std, generator=g), bias, seed)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
+from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError, number
 from graphnet.frontends.dsl import Module, Parameter
 from graphnet.frontends.symbolic import Symbol, active_tracer, flatten
 from graphnet.ops.lrn import LrnAttrs
@@ -322,8 +322,10 @@ class Dropout(Module):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, mode: str = "inverted", name: str = ""
     ) -> None:
-        if not 0.0 <= p < 1.0:
-            raise ConfigError(f"dropout probability {p!r} is not in [0, 1)")
+        if number("Dropout", "p", p) >= 1:
+            raise ConfigError(
+                f"Dropout: p={p!r} is not in [0, 1)", help="it is the share that is dropped"
+            )
         if mode not in ("inverted", "vanilla"):
             raise ConfigError(f"unknown dropout mode {mode!r}", help='"inverted" or "vanilla"')
         self.p = float(p)

@@ -15,6 +15,7 @@ from graphnet import config
 from graphnet.errors import (
     BackendUnavailableError,
     ConfigError,
+    number,
 )
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.tracing import trace
@@ -281,8 +282,8 @@ def _handling(
     """How the gradients are treated; ConfigError for what cannot be."""
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ConfigError(f"accumulate is a positive int, not {accumulate!r}")
-    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
-        raise ConfigError(f"clip_norm={clip_norm!r} is not a positive number")
+    if clip_norm is not None:
+        number("compile", "clip_norm", clip_norm, above=True)
     if optimizer is None and (accumulate != 1 or clip_norm is not None or nonfinite is not None):
         raise ConfigError(
             "accumulate, clip_norm and nonfinite are about updates", help="give an optimizer"

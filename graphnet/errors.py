@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+_MOST = 3.4028234663852886e38  # of fp32
+
 
 class GraphnetError(Exception):
     """Base of everything that graphnet raises on purpose.
@@ -93,3 +97,18 @@ class CompileError(GraphnetError):
 
 class RunExistsError(GraphnetError):
     """A run folder stands where a new one was asked for."""
+
+
+def number(of: str, name: str, value: Any, low: float = 0.0, *, above: bool = False) -> float:
+    """A number that fp32 can hold, of at least `low` (`above`: more); ConfigError names whose
+    argument it is."""
+    try:
+        given = None if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        given = None
+    if given is None:
+        raise ConfigError(f"{of}: {name} is a number, not {' '.join(repr(value).split())}")
+    if not abs(given) <= _MOST or given < low or above and given == low:
+        limit = "" if low < -_MOST else f" {'above' if above else 'of at least'} {low:g}"
+        raise ConfigError(f"{of}: {name}={value!r} is not a finite number{limit}")
+    return given

@@ -278,16 +278,16 @@ def _draw_adam(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
 
 
 def _torch_adam(
-    kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0, amsgrad: bool = False
+    kind: Any, lr_mult: float = 1.0, decay_mult: float = 1.0, **kw: bool
 ) -> Callable[..., Any]:
-    slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]
+    slots = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kw.get("amsgrad") else []))
 
     def run(w, g, *rest):
         lr, gain1, gain2, wd, _, _, *l1 = rest[len(slots) :]
         p = torch.nn.Parameter(w.clone())
         betas = (float(1 - gain1), float(1 - gain2))
         opt = kind(
-            [p], float(lr) * lr_mult, betas, 1e-8, float(wd) * decay_mult, amsgrad, foreach=False
+            [p], float(lr) * lr_mult, betas, 1e-8, float(wd) * decay_mult, foreach=False, **kw
         )
         opt.state[p] = {n: t.clone() for n, t in zip(slots, rest, strict=False)}
         opt.state[p]["step"] = torch.tensor(2.0, dtype=torch.float64)
@@ -373,10 +373,12 @@ UPDATES = [
         ]
     ),
     *(
-        Case("adam_update", (_W,) * 5 + (_S,) * 6, _torch_adam(kind, amsgrad=True),
-             attrs("adam_update", amsgrad=True, decoupled=decoupled), note, _draw_adam)
-        for note, kind, decoupled in [
-            ("amsgrad", torch.optim.Adam, False), ("amsgradw", torch.optim.AdamW, True),
+        Case("adam_update", (_W,) * 5 + (_S,) * 6, _torch_adam(kind, amsgrad=True, maximize=up),
+             attrs("adam_update", amsgrad=True, decoupled=decoupled, maximize=up), note, _draw_adam)
+        for note, kind, decoupled, up in [
+            ("amsgrad", torch.optim.Adam, False, False),
+            ("amsgradw", torch.optim.AdamW, True, False),
+            ("maximize", torch.optim.Adam, False, True),
         ]
     ),
     Case("adam_debias", (_S,) * 4,

@@ -82,6 +82,8 @@ TABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
     "momentum": (gn.SGD(0.1, 0.9, weight_decay=0.01), _sgd(momentum=0.9, weight_decay=0.01)),
     "nesterov": (gn.SGD(0.1, 0.9, weight_decay=0.01, nesterov=True),
                  _sgd(momentum=0.9, weight_decay=0.01, nesterov=True)),
+    "maximize": (gn.SGD(0.01, 0.9, weight_decay=0.5, maximize=True),
+                 _sgd(momentum=0.9, weight_decay=0.5, maximize=True)),
     "dampening": (gn.SGD(0.1, 0.9, 0.4, 0.01),
                   _sgd(momentum=0.9, dampening=0.4, weight_decay=0.01)),
     "classic": (gn.SGD(0.1, 0.9, weight_decay=0.01, form="classic"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError, ShapeError
+from graphnet.errors import ConfigError, ShapeError, number
 from graphnet.ir.graph import Builder, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType, f32
@@ -21,10 +21,11 @@ from graphnet.ops.update import (
     Update,
     UpdateAttrs,
     emit_penalised,
-    number,
     penalised,
     times,
 )
+
+_LEAST = 2.0**-126  # of fp32, before it loses digits
 
 
 @register
@@ -117,9 +118,10 @@ class AdamUpdate(Update):
 class Adam(OptimizerSpec):
     """Adam with torch's arguments and defaults, and an L1 penalty as in `SGD`.
 
-    lr, betas, weight_decay and l1 may change between steps; eps, `amsgrad`, and l1 0 against
-    non-zero, are part of the compiled graph. amsgrad divides by the largest average of squares so
-    far (Reddi et al. 2018), which never lets go of a large gradient: one more slot a parameter.
+    lr, betas, weight_decay and l1 may change between steps; eps, `amsgrad`, `maximize`, and l1 0
+    against non-zero, are part of the compiled graph. amsgrad divides by the largest average of
+    squares so far (Reddi et al. 2018), which never lets go of a large gradient: one more slot a
+    parameter.
     """
 
     lr: float = 1e-3
@@ -128,6 +130,7 @@ class Adam(OptimizerSpec):
     weight_decay: float = 0.0
     amsgrad: bool = False
     l1: float = 0.0
+    maximize: bool = False
     op = "adam_update"
     structural = ("l1",)
     decoupled = False
@@ -136,14 +139,17 @@ class Adam(OptimizerSpec):
         for knob in self.knobs:
             self.numbers(knob, getattr(self, knob))
         number(type(self).__name__, "l1", self.l1)
-        if not number(type(self).__name__, "eps", self.eps):
-            raise ConfigError(f"{type(self).__name__}: eps=0 divides by 0", help="use 1e-8")
+        if number(type(self).__name__, "eps", self.eps) < _LEAST:
+            raise ConfigError(
+                f"{type(self).__name__}: eps={self.eps!r} divides by 0 in fp32", help="use 1e-8"
+            )
 
     def attrs(self, lr_mult: float = 1.0, decay_mult: float = 1.0) -> AdamAttrs:
         """Of a parameter with these multipliers."""
         return AdamAttrs(
-            self.l1 != 0, lr_mult, decay_mult, float(self.eps), self.decoupled, bool(self.amsgrad)
-        )
+            self.l1 != 0, lr_mult, decay_mult, self.maximize, float(self.eps), self.decoupled,
+            self.amsgrad,
+        )  # fmt: skip
 
     @property
     def slots(self) -> tuple[str, ...]:

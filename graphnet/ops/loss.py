@@ -5,12 +5,14 @@ Rows from `live` on are padding of a smaller batch: they add nothing and get zer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError, ShapeError
+from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError, number
 from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType, f32
@@ -21,8 +23,8 @@ class CrossEntropyAttrs(Attrs):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing={self.label_smoothing} is not in [0, 1)")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ConfigError(f"label_smoothing={self.label_smoothing} is not in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -160,25 +162,58 @@ class MultiMarginGrad(_LossGrad):
         return (grad * alive[:, None] / (count * (z.shape[1] if attrs.mean else 1)),)
 
 
-@dataclass(frozen=True)
-class CrossEntropyLoss:
-    """Softmax cross-entropy with torch's arguments (class weights and other reductions apart)."""
+def _only(default: Any) -> Any:
+    """A field for an argument of torch's that has one value here."""
+    return field(default=default, repr=False, metadata={"only": True})
 
-    label_smoothing: float = 0.0
-    op = "cross_entropy"
+
+class _Spec:
+    """Base: a loss as people write it, with torch's arguments in torch's order."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if not f.metadata.get("only"):
+                number(type(self).__name__, f.name, value, -math.inf)
+            elif value is not f.default and (f.default is None or value != f.default):
+                raise UnsupportedOpError(
+                    f"{type(self).__name__}: {f.name} is not implemented but for {f.default!r}",
+                    help="losses are means over the rows of a batch, all classes weighing the same",
+                )
         self.attrs()
+
+    def attrs(self) -> Attrs:
+        """Those of the op."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss(_Spec):
+    """Softmax cross-entropy. Class weights and other reductions are refused, and so is every label
+    that is no class: there is none to ignore."""
+
+    weight: None = _only(None)
+    size_average: None = _only(None)
+    ignore_index: int = _only(-100)
+    reduce: None = _only(None)
+    reduction: str = _only("mean")
+    label_smoothing: float = 0.0
+    op = "cross_entropy"
 
     def attrs(self) -> CrossEntropyAttrs:
         return CrossEntropyAttrs(float(self.label_smoothing))
 
 
 @dataclass(frozen=True)
-class MultiMarginLoss:
+class MultiMarginLoss(_Spec):
     """The multiclass hinge loss, p = 1, with torch's mean over classes."""
 
+    p: int = _only(1)
     margin: float = 1.0
+    weight: None = _only(None)
+    size_average: None = _only(None)
+    reduce: None = _only(None)
+    reduction: str = _only("mean")
     op = "multi_margin"
 
     def attrs(self) -> MultiMarginAttrs:
@@ -186,7 +221,7 @@ class MultiMarginLoss:
 
 
 @dataclass(frozen=True)
-class MulticlassHingeLoss:
+class MulticlassHingeLoss(_Spec):
     """The lecture's hinge: (1/N) sum_i sum_{j != y_i} max(0, f_j - f_{y_i} + margin).
 
     `MultiMarginLoss` times the number of classes. Its lambda R(W) is the optimizer's: weight_decay

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError, ShapeError
+from graphnet.errors import ConfigError, ShapeError, number
 from graphnet.ir.graph import Builder, Value
 from graphnet.ir.op import Attrs, Op, get_op, register
 from graphnet.ir.types import TensorType, f32
@@ -20,11 +19,12 @@ FORMS = ("torch", "classic")
 @dataclass(frozen=True)
 class UpdateAttrs(Attrs):
     """What every update has. l1: whether there is an L1 operand; lr_mult and decay_mult: what the
-    parameter multiplies the rate, and the penalties, with."""
+    parameter multiplies the rate, and the penalties, with; maximize: whether it climbs."""
 
     l1: bool = False
     lr_mult: float = 1.0
     decay_mult: float = 1.0
+    maximize: bool = False
 
 
 class Update(Op):
@@ -55,7 +55,10 @@ class Update(Op):
 
 
 def penalised(attrs: UpdateAttrs, w: Any, g: Any, decay: Any, l1: Sequence[Any]) -> Any:
-    """g + decay w + l1 sign(w): the gradient of L2, L1 or both (elastic net). decay may be None."""
+    """g + decay w + l1 sign(w): the gradient of L2, L1 or both (elastic net). decay may be None.
+    maximize turns g around, not the penalties (as torch)."""
+    if attrs.maximize:
+        g = -g
     if attrs.decay_mult:
         if decay is not None:
             g = g + decay * attrs.decay_mult * w
@@ -71,6 +74,8 @@ def times(text: str, factor: float) -> str:
 
 def emit_penalised(attrs: UpdateAttrs, w: str, g: str, decay: str | None, l1: Sequence[str]) -> str:
     """The same as generated code."""
+    if attrs.maximize:
+        g = f"(-{g})"
     if attrs.decay_mult:
         if decay is not None:
             g = f"({g} + {times(decay, attrs.decay_mult)} * {w})"
@@ -179,16 +184,6 @@ class RecordStep(Op):
         return 0
 
 
-def number(spec: str, name: str, value: Any, low: float = 0.0) -> float:
-    """A finite number of at least `low`; ConfigError names the optimizer and the argument."""
-    if not hasattr(value, "__float__"):
-        raise ConfigError(f"{spec}: {name} is a number, not {value!r}")
-    given = float(value)
-    if not math.isfinite(given) or given < low:
-        raise ConfigError(f"{spec}: {name}={value!r} is not a finite number of at least {low:g}")
-    return given
-
-
 class OptimizerSpec:
     """What a spec tells the compiler and the live view.
 
@@ -227,9 +222,9 @@ class SGD(OptimizerSpec):
     """Stochastic gradient descent with torch's arguments, `form` and an L1 penalty.
 
     lr, momentum, weight_decay and l1 may change between steps; momentum or l1 0 against non-zero,
-    dampening, `nesterov` and `form` are part of the compiled graph. The gradient of the penalties
-    is weight_decay w + l1 sign(w): an elastic net lambda (beta sum w^2 + sum |w|) is weight_decay =
-    2 lambda beta, l1 = lambda.
+    dampening, `nesterov`, `form` and `maximize` are part of the compiled graph. The gradient of the
+    penalties is weight_decay w + l1 sign(w): an elastic net lambda (beta sum w^2 + sum |w|) is
+    weight_decay = 2 lambda beta, l1 = lambda.
     """
 
     lr: float = 1e-3
@@ -239,6 +234,7 @@ class SGD(OptimizerSpec):
     nesterov: bool = False
     form: str = "torch"
     l1: float = 0.0
+    maximize: bool = False
     op = "sgd_update"
     structural = ("momentum", "l1")
 
@@ -258,8 +254,8 @@ class SGD(OptimizerSpec):
     def attrs(self, lr_mult: float = 1.0, decay_mult: float = 1.0) -> SGDAttrs:
         """Of a parameter with these multipliers."""
         return SGDAttrs(
-            self.l1 != 0, lr_mult, decay_mult, self.momentum != 0, self.nesterov, self.form,
-            float(self.dampening),
+            self.l1 != 0, lr_mult, decay_mult, self.maximize, self.momentum != 0, self.nesterov,
+            self.form, float(self.dampening),
         )  # fmt: skip
 
     def scalars(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError, StateDictError
+from graphnet.errors import ConfigError, StateDictError, number
 from graphnet.runtime.state import Entry, State
 
 
@@ -29,20 +29,24 @@ class Optimizer:
         counts: Sequence[str] = (),
     ) -> None:
         """hypers: the device's scalars. entries: what outlives a step besides the parameters.
-        more: knobs that are not of the spec. counts: numbers of `state` to be saved."""
+        more: knobs that are not of the spec, above 0. counts: numbers of `state` to be saved."""
         own = self.__dict__
         own["spec"], own["_hypers"], own["_state"] = spec, hypers, state
         own["_entries"] = {e.name: e for e in entries}
         own["_values"], own["_counts"] = {}, {"step": "steps"} | {n: n for n in counts}
+        own["_more"] = frozenset(more or ())
         for knob, value in ({k: getattr(spec, k) for k in spec.knobs} | dict(more or {})).items():
             self._write(knob, value)
 
     def _write(self, name: str, value: Any) -> None:
-        numbers = self.spec.numbers(name, value)
+        if name in self._more:
+            numbers = {name: number("the optimizer", name, value, above=True)}
+        else:
+            numbers = self.spec.numbers(name, value)
         self._values[name] = tuple(value) if isinstance(value, (tuple, list)) else float(value)
-        for hyper, number in numbers.items():
+        for hyper, given in numbers.items():
             if hyper in self._hypers:
-                self._hypers[hyper].fill_(number)
+                self._hypers[hyper].fill_(given)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__["_values"]:

@@ -62,7 +62,12 @@ def make_schedule(s: RunConfig, batches: int) -> Any:
     steps = round(s.warmup * batches)
     if steps >= total:
         raise ConfigError(f"warmup={s.warmup:g} epochs leave nothing of {s.epochs}")
-    rate = schedule.by_name(s.schedule, s.lr, total - steps)
+    if s.accumulate > total:
+        raise ConfigError(
+            f"accumulate={s.accumulate} batches make an update, and the run has {total}",
+            help="accumulate fewer, or train for more epochs",
+        )
+    rate = schedule.by_name(s.schedule, s.lr, total - steps, warm=steps > 0)
     if not steps:
         return rate
     if isinstance(rate, schedule.Plateau):

@@ -4,7 +4,8 @@ A schedule is any callable `step -> lr`, steps counted from 0, or `step -> {knob
 turns more than the rate. Nothing is recompiled for it: knobs are scalars on the device.
 
 They compose: `warmup(step(0.1, every=3000), 500)`, `Plateau(warmup(constant(0.1), 500))`. What is
-counted in epochs elsewhere is counted in steps here: epochs * len(batches).
+counted in epochs elsewhere is counted in steps here: epochs * len(batches). Behind its end a
+schedule stays where it ended (torch's cosine would rise again, its one-cycle would raise).
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graphnet.errors import ConfigError
+from graphnet.errors import ConfigError, number
 
 Schedule = Callable[[int], float | dict[str, Any]]
 NAMES = ("constant", "cosine", "step", "multistep", "exponential", "onecycle", "plateau")
 
 
 def _positive(what: str, value: float) -> None:
-    if not value > 0 or math.isinf(value):
-        raise ConfigError(f"{what}={value!r} is not a positive number")
+    number("schedule", what, value, above=True)
+
+
+def _schedule(of: str, base: Any) -> None:
+    """ConfigError where `base` is nothing that gives a rate for a step."""
+    if not callable(base):
+        raise ConfigError(f"{of} takes a schedule, not {base!r}", help="e.g. constant(0.1)")
 
 
 def constant(lr: float) -> Schedule:
@@ -43,7 +49,9 @@ def multistep(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Sched
     """lr times gamma for each milestone that has been reached."""
     _positive("lr", lr)
     _positive("gamma", gamma)
-    marks = tuple(milestones)
+    if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+        raise ConfigError(f"milestones are a list of steps, not {milestones!r}")
+    marks = tuple(number("schedule", "milestone", m) for m in milestones)
     if any(b <= a for a, b in zip(marks, marks[1:], strict=False)):
         raise ConfigError(f"milestones {list(marks)} do not increase")
     return lambda at: lr * gamma ** sum(at >= m for m in marks)
@@ -53,9 +61,9 @@ def cosine(lr: float, total: int, warmup: int = 0, final: float = 0.0) -> Schedu
     """Linear warm-up over `warmup` steps to lr, then half a cosine down to `final` at `total`."""
     _positive("lr", lr)
     _positive("total", total)
-    if not 0 <= warmup < total:
+    if number("schedule", "warmup", warmup) >= total:
         raise ConfigError(f"warmup={warmup} is not between 0 and the {total} steps in all")
-    if not 0 <= final <= lr:
+    if number("schedule", "final", final) > lr:
         raise ConfigError(f"final={final!r} is not between 0 and lr={lr!r}")
 
     def at(now: int) -> float:
@@ -77,8 +85,14 @@ def exponential(lr: float, gamma: float) -> Schedule:
 def warmup(then: Schedule, steps: int, start: float = 0.1) -> Schedule:
     """Linear from `start` times the first rate of `then` up to it, over `steps`; then `then`,
     whose steps count from there."""
+    _schedule("warmup", then)
+    if hasattr(then, "observe"):
+        raise ConfigError(
+            "warmup in front of a schedule that hears losses: nobody would tell it",
+            help="put the warm-up inside: Plateau(warmup(base, steps))",
+        )
     _positive("steps", steps)
-    if not 0 <= start <= 1:
+    if number("warmup", "start", start) > 1:
         raise ConfigError(f"start={start!r} is not between 0 and 1")
 
     def at(now: int) -> float | dict[str, Any]:
@@ -105,8 +119,14 @@ def one_cycle(
     """
     for name, value in (("lr", lr), ("total", total), ("div", div), ("final_div", final_div)):
         _positive(name, value)
-    if not 0 < up < 1 or up * total <= 1 or total < 2:
+    if number("one_cycle", "up", up) >= 1 or up * total <= 1 or total < 2:
         raise ConfigError(f"up={up!r} of {total} steps leaves no cycle", help="0.3 of 10 or more")
+    if momentum is not None:
+        if not isinstance(momentum, Sequence) or len(momentum) != 2:
+            raise ConfigError(f"momentum={momentum!r} is no pair (low, high)")
+        low, high = (number("one_cycle", "momentum", m, above=True) for m in momentum)
+        if low > high:
+            raise ConfigError(f"momentum={momentum!r} is no pair (low, high)")
     first, last = up * total - 1, total - 1
     start, end = lr / div, lr / div / final_div
 
@@ -119,7 +139,6 @@ def one_cycle(
         rate = between(start, lr, share) if rising else between(lr, end, share)
         if momentum is None:
             return rate
-        low, high = momentum
         turned = between(high, low, share) if rising else between(low, high, share)
         return {"lr": rate, "momentum": turned}
 
@@ -148,11 +167,11 @@ class Plateau:
     resting: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < 1:
+        _schedule("Plateau", self.base)
+        if number("Plateau", "factor", self.factor, above=True) >= 1:
             raise ConfigError(f"factor={self.factor!r} is not between 0 and 1")
         for name in ("patience", "cooldown", "threshold", "least"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is below 0")
+            number("Plateau", name, getattr(self, name))
 
     def __call__(self, step: int) -> float | dict[str, Any]:
         out = scaled(self.base(step), self.scale)
@@ -190,18 +209,19 @@ def scaled(value: float | dict[str, Any], factor: float) -> float | dict[str, An
 
 def turn(optimizer: Any, value: float | dict[str, Any]) -> None:
     """Sets what a schedule gave on the live optimizer."""
-    for knob, number in (value if isinstance(value, dict) else {"lr": value}).items():
-        setattr(optimizer, knob, number)
+    for knob, given in (value if isinstance(value, dict) else {"lr": value}).items():
+        setattr(optimizer, knob, given)
 
 
-def by_name(name: str, lr: float, total: int) -> Schedule:
-    """A schedule over `total` steps: cosine warms up for 5 % of them, step and multistep divide
-    by 10 at thirds, and at half and three quarters of the way; exponential ends at a hundredth;
-    plateau divides by 10 after 2 epochs without a lower validation loss."""
+def by_name(name: str, lr: float, total: int, *, warm: bool = False) -> Schedule:
+    """A schedule over `total` steps: cosine warms up for 5 % of them unless something before it has
+    (`warm`), step and multistep divide by 10 at thirds, and at half and three quarters of the way;
+    exponential ends at a hundredth; plateau divides by 10 after 2 epochs without a lower validation
+    loss."""
     if name == "constant":
         return constant(lr)
     if name == "cosine":
-        return cosine(lr, total, min(total // 20, max(total - 1, 0)))
+        return cosine(lr, total, 0 if warm else min(total // 20, max(total - 1, 0)))
     if name == "step":
         return step(lr, max(1, -(-total // 3)))
     if name == "multistep":

@@ -67,7 +67,8 @@ class Trainer:
     schedule   step -> lr, see graphnet.train.schedule; None leaves the optimizer's lr alone. One
                with `observe(loss)` hears the validation loss (else the training loss) of each epoch
     callbacks  `Callback` objects, called in order
-    accumulate, clip_norm  as for gn.compile
+    accumulate, clip_norm  as for gn.compile. Epochs do not end a group of batches, and gradients
+               of one that is not full when training ends are kept, not applied
     nonfinite  "stop": a step whose loss is not finite leaves the state as it was and raises
                NumericsError, which names the layer; "skip": it is left out, as is one whose
                gradients are not finite (which costs the update fusion), and 50 in a row raise. A
@@ -97,6 +98,10 @@ class Trainer:
             "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite
         }  # fmt: skip
         self.nonfinite = nonfinite
+        if schedule is not None and not callable(schedule):
+            raise ConfigError(
+                f"{schedule!r} is no schedule", help="a function of the step: gn.schedule.step(...)"
+            )
         self.net, self.loss, self.optimizer = net, loss, optimizer
         self.schedule: Any = schedule
         self.callbacks, self.augment = list(callbacks), augment

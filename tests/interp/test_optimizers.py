@@ -30,7 +30,7 @@ def layer(outputs):
     (layer(10), False,
      {"precision": "bf16", "clip_norm": 1.0, "accumulate": 4, "nonfinite": "skip"}),
     # A whole tile of 64 x 64, and beside it what Adam reads: one tensor more, and two.
-    (layer(84), True, {"precision": "bf16"}),
+    pytest.param(layer(84), True, {"precision": "bf16"}, marks=pytest.mark.slow),
     (layer(84), True, {"accumulate": 2}),
 ], ids=["fused", "handled", "amsgrad", "amsgrad_summed"])  # fmt: skip
 def test_adam_compiles_without_spills(model, amsgrad, options):

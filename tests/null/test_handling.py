@@ -193,13 +193,26 @@ def test_bound_data_run_through_both_programs():
 
 @pytest.mark.parametrize("options", [
     {"accumulate": 0}, {"accumulate": 1.5}, {"clip_norm": 0}, {"clip_norm": -1.0},
-    {"clip_norm": "big"}, {"nonfinite": "ignore"}, {"clip_norm": 1.0, "optimizer": None},
+    {"clip_norm": "big"}, {"clip_norm": math.inf}, {"clip_norm": True},
+    {"nonfinite": "ignore"}, {"clip_norm": 1.0, "optimizer": None},
 ])  # fmt: skip
 def test_bad_settings_are_refused(options):
     net = gn.Sequential(gn.Linear(WIDTH, CLASSES))
     options = {"optimizer": gn.SGD(0.1)} | options
     with pytest.raises(gn.ConfigError):
         gn.compile(net, (4, WIDTH), target="cpu", loss=LOSS, **options)
+
+
+def test_the_limit_of_a_step_stays_a_limit():
+    """Live, what compiling refuses is refused too: a limit of 0 would stop the training."""
+    step = gn.compile(
+        gn.Sequential(gn.Linear(WIDTH, CLASSES)), (4, WIDTH), target="cpu", loss=LOSS,
+        optimizer=gn.SGD(0.1), clip_norm=1.0,
+    )  # fmt: skip
+    for bad in (0, 0.0, -1.0, math.inf, math.nan, None, True):
+        with pytest.raises(gn.ConfigError, match="clip_norm"):
+            step.optimizer.clip_norm = bad
+    assert step.optimizer.clip_norm == 1.0
 
 
 def test_the_command_line_prints_the_price(capsys):

@@ -8,6 +8,8 @@ from torch import nn
 
 import graphnet as gn
 
+LOSS = gn.CrossEntropyLoss()
+
 
 def net():
     return gn.Sequential(
@@ -102,12 +104,55 @@ def test_dropout_in_training_and_at_test_time(mode, target):
     assert float(dropped.mean()) == pytest.approx(float(infer(x).mean()), rel=0.06)
 
 
+@pytest.mark.parametrize("make, says", [
+    (lambda: gn.CrossEntropyLoss(torch.ones(3)), "weight is not implemented but for None"),
+    (lambda: gn.CrossEntropyLoss(ignore_index=0), "ignore_index is not implemented but for -100"),
+    (lambda: gn.CrossEntropyLoss(reduction="sum"), "losses are means over the rows"),
+    (lambda: gn.MultiMarginLoss(2), "p is not implemented but for 1"),
+    (lambda: gn.MultiMarginLoss(weight=torch.ones(3)), "weight"),
+    (lambda: gn.CrossEntropyLoss(label_smoothing=1.5), r"not in \[0, 1\]"),
+    (lambda: gn.CrossEntropyLoss(label_smoothing="some"), "a number, not 'some'"),
+    (lambda: gn.MultiMarginLoss(margin=math.nan), "margin=nan is not a finite number"),
+    (lambda: gn.MulticlassHingeLoss(margin=math.inf), "margin=inf"),
+    (lambda: gn.Dropout(1.0), r"not in \[0, 1\)"),
+    (lambda: gn.Dropout("half"), "p is a number, not 'half'"),
+    (lambda: gn.init.normal_(net(), std=-1.0), "std=-1.0"),
+    (lambda: gn.init.kaiming_normal_(net(), bias="small"), "bias is a number"),
+])  # fmt: skip
+def test_bad_settings_are_refused(make, says):
+    with pytest.raises(gn.GraphnetError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+def test_a_label_that_is_no_class_is_refused(target):
+    """Also torch's -100, which its losses leave out."""
+    ev = gn.compile(gn.Sequential(gn.Linear(6, 5)), (3, 6), target=target, loss=LOSS)
+    for bad in (-100, -1, 5):
+        with pytest.raises(gn.DataError):
+            ev(torch.randn(3, 6), torch.tensor([0, bad, 4]))
+
+
+def test_dropping_nothing_is_the_identity():
+    x = torch.randn(4, 6)
+    for mode in ("inverted", "vanilla"):
+        layer = gn.Linear(6, 5)
+        model = gn.Sequential(gn.Dropout(0.0, mode=mode), layer)
+        step = gn.compile(model, (4, 6), target="cpu", loss=LOSS, grads=True)
+        assert "dropout" not in str(step.graph("joint"))
+        plain = gn.compile(gn.Sequential(layer), (4, 6), target="cpu", loss=LOSS)
+        y = torch.arange(4)
+        assert float(step(x, y)[0]) == pytest.approx(float(plain(x, y)[0]), rel=1e-6)
+
+
 @pytest.mark.parametrize("loss, formula", [
+    (gn.CrossEntropyLoss(label_smoothing=1.0),
+     lambda z, y: nn.functional.cross_entropy(z, y, label_smoothing=1.0)),
     (gn.CrossEntropyLoss(label_smoothing=0.1),
      lambda z, y: nn.functional.cross_entropy(z, y, label_smoothing=0.1)),
     (gn.MultiMarginLoss(), nn.functional.multi_margin_loss),
     (gn.MulticlassHingeLoss(), lambda z, y: 5 * nn.functional.multi_margin_loss(z, y)),
-], ids=["smoothing", "margin", "hinge"])  # fmt: skip
+], ids=["uniform", "smoothing", "margin", "hinge"])  # fmt: skip
 @pytest.mark.parametrize("target", ["cpu", "interpret"])
 def test_losses_and_their_gradients(loss, formula, target):
     torch.manual_seed(0)

@@ -13,8 +13,9 @@ from graphnet.ir.graph import Builder
 from graphnet.ir.op import Op, all_ops, get_op
 from graphnet.ir.text import parse
 from graphnet.ir.types import TensorType, bf16, f32, i32, i64
+from graphnet.ops.adam import Adam, AdamW
 from graphnet.ops.evaluate import evaluate, evaluate_step
-from graphnet.ops.loss import CrossEntropyLoss
+from graphnet.ops.loss import CrossEntropyLoss, MultiMarginLoss
 from graphnet.ops.philox import dropout_mask, philox4x32, stream_of, threshold
 from graphnet.ops.update import SGD
 from tests.case import attrs, fill
@@ -403,13 +404,23 @@ def test_sgd_refuses(kw):
 
 
 def test_specs_take_torch_arguments():
-    ours = inspect.signature(SGD).parameters
-    theirs = inspect.signature(torch.optim.SGD).parameters
-    assert list(ours)[:5] == list(theirs)[1:6]
+    def names(spec):
+        return list(inspect.signature(spec).parameters)
+
+    assert names(SGD)[:5] == names(torch.optim.SGD)[1:6]
+    assert names(Adam)[:5] == names(AdamW)[:5] == names(torch.optim.Adam)[1:6]
+    for ours, theirs in (
+        (CrossEntropyLoss, torch.nn.CrossEntropyLoss), (MultiMarginLoss, torch.nn.MultiMarginLoss),
+    ):  # fmt: skip
+        a, b = (inspect.signature(c).parameters for c in (ours, theirs))
+        assert [(p.name, p.default) for p in a.values()] == [
+            (p.name, p.default) for p in b.values()
+        ]
     spec = SGD(0.1, 0.9, nesterov=True)
     assert spec.hypers == ("lr", "momentum", "weight_decay") and spec.attrs().nesterov
     assert SGD().slots == () and SGD().hypers == ("lr", "weight_decay")
-    assert CrossEntropyLoss(0.1).attrs().label_smoothing == 0.1
+    assert CrossEntropyLoss(label_smoothing=0.1).attrs().label_smoothing == 0.1
+    assert repr(CrossEntropyLoss()) == "CrossEntropyLoss(label_smoothing=0.0)"
 
 
 def test_flops_count_two_per_multiply_add():

@@ -83,8 +83,9 @@ def test_what_may_change_between_steps():
 
 @pytest.mark.parametrize("make", [
     lambda: gn.Adam(lr=-1), lambda: gn.Adam(betas=(0.9,)), lambda: gn.Adam(betas=(1.0, 0.9)),
-    lambda: gn.Adam(eps=0.0), lambda: gn.AdamW(weight_decay=float("nan")),
-    lambda: gn.SGD(l1=-0.1), lambda: gn.SGD(l1="much"),
+    lambda: gn.Adam(eps=0.0), lambda: gn.Adam(eps=1e-60), lambda: gn.SGD(lr=1e39),
+    lambda: gn.SGD(lr=True), lambda: gn.SGD(lr=torch.ones(2)),
+    lambda: gn.AdamW(weight_decay=float("nan")), lambda: gn.SGD(l1=-0.1), lambda: gn.SGD(l1="much"),
     lambda: setattr(gn.Parameter(torch.ones(2)), "lr_mult", -1.0),
     lambda: gn.Parameter(torch.ones(2), decay_mult=float("nan")),
     lambda: gn.models.lenet5().set_multipliers("*.biases", lr=2),

@@ -91,10 +91,27 @@ def test_plateau_is_torchs(options):
     lambda: S.one_cycle(0.1, 100, up=1.0), lambda: S.one_cycle(0.0, 100),
     lambda: Plateau(S.constant(0.1), factor=1.0), lambda: Plateau(S.constant(0.1), patience=-1),
     lambda: by_name("zigzag", 0.1, 10),
+    lambda: S.step("fast", 3), lambda: S.step(0.1, None), lambda: S.constant(1e39),
+    lambda: S.multistep(0.1, [-3, 5]), lambda: S.multistep(0.1, 5), lambda: S.multistep(0.1, "ab"),
+    lambda: S.multistep(0.1, [math.nan]), lambda: S.cosine(0.1, 10, "few"),
+    lambda: S.cosine(0.1, 10, final=0.2), lambda: S.warmup(0.1, 5), lambda: Plateau(0.1),
+    # Nobody would tell it of the losses.
+    lambda: S.warmup(Plateau(S.constant(0.1)), 5),
+    lambda: S.one_cycle(0.1, 10, momentum=0.9), lambda: S.one_cycle(0.1, 10, momentum=(0.0, 0.9)),
+    lambda: S.one_cycle(0.1, 10, momentum=(0.9, 0.8)),
+    lambda: gn.Trainer(net(), gn.CrossEntropyLoss(), gn.SGD(0.1), 0.1),
 ])  # fmt: skip
 def test_bad_settings_are_refused(make):
     with pytest.raises(gn.ConfigError):
         make()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_behind_the_end_a_schedule_stays_or_goes_on_falling(name):
+    rate = by_name(name, 0.1, N)
+    late = [rate(at) for at in (N - 1, N, N + 1, 3 * N, 50 * N)]
+    late = [v["lr"] if isinstance(v, dict) else v for v in late]
+    assert all(0 <= b <= a for a, b in zip(late, late[1:], strict=False))
 
 
 def net():

@@ -110,6 +110,11 @@ def test_what_the_settings_build():
     assert isinstance(rate, Plateau) and rate(0) < rate(9) <= rate(10) == 0.5
     cosine = building.make_schedule(config(warmup=1.0, epochs=3, lr=0.5), 10)
     assert cosine(0) < cosine(8) and cosine(29) < 0.05
+    # One warm-up is enough: cosine has none of its own behind another.
+    cosine = building.make_schedule(config(warmup=1.0, epochs=3, lr=0.5), 100)
+    assert cosine(0) == 0.05 and cosine(99) == pytest.approx(0.5, rel=0.02) and cosine(100) == 0.5
+    with pytest.raises(ConfigError, match="accumulate=31 batches make an update.* has 30"):
+        building.make_schedule(config(accumulate=31, epochs=3), 10)
 
 
 def test_the_names_are_those_of_what_is_built():

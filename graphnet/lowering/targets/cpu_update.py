@@ -72,7 +72,7 @@ def _fused_sgd(attrs: Any) -> Apply:
             [g.contiguous() for g in grads],
             [s[1] for s in states] if momentum else [],
             weight_decay=decay * attrs.decay_mult, momentum=momentum[0] if momentum else 0.0,
-            lr=lr * attrs.lr_mult, dampening=0.0, nesterov=attrs.nesterov, maximize=False,
+            lr=lr * attrs.lr_mult, dampening=0.0, nesterov=attrs.nesterov, maximize=attrs.maximize,
             is_first_step=False,  # the buffers start at zero
         )  # fmt: skip
 
