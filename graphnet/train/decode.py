@@ -17,7 +17,7 @@ MAX_PIXELS = 25_000_000  # an image file of 1 MB may claim a gigapixel
 MAX_BYTES = 512 << 20
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
 SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff",
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff",
 )  # fmt: skip
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 

@@ -295,6 +295,10 @@ def imagefolder(
     )  # fmt: skip
 
 
+# Photographs in formats that are not read: listed, so that they are missed with a reason.
+_FOREIGN = (".heic", ".heif", ".avif", ".jxl", ".jp2")
+
+
 def _files(folder: Path, label: int) -> list[File]:
     """The image files of a class and of the folders in it, by path."""
     found: list[File] = []
@@ -308,7 +312,7 @@ def _gather(folder: str | Path, label: int, found: list[File], seen: set[str]) -
         return
     seen.add(place)
     for entry in _entries(folder):
-        if entry.name.lower().endswith(SUFFIXES):
+        if entry.name.lower().endswith(SUFFIXES + _FOREIGN):
             try:
                 about = entry.stat()
                 size, mtime = about.st_size, about.st_mtime_ns

@@ -295,7 +295,7 @@ class Trainer:
         from graphnet.train.data import Batches, Dataset
         from graphnet.train.folder import Folder
 
-        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "ndim"):
+        if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[0], "ndim"):
             data = Dataset.of(*data)
         if isinstance(data, Dataset | Folder):
             return Batches(data, batch, seed=self.seed, shuffle=shuffle)

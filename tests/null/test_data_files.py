@@ -183,6 +183,8 @@ def test_folders_in_a_class_belong_to_it(tmp_path, monkeypatch):
     cat, far = tmp_path / "train/cat", tmp_path / "far"
     (cat / "2024/may").mkdir(parents=True)
     (cat / "000.png").rename(cat / "2024/may/000.PNG")
+    (cat / "004.png").rename(cat / "004.JFIF")
+    (cat / "0.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
     (cat / ".trash").mkdir()
     (cat / "001.png").rename(cat / ".trash/001.png")
     far.mkdir()
@@ -191,12 +193,13 @@ def test_folders_in_a_class_belong_to_it(tmp_path, monkeypatch):
     for name, to in (("again", far), ("self", "."), ("up", "../.."), ("loop", "loop")):
         (cat / name).symlink_to(to)
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ behind a colon as it is
-    data = load("imagefolder:~", "train", shape=(3, 24, 24))
+    data = load("imagefolder:~", "train", shape=(3, 24, 24), max_bad=1)
     names = ["/".join(Path(f.path).parts[-2:]) for f in data.files if not f.label]
-    own = [f"cat/00{k}.png" for k in (3, 4, 5)]
+    own = [f"cat/{name}" for name in ("0.HEIC", "003.png", "004.JFIF", "005.png")]
     assert names == [*own, "may/000.PNG", "again/002.png"]
     assert int(data.labels.sum()) == 6
     assert len(data.read(range(len(data)))) == 11
+    assert [r["reason"][:12] for r in data.report()] == ["not an image"]
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
