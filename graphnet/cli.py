@@ -6,7 +6,10 @@ traceback only at GRAPHNET_DEBUG >= 1.
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -15,6 +18,7 @@ from graphnet.errors import (
     BackendUnavailableError,
     CompileError,
     ConfigError,
+    DiskError,
     GraphnetError,
     NumericsError,
     OutOfMemoryPlanError,
@@ -25,24 +29,41 @@ from graphnet.verbs import augmenting, benching, compiling, demos, training, tun
 from graphnet.verbs.common import app
 
 # The work failed, as against: the input was bad.
-_FAILED = (BackendUnavailableError, CompileError, NumericsError, OutOfMemoryPlanError)
+_FAILED = (BackendUnavailableError, CompileError, DiskError, NumericsError, OutOfMemoryPlanError)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+        sys.exit(1)
     except Exception as error:
         if _debugging():
             raise
         # What typer says of a wrong option, without its panel.
         usage = getattr(error, "format_message", None)
         text = " ".join(usage().split()) if usage else _one_line(error)
-        typer.echo(f"graphnet: {text}", err=True)
+        if text:  # a group without a command has shown its help
+            typer.echo(f"graphnet: {text}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         sys.exit(2 if bad_input else 1)
+
+
+_showwarning = warnings.showwarning
+
+
+def _warn(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Our own warnings as a line, without the place in our source; others as ever."""
+    if category.__module__.startswith("graphnet."):
+        typer.echo(f"graphnet: {message}", err=True)
+    else:
+        _showwarning(message, category, *where, **more)
 
 
 def _debugging() -> bool:
@@ -55,7 +76,8 @@ def _debugging() -> bool:
 def _one_line(error: Exception) -> str:
     """The error on one line; what is not ours says how to see where it comes from."""
     if isinstance(error, GraphnetError):
-        return f"{type(error).__name__}: " + "; ".join(map(str.strip, str(error).splitlines()))
+        text = "; ".join(map(str.strip, str(error).splitlines()))
+        return f"{type(error).__name__}: {text.replace(':; ', ': ')}"
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("graphnet."):
         return f"{error}; run graphnet doctor"
     text = " ".join(f"{type(error).__name__}: {error}".split())

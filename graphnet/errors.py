@@ -79,6 +79,10 @@ class CheckpointError(GraphnetError):
     """A checkpoint that is damaged or belongs to something else."""
 
 
+class DiskError(CheckpointError):
+    """The disk is full or fails; what was asked for was sound."""
+
+
 class BackendUnavailableError(GraphnetError):
     """The target needs hardware or software that is not here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,12 @@ from typing import Any
 from graphnet.train import checkpoint, rundir
 from graphnet.train.rundir import MetricsLog
 from graphnet.train.trainer import Callback, Trainer
+
+
+def say(text: str) -> None:
+    """A line on stderr. The run goes on where nobody reads it any more (`2>&1 | head`)."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Metrics(Callback):
@@ -82,7 +89,7 @@ class Quarantine(Callback):
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.known = {r["path"]: r["reason"] for r in map(json.loads, lines)}
         for note in dict.fromkeys(d.note for d in self.data if d.note):
-            print(note, file=sys.stderr, flush=True)
+            say(note)
 
     def write(self) -> None:
         found = {r["path"]: r["reason"] for d in self.data for r in d.report()}
@@ -90,8 +97,7 @@ class Quarantine(Callback):
             self.known |= found
             rows = [json.dumps({"path": p, "reason": r}) for p, r in sorted(self.known.items())]
             checkpoint.atomic_write(self.path, ("\n".join(rows) + "\n").encode())
-            text = f"{len(new)} image files left out, {len(self.known)} in all: see {self.path}"
-            print(text, file=sys.stderr, flush=True)
+            say(f"{len(new)} image files left out, {len(self.known)} in all: see {self.path}")
 
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self.write()
@@ -146,10 +152,11 @@ class Progress(Callback):
             text += f"  test accuracy {100 * metrics['val_accuracy']:.2f} %"
         if "skipped" in metrics:
             text += f"  {metrics['skipped']:.0f} steps were not finite and skipped"
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if self._bar is None:
+            say(text)
+            return
+        self._bar.update(self._task, epoch=min(trainer.epoch + 1, self.epochs))
+        self._bar.console.print(text, highlight=False)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:

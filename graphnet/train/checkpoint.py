@@ -12,6 +12,7 @@ Nothing is pickled. A file appears under its name whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
-from graphnet.errors import CheckpointError
+from graphnet.errors import CheckpointError, DiskError
 
 FOLDER = "checkpoints"
 _FORMAT = 1
@@ -60,7 +61,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that it holds either what it held before or all of `data`.
 
     Temporary file (0600, random name) -> fsync -> rename -> fsync of the folder, without which a
-    power cut may leave the new name with no content. CheckpointError where the disk refuses.
+    power cut may leave the new name with no content. CheckpointError where it cannot be done.
     """
     path = Path(path)
     partial = None
@@ -75,14 +76,20 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         partial = None
         sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path} ({len(data)} bytes): {error.strerror or error}",
-            help="what stood there before is intact; free some space or choose another folder",
-        ) from None
+        raise unwritten(path, error, f" ({len(data)} bytes)") from None
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def unwritten(path: Path, error: OSError, what: str = "") -> CheckpointError:
+    """The error of a file that was not written: DiskError where the disk is at fault."""
+    disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return (DiskError if disk else CheckpointError)(
+        f"cannot write {path}{what}: {error.strerror or error}",
+        help="what stood there before is intact; free some space or choose another folder",
+    )
 
 
 def sync_folder(folder: Path) -> None:

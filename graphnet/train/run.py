@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
 
+_LAST = "misclassified.png"  # what a finished run writes last
+_FREE = frozenset({"workers", "uncached"})  # settings that no result depends on
+
 
 def run_training(
     settings: RunConfig,
@@ -48,12 +52,15 @@ def run_training(
             run has others
     The result's "signal" is the number of the signal that stopped the run, or 0.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, contextlib.ExitStack() as held:
         found = None
         if resume:
             settings = _settings_of(out, settings, given)
+            held.enter_context(rundir.locked(out))
             found = checkpoint.load_latest(out)
-        if found is not None and _finished(found.state, settings):
+        else:
+            rundir.check_free(out)  # before anything is read for it
+        if found is not None and _finished(found.state, settings) and (out / _LAST).exists():
             return _result(settings, out, found.state["history"], found.step, 0)
         parts = _build(settings, out if resume else None)
         trainer, batches, tests = parts.trainer, parts.batches, parts.tests
@@ -64,6 +71,7 @@ def run_training(
         elif not resume:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
+            held.enter_context(rundir.locked(out))
         if not (out / ABOUT).exists():  # also of a run that was killed before it had one
             write_about(out, parts.loaded[0])
         if trainer.augment is not None and not (out / augment.FILE).exists():
@@ -165,21 +173,23 @@ def _reading(settings: RunConfig) -> Reading:
 
 
 def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunConfig:
-    """The settings of an existing run; ConfigError where the caller insists on others."""
+    """The settings of an existing run; ConfigError where the caller insists on others, but for
+    those that change nothing of what is computed."""
     have = read_settings(out)
     names = {f.name for f in fields(RunConfig)}
     insisted = names if given is None else names & given
     differ = [
         f"{n} = {getattr(have, n)!r}, not {getattr(wanted, n)!r}"
-        for n in sorted(insisted)
+        for n in sorted(insisted - _FREE)
         if getattr(have, n) != getattr(wanted, n)
     ]
     if differ:
         raise ConfigError(
             f"{out} was started with {', '.join(differ)}",
-            help="leave these options out, or start another run with another --out",
+            help="leave these options out, or start another run with another --out; where files "
+            f"have moved, change {out / rundir.CONFIG}",
         )
-    return have
+    return replace(have, **{n: getattr(wanted, n) for n in _FREE & insisted})
 
 
 def _finished(state: dict[str, Any], settings: RunConfig) -> bool:
@@ -203,7 +213,7 @@ def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
     checkpoint.atomic_write(out / "test.json", json.dumps(tally.as_dict()).encode())
     names = [*parts.test.classes, *map(str, range(len(parts.test.classes), tally.classes))]
     plots.confusion(out / "confusion.png", tally.confusion, names)
-    plots.misclassified(out / "misclassified.png", tally.shown, names)
+    plots.misclassified(out / _LAST, tally.shown, names)
 
 
 def _result(

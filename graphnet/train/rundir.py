@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import math
@@ -11,12 +12,12 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graphnet.errors import ConfigError, DataError, RunExistsError
-from graphnet.train.checkpoint import atomic_write, sync_folder
+from graphnet.train.checkpoint import atomic_write, sync_folder, unwritten
 
 CONFIG, METRICS = "config.toml", "metrics.jsonl"
 
@@ -28,6 +29,7 @@ def create(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
     RunExistsError where something stands at `path` (an empty folder may).
     """
     path = Path(path)
+    check_free(path)
     text = toml(config).encode()
     partial = None
     try:
@@ -41,16 +43,55 @@ def create(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
         sync_folder(path.parent)
     except OSError as error:
         if path.exists():
-            what = "a run" if (path / CONFIG).exists() else "something that is no run"
-            raise RunExistsError(
-                f"{path} already exists and holds {what}",
-                help="add --resume to go on with it, or choose another --out",
-            ) from None
+            raise _taken(path) from None
         raise ConfigError(f"cannot make run folder {path}: {error.strerror or error}") from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def check_free(path: Path) -> None:
+    """RunExistsError where `create` would find something at `path`."""
+    try:
+        if any(path.iterdir()):
+            raise _taken(path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        if path.exists():
+            raise _taken(path) from None
+    except OSError as error:
+        raise ConfigError(f"cannot make run folder {path}: {error.strerror or error}") from None
+
+
+def _taken(path: Path) -> RunExistsError:
+    if (path / CONFIG).exists():
+        return RunExistsError(
+            f"{path} already exists and holds a run",
+            help="add --resume to go on with it, or choose another --out",
+        )
+    return RunExistsError(
+        f"{path} already exists and holds something that is no run", help="choose another --out"
+    )
+
+
+@contextlib.contextmanager
+def locked(run: str | os.PathLike[str]) -> Iterator[None]:
+    """While entered, no other process trains this run; the lock ends with the process.
+
+    ConfigError where one does. File systems that know no locks let everyone in.
+    """
+    with open(Path(run) / CONFIG, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training {run}", help="wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,7 +149,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: str | os.PathLike[str]) -> None:
-        path = Path(run) / METRICS
+        path = self._path = Path(run) / METRICS
         try:
             self._file = open(path, "a+b")  # noqa: SIM115 - it stays open for the whole run
         except OSError as error:
@@ -119,14 +160,18 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record; it is with the operating system when this returns."""
-        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritten(self._path, error) from None
 
     def close(self) -> None:
         """Makes the records durable and closes the file."""
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk refused is tried once more here
+            self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self

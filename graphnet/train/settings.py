@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from graphnet.train.schedule import NAMES as SCHEDULES
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LOSSES = ("cross_entropy", "hinge", "multi_margin")
+_LARGEST = 3.4028234663852886e38  # of fp32, which the device computes in
 INITS = ("torch", "gaussian", "he", "xavier")  # as gn.init.by_name takes them
 
 
@@ -68,8 +68,10 @@ class RunConfig:
         for f in settings():
             value = getattr(self, f.name)
             low, high = f.metadata.get("min"), f.metadata.get("max")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{f.name}={value!r} is not a finite number")
+            if isinstance(value, float) and not abs(value) <= _LARGEST:
+                raise ConfigError(f"{f.name}={value!r} is not a finite number in fp32")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigError(f"{f.name}={value!r} has more than 64 bits")
             if low is not None and value < low or high is not None and value > high:
                 limits = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{f.name}={value!r} is not {limits}")

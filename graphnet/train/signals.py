@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,10 +14,17 @@ SIGNALS = tuple(
 )
 
 
+def _say(text: str) -> None:
+    # Past Python's buffers, whose lock the code that was interrupted may hold.
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
 class StopSignals:
     """While entered, a signal is noted in `received` and `stop(trainer)` carries it out.
 
-    The handler only sets a flag: the step that runs is finished, and whoever owns the run saves.
+    The handler sets a flag and says so: the step that runs is finished, and whoever owns the run
+    saves.
     Elsewhere than in the main thread, where Python allows no handlers, it does nothing.
     """
 
@@ -33,8 +41,12 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            if os.isatty(2):
+                _say("\x1b[?25h\n")  # a progress bar has hidden the cursor
             os._exit(128 + number)
         self.received = number
+        name = signal.Signals(number).name
+        _say(f"\ngraphnet: {name}: saves after this step; a second signal ends the run at once\n")
         if self._trainer is not None:
             self._trainer.stop = True
 

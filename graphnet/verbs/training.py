@@ -24,7 +24,8 @@ def _options() -> list[inspect.Parameter]:
         if f.name == "model":
             note: Any = typer.Argument(help=about["help"])
         elif kind(f) is bool:
-            note = typer.Option(f"--{f.name.replace('_', '-')}", help=about["help"])
+            name = f.name.replace("_", "-")
+            note = typer.Option(f"--{name}/--no-{name}", help=about["help"])
         else:
             note = typer.Option(**about)
         out.append(
@@ -58,9 +59,9 @@ def _train(
         file = read_config_file(config)
         values |= {k: v for k, v in file.items() if k not in given}
         given |= set(file)
-    if resume and not values["data"]:
-        values["data"] = "-"  # the run knows
-    if missing := [n for n in ("model", "data") if not values[n]]:
+    if resume and dry_run:
+        raise typer.BadParameter("a dry run starts from nothing", param_hint="--resume")
+    if not resume and (missing := [n for n in ("model", "data") if not values[n]]):
         raise typer.BadParameter(f"no {missing[0]} is given", param_hint=f"{missing[0]}")
     chosen = RunConfig(**values)
     if dry_run:
@@ -71,12 +72,17 @@ def _train(
     result = run.run_training(chosen, out, resume=resume, quiet=as_json, given=given)
     if as_json:
         emit(result)
-    elif result["top1_error"] is not None:
+    elif result["top1_error"] is not None and not result["signal"]:
         typer.echo(
             f"{out}: {result['epochs']} epochs, test accuracy {100 - result['top1_error']:.2f} %\n"
             f"  {', '.join(result['files'])}"
         )
     if result["signal"]:
+        if not as_json:
+            typer.echo(
+                f"stopped at step {result['steps']}, {result['epochs']} epochs done, and saved; "
+                f"graphnet train --resume --out {out} goes on", err=True,
+            )  # fmt: skip
         raise typer.Exit(128 + result["signal"])
 
 
@@ -90,7 +96,7 @@ def _dry(found: dict[str, Any], as_json: bool) -> None:
         f"{f['batches']} batches\n"
         f"loss {f['loss']:.4f}, on the same batch again {f['next_loss']:.4f}, "
         f"test {f['test_loss']:.4f}\n"
-        f"{1e3 * f['step_s']:.1f} ms a step, about {f['epoch_s']:.0f} s an epoch without reading; "
+        f"{1e3 * f['step_s']:.1f} ms a step, about {f['epoch_s']:.2g} s an epoch without reading; "
         f"peak {f['peak_bytes'] / 2**20:.0f} MiB"
         + (f" in {f['launches']} launches" if f["launches"] else " beside what torch allocates")
     )

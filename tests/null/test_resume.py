@@ -14,7 +14,8 @@ from graphnet.train.callbacks import Checkpoints, restore
 from graphnet.train.data import Batches, load
 from graphnet.train.folder import Reading
 from graphnet.train.schedule import Plateau, constant
-from graphnet.train.trainer import Callback, Trainer
+from graphnet.train.trainer import Trainer
+from tests.stopping import StopAt, StopInEval
 
 SHAPE = (3, 8, 8)
 STEPS = 4  # of an epoch
@@ -37,24 +38,6 @@ def folder(tmp_path_factory):
                 pixels = torch.randint(0, 256, (10, 10, 3), dtype=torch.uint8, generator=g)
                 Image.fromarray(pixels.numpy()).save(base / split / name / f"{k:02d}.png")
     return base
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, trainer, loss):
-        if trainer.step == self.step:
-            trainer.stop = True
-
-
-class StopInEval:
-    def __init__(self, batches, trainer, epoch):
-        self.batches, self.trainer, self.epoch = batches, trainer, epoch
-
-    def __iter__(self):
-        self.trainer.stop = self.trainer.stop or self.trainer.epoch == self.epoch
-        yield from self.batches
 
 
 def start(folder, recipe):

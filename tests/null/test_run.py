@@ -22,7 +22,8 @@ from graphnet.train.evaluation import evaluate_run
 from graphnet.train.run import RunConfig, run_training
 from graphnet.train.rundir import read_metrics
 from graphnet.train.signals import StopSignals
-from graphnet.train.trainer import Callback, Trainer
+from graphnet.train.trainer import Trainer
+from tests.stopping import StopAt, StopInEval
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = RunConfig("lenet5", "digits", epochs=2, batch=64, target="cpu", lr=0.05)
@@ -88,27 +89,6 @@ def test_wrong_settings_leave_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, trainer, loss):
-        if trainer.step == self.step:
-            trainer.stop = True
-
-
-class StopInEval:
-    """Validation data that ask for a stop when they are read in one epoch."""
-
-    def __init__(self, data, batch, epoch):
-        self.data, self.batch, self.epoch, self.trainer = data, batch, epoch, None
-
-    def __iter__(self):
-        if self.trainer.epoch == self.epoch:
-            self.trainer.stop = True
-        yield from Batches(self.data, self.batch, shuffle=False)
-
-
 def small_trainer(dropout=True):
     torch.manual_seed(3)
     layers = [gn.Conv2d(1, 4, 3), gn.ReLU(), gn.MaxPool2d(2), gn.Flatten()]
@@ -146,9 +126,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop, tmp_path):
         fit(first)
         assert first.step == stop
     else:
-        val = StopInEval(Dataset(data().images[:20], data().labels[:20]), 8, int(stop[4:]))
-        val.trainer = first
-        fit(first, val)
+        held = Dataset(data().images[:20], data().labels[:20])
+        fit(first, StopInEval(Batches(held, 8, shuffle=False), first, int(stop[4:])))
         assert first.step == 8 * (int(stop[4:]) + 1) and first.epoch == int(stop[4:])
     second = small_trainer()
     second.compile((8, 1, 8, 8))
@@ -195,6 +174,7 @@ def test_a_signal_saves_and_exits_and_resume_finishes(number, code, tmp_path):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
+    assert b"saves after this step" in err and f"--resume --out {out} goes on".encode() in err
     step = checkpoint.load_latest(out).step
     assert 0 < step < 20 * 45
     resumed = subprocess.run(

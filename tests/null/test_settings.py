@@ -30,6 +30,8 @@ def run(capsys, *argv):
     "values, says",
     [
         ({"lr": float("nan")}, "lr=nan is not a finite number"),
+        ({"weight_decay": 1e39}, "weight_decay=1e+39 is not a finite number in fp32"),
+        ({"seed": 2**64}, "has more than 64 bits"),
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'\n  help: one of sgd, adam, adamw"),
         ({"schedule": "zigzag"}, "one of constant, cosine, step"),
         ({"loss": "l2"}, "one of cross_entropy, hinge"),
