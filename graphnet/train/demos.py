@@ -111,6 +111,7 @@ def demo_optimizers(out: Path, steps: int = 120) -> list[dict[str, Any]]:
         axes.contour(xs, ys, (height - height.min() + 1e-3).log(), levels=24, cmap="Greys",
                      linewidths=0.6)  # fmt: skip
         least = float(height.min())
+        axes.plot(*surface.start, "ks", markersize=6, label="start")
         for name, spec in optimizers(surface.lr).items():
             path = descend(spec, surface, steps)
             axes.plot(path[:, 0], path[:, 1], marker=".", markersize=3, linewidth=1, label=name)
@@ -168,7 +169,8 @@ def demo_dropout(out: Path, p: float = 0.5, masks: int = 1000) -> list[dict[str,
 
     figure = Figure(figsize=(10, 3.8))
     rows = []
-    for axes, mode in zip(figure.subplots(1, 2), ("inverted", "vanilla"), strict=True):
+    both = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, mode in zip(both, ("inverted", "vanilla"), strict=True):
         said, test = draws(mode, p, masks)
         mean, error = float(said.mean()), float(said.std()) / masks**0.5
         axes.hist(said.numpy(), bins=40, color="C0", alpha=0.6, label=f"training, {masks} masks")
@@ -176,6 +178,8 @@ def demo_dropout(out: Path, p: float = 0.5, masks: int = 1000) -> list[dict[str,
         axes.axvline(test, color="C3", linestyle="--", label=f"test time {test:.4f}")
         axes.set_title(f"{mode} dropout, p = {p}", fontsize=10)
         axes.set_xlabel("output for one input")
+        axes.margins(y=0.4)  # room for the legend
+        axes.xaxis.set_tick_params(labelbottom=True)
         axes.legend(fontsize=8)
         rows.append(
             {"mode": mode, "p": p, "masks": masks, "mean": mean, "standard_error": error,

@@ -10,21 +10,32 @@ from typing import Any
 
 import torch
 
+from graphnet.errors import ConfigError
 from graphnet.train.checkpoint import atomic_write
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Writes a picture whole or not at all."""
+    """Writes a picture whole or not at all, in the format of its name's end."""
     data = io.BytesIO()
+    kind = path.suffix.lower()[1:] or "png"
+    if kind not in (known := figure.canvas.get_supported_filetypes()):
+        raise ConfigError(f"{path}: no picture ends in .{kind}", help=f"one of {', '.join(known)}")
     with warnings.catch_warnings():  # a name in letters that the font lacks: it draws boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
+        figure.savefig(data, format=kind, dpi=120, bbox_inches="tight")
     atomic_write(path, data.getvalue())
 
 
 def curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None:
     """Loss and test error over the epochs; error axis from 0, so that progress is not zoomed."""
     from matplotlib.figure import Figure  # no pyplot: no state, no display
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """0.3 and not 3 x 10^-1; thinned out as ever."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
@@ -38,13 +49,17 @@ def curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None
             f"{error[-1]:.2f} %", (epochs[-1], error[-1]), textcoords="offset points",
             xytext=(0, 8), ha="center",
         )  # fmt: skip
+        right.margins(x=0.09)  # room for the figure
         right.set_ylim(0, max(error) * 1.15 or 1)
     for axes, name in ((left, "loss"), (right, "top-1 error, %")):
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    left.set_yscale("log")
+    if all(m[k] > 0 for m in history for k in ("train_loss", "val_loss") if k in m):
+        left.set_yscale("log")  # a hinge may reach 0
+        left.yaxis.set_major_formatter(Plain())
+        left.yaxis.set_minor_formatter(Plain())
     left.legend()
     figure.suptitle(title, parse_math=False)  # a path may hold two dollar signs
     write_figure(path, figure)
@@ -55,13 +70,18 @@ def filters(path: Path, weight: torch.Tensor) -> None:
     from matplotlib.figure import Figure
 
     weight = weight.detach().float().cpu()
-    if weight.shape[1] != 3:  # colour only where the channels are colours
+    count, channels, *size = weight.shape
+    if channels != 3:  # colour only where the channels are colours
         weight = weight.mean(1, keepdim=True)
     low, high = weight.amin((1, 2, 3), keepdim=True), weight.amax((1, 2, 3), keepdim=True)
     shown = ((weight - low) / (high - low).clamp_min(1e-12)).permute(0, 2, 3, 1)
     columns = min(16, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(columns * 0.7, rows * 0.7))
+    cell = 0.7 if count > 16 else 1.1
+    figure = Figure(figsize=(columns * cell, rows * cell + 0.5), layout="constrained")
+    shape = f"{count} filter{'s' * (count > 1)} of {size[0]}x{size[1]}"
+    mean = "" if channels in (1, 3) else f", the mean of {channels} channels"
+    figure.suptitle(f"first convolution: {shape}{mean}, each in its own range", fontsize=10)
     for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
         if k < len(shown):
@@ -91,7 +111,7 @@ def misclassified(
 
     columns = 8
     lines = max(1, -(-len(rows) // columns))
-    figure = Figure(figsize=(columns * 1.25, lines * 1.6 + 0.5))
+    figure = Figure(figsize=(columns * 1.25, lines * 1.6 + 0.5), layout="constrained")
     for k, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
         axes.axis("off")
         if k < len(rows):

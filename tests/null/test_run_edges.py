@@ -12,7 +12,7 @@ import pytest
 
 from graphnet.cli import main
 from graphnet.errors import CheckpointError, ConfigError, DiskError, RunExistsError
-from graphnet.train import callbacks, checkpoint, rundir
+from graphnet.train import callbacks, checkpoint, plots, rundir
 from graphnet.train.run import RunConfig, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,3 +163,19 @@ def test_a_second_signal_shows_the_cursor_again():
     assert "SIGUSR1: saves after this step" in said and said.rstrip().endswith("\x1b[?25h")
     os.close(terminal)
     os.close(other)
+
+
+def test_pictures_have_the_format_of_their_name(tmp_path, cli):
+    heads = {"a.png": b"\x89PNG", "a": b"\x89PNG", "a.jpg": b"\xff\xd8\xff", "a.PDF": b"%PDF"}
+    for name, head in heads.items():
+        assert cli("demo", "dropout", "--masks", 2, "--out", tmp_path / name)[0] == 0
+        assert (tmp_path / name).read_bytes().startswith(head)
+    code, _, err = cli("demo", "dropout", "--masks", 2, "--out", tmp_path / "a.xyz")
+    assert code == 2 and "no picture ends in .xyz; help: one of" in err
+
+
+def test_curves_of_a_loss_that_reached_0(tmp_path):
+    rows = [{"epoch": k, "train_loss": 0.0, "val_loss": 0.0, "val_accuracy": 1.0} for k in (1, 2)]
+    plots.curves(tmp_path / "a.png", rows[:1], "one epoch")
+    plots.curves(tmp_path / "b.png", rows, "two")  # a warning would be an error here
+    assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
