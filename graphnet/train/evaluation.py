@@ -24,6 +24,7 @@ from graphnet.train.metrics import confusion_matrix, topk_wrong
 from graphnet.train.settings import RunConfig
 
 ABOUT = "data.json"  # in a run folder: what the training data were
+_ABOUT = ("classes", "mean", "std", "stored")
 TOP = 5
 SHOWN = 48  # misclassified images that are kept
 
@@ -84,20 +85,23 @@ def _trainers(key: str) -> bool:
     return key.startswith("optimizer.") or key in ("epoch", "step")
 
 
-def write_about(run: Path, data: Any) -> None:
-    """Leaves in the run folder what prediction must know of the training data."""
-    names = ("classes", "mean", "std", "stored")
-    about = {name: list(getattr(data, name)) for name in names}
+def keep_about(run: Path, data: Any) -> None:
+    """Leaves in the run folder what prediction must know of the training data; DataError where the
+    run was started on data of other classes."""
+    if (run / ABOUT).exists():
+        _check_names(_about(run)["classes"], run, data)
+        return
+    about = {name: list(getattr(data, name)) for name in _ABOUT}
     checkpoint.atomic_write(run / ABOUT, json.dumps(about).encode())
 
 
 def _about(run: Path | None) -> dict[str, Any]:
-    """What `write_about` left. Guessing it would give wrong answers without a word."""
+    """What `keep_about` left. Guessing it would give wrong answers without a word."""
     if run is None:
         return {}
     try:
         about = json.loads((run / ABOUT).read_bytes())
-        return {name: about[name] for name in ("classes", "mean", "std", "stored")}
+        return {name: about[name] for name in _ABOUT}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot read {run / ABOUT}, by which images are normalised: {error}",
@@ -149,17 +153,17 @@ def _member(program: Any, about: Mapping[str, Any], otherwise: Mapping[str, Any]
     return lambda x: program(normalised(x, mean, std))
 
 
-def _check_names(trained: Trained, data: Any) -> None:
+def _check_names(mine: Sequence[str], file: Path, data: Any) -> None:
     """DataError where a class number means one thing to the net and another in the data."""
-    mine, theirs = trained.about.get("classes"), list(data.classes)
+    theirs = list(data.classes)
     if not mine or not theirs or mine == theirs:
         return
     pairs = zip_longest(mine, theirs)
     k, (ours, other) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
     raise DataError(
-        f"{data.name} has {len(theirs)} classes, the net of {trained.file} was trained on "
+        f"{data.name} has {len(theirs)} classes, the net of {file} was trained on "
         f"{len(mine)}; class {k} is {other!r} there, {ours!r} here",
-        help="evaluate on data with the classes of the training, in their order",
+        help="give data with the classes of the training, in their order",
     )
 
 
@@ -252,7 +256,7 @@ def evaluate_run(
         cache=not known.uncached,
     )  # fmt: skip
     for m in members:
-        _check_names(m, test)
+        _check_names(m.about.get("classes", ()), m.file, test)
     if ten_crop and test.stored == test.shape:
         raise ConfigError(
             f"ten crops of {shape[2]}x{shape[3]} from images of the same size are one",

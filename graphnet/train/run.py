@@ -27,7 +27,7 @@ from graphnet.train.building import (
 )
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
 from graphnet.train.data import Batches, Dataset, check_classes, load
-from graphnet.train.evaluation import ABOUT, Tally, write_about
+from graphnet.train.evaluation import Tally, keep_about
 from graphnet.train.folder import Folder, Reading, centre
 from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
@@ -72,8 +72,7 @@ def run_training(
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
             held.enter_context(rundir.locked(out))
-        if not (out / ABOUT).exists():  # also of a run that was killed before it had one
-            write_about(out, parts.loaded[0])
+        keep_about(out, parts.loaded[0])  # also of a run that was killed before it had one
         if trainer.augment is not None and not (out / augment.FILE).exists():
             augment.save(out, trainer.augment)
         trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, parts.loaded)]

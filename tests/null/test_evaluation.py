@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,11 @@ def runs(tmp_path_factory):
         run_training(RunConfig(**settings, seed=s), base / f"run{s}", quiet=True) for s in (0, 1)
     ]
     return base, results
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("graphnet.train.run._pictures", lambda *parts: None)
 
 
 def test_ten_crops_are_corners_centre_and_mirrors():
@@ -201,7 +207,7 @@ def test_other_classes_are_not_the_same_numbers(runs, tmp_path):
         )  # fmt: skip
 
 
-def test_prediction_agrees_with_the_training_of_a_few_batches(runs, tmp_path):
+def test_prediction_agrees_with_the_training_of_a_few_batches(runs, tmp_path, no_pictures):
     """`overfit_batches` trains on a set of its own: it is normalised as the whole one is."""
     base, _ = runs
     settings = RunConfig(
@@ -230,6 +236,29 @@ def test_a_run_without_its_data_json_predicts_nothing(runs, tmp_path):
         with pytest.raises(CheckpointError, match="data.json, by which images are normalised"):
             predict(tmp_path / "run", [], target="cpu")
         (tmp_path / "run/data.json").touch()
+
+
+def test_a_run_is_not_taken_up_again_on_other_classes(runs, tmp_path, no_pictures):
+    base, _ = runs
+    shutil.copytree(base / "data", tmp_path / "data")
+    settings = RunConfig(
+        f"{base / 'net.py'}:net", f"imagefolder:{tmp_path / 'data'}", epochs=1, batch=12, lr=0.05,
+        target="cpu", workers=0,
+    )  # fmt: skip
+    out = tmp_path / "run"
+    run_training(settings, out, quiet=True)
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace("epochs = 1", "epochs = 2"))
+    more = replace(settings, epochs=2)
+    for split in ("train", "test"):  # as many, but what was 0 is 2
+        (tmp_path / "data" / split / "blue").rename(tmp_path / "data" / split / "violet")
+    with pytest.raises(DataError, match="class 0 is 'green' there, 'blue' here"):
+        run_training(more, out, resume=True, quiet=True)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "violet").rename(tmp_path / "data" / split / "blue")
+    (out / "data.json").unlink()  # killed before it had one
+    assert run_training(more, out, resume=True, quiet=True)["epochs"] == 2
+    assert json.loads((out / "data.json").read_text())["classes"] == list(COLOURS)
 
 
 def test_an_evaluation_says_what_it_left_out_and_keeps_nothing_uncached(runs, tmp_path, capsys):
