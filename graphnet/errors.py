@@ -112,6 +112,8 @@ def number(of: str, name: str, value: Any, low: float = 0.0, *, above: bool = Fa
         given = None
     if given is None:
         raise ConfigError(f"{of}: {name} is a number, not {' '.join(repr(value).split())}")
+    if _MOST < abs(given) < float("inf"):
+        raise ConfigError(f"{of}: {name}={value!r} is beyond what fp32 holds")
     if not abs(given) <= _MOST or given < low or above and given == low:
         limit = "" if low < -_MOST else f" {'above' if above else 'of at least'} {low:g}"
         raise ConfigError(f"{of}: {name}={value!r} is not a finite number{limit}")

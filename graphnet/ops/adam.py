@@ -121,7 +121,8 @@ class Adam(OptimizerSpec):
     lr, betas, weight_decay and l1 may change between steps; eps, `amsgrad`, `maximize`, and l1 0
     against non-zero, are part of the compiled graph. amsgrad divides by the largest average of
     squares so far (Reddi et al. 2018), which never lets go of a large gradient: one more slot a
-    parameter.
+    parameter. Behind a change of betas the correction is that of the averages as they are; torch's
+    takes the new betas for all steps before.
     """
 
     lr: float = 1e-3

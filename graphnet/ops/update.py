@@ -269,7 +269,9 @@ class SGD(OptimizerSpec):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.momentum else ()
+        # They differ in sign and scale: one form must not go on with the other's.
+        name = "momentum_buffer" if self.form == "torch" else "velocity"
+        return (name,) if self.momentum else ()
 
     @property
     def hypers(self) -> tuple[str, ...]:

@@ -38,11 +38,14 @@ class Optimizer:
         for knob, value in ({k: getattr(spec, k) for k in spec.knobs} | dict(more or {})).items():
             self._write(knob, value)
 
-    def _write(self, name: str, value: Any) -> None:
+    def _numbers(self, name: str, value: Any) -> dict[str, float]:
+        """Device scalar to number; ConfigError for a bad value."""
         if name in self._more:
-            numbers = {name: number("the optimizer", name, value, above=True)}
-        else:
-            numbers = self.spec.numbers(name, value)
+            return {name: number("the optimizer", name, value, above=True)}
+        return self.spec.numbers(name, value)
+
+    def _write(self, name: str, value: Any) -> None:
+        numbers = self._numbers(name, value)
         self._values[name] = tuple(value) if isinstance(value, (tuple, list)) else float(value)
         for hyper, given in numbers.items():
             if hyper in self._hypers:
@@ -83,7 +86,8 @@ class Optimizer:
         return out
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `state_dict`; StateDictError lists every key that does not fit."""
+        """The inverse of `state_dict`; StateDictError lists every key that does not fit. Nothing is
+        loaded then, nor where a number is bad."""
         want = {*self._entries, *self._values, *self._counts}
         problems = [f"missing {k}" for k in sorted(want - set(state))]
         problems += [f"unexpected {k}" for k in sorted(set(state) - want)]
@@ -94,8 +98,11 @@ class Optimizer:
         ]
         if problems:
             raise StateDictError("optimizer state does not fit:\n  " + "\n  ".join(problems))
+        for key in self._values:
+            self._numbers(key, state[key].tolist())
         for key, entry in self._entries.items():
             entry.cell.live.copy_(state[key])
+        self._state.stepped.update(self._entries)
         for key in self._values:
             setattr(self, key, state[key].tolist())
         for key, name in self._counts.items():

@@ -19,7 +19,7 @@ from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
 from graphnet.ir.graph import Graph
 from graphnet.runtime.bound import Bound, check_bound, check_labels
 from graphnet.runtime.optim import Optimizer
-from graphnet.runtime.state import State
+from graphnet.runtime.state import Entry, State
 
 RING = 4096  # losses kept on the device; as in passes/autodiff
 _OURS = ("ring", "step")  # counters that belong to every step, whatever its optimizer
@@ -260,10 +260,31 @@ class TrainStep(Program):
     ) -> None:
         super().__init__(**kwargs)
         own = [e for e in self._entries if e.role in ("slot", "counter") and e.name not in _OURS]
+        self._unmet: Sequence[Entry] = own
         self.optimizer = Optimizer(
             optimizer, self._storage, own, self.state, knobs, self.counts
         )  # fmt: skip
         self._bound: Bound | None = None
+
+    def _step_with(self, run: Callable[[], None]) -> None:
+        self._join()
+        super()._step_with(run)
+
+    def _join(self) -> None:
+        """Before the first step: zeroes the state of an optimizer that counts its steps where a
+        parameter joins it (a layer thaws). The count is that of all slots; a new one would be taken
+        for an old."""
+        if not self._unmet:
+            return
+        spec, stepped = self.optimizer.spec, self.state.stepped
+        counters = [e for e in self._unmet if e.role == "counter"]
+        slots = [e for e in self._unmet if e.name in {f"{e.of}.{s}" for s in spec.slots}]
+        new = [e for e in slots if e.name not in stepped]
+        if new and any(e.name in stepped for e in counters):
+            for e in (*counters, *slots):
+                e.cell.live.zero_()
+        stepped.update(e.name for e in (*counters, *slots))
+        self._unmet = ()
 
     @property
     def ran(self) -> Program:

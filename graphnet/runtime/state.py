@@ -62,6 +62,7 @@ class _Bank:
         self.steps = 0  # the host's copy of the step counter
         self.pending = 0  # steps summed up since the last update, and their rows
         self.pending_rows = 0
+        self.stepped: set[str] = set()
 
 
 _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
@@ -119,6 +120,11 @@ class State:
     @pending_rows.setter
     def pending_rows(self, value: int) -> None:
         self._bank.pending_rows = value
+
+    @property
+    def stepped(self) -> set[str]:
+        """Names of the slots and counters that an update has moved, or that were loaded."""
+        return self._bank.stepped
 
     @property
     def derived(self) -> list[Entry]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import graphnet as gn
-from tests.optimizers import TABLE, Race, many_steps
+from tests.optimizers import MARGIN, ROWS, TABLE, WIDTH, Race, many_steps
 
 LOSS = gn.CrossEntropyLoss()
 
@@ -131,6 +131,59 @@ def test_an_old_net_starts_adam_afresh():
     race.twin.load_state_dict({k: v.double() for k, v in race.net.state_dict().items()})
     race.turn()
     assert race.error() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["adam", "dampening"])
+def test_a_layer_that_thaws_starts_the_optimizer_afresh(name):
+    """As a new one of torch's: else its first steps would be corrected like the thousandth."""
+    race = Race(*TABLE[name], "cpu")  # compiled before the other, used behind it
+    race.net[0].weight.trainable = False
+    head = gn.compile(
+        race.net, (2, WIDTH), target="cpu", loss=LOSS, optimizer=TABLE[name][0]
+    )  # fmt: skip
+    for _ in range(20):
+        head(*race.batch(2))
+    race.net[0].weight.trainable = True
+    race.twin.load_state_dict({k: v.double() for k, v in race.net.state_dict().items()})
+    for _ in range(5):
+        race.turn()
+        assert race.error() <= 1e-5
+    race.step = gn.compile(  # nothing joins: it goes on
+        race.net, (2, WIDTH), target="cpu", loss=gn.MultiMarginLoss(margin=MARGIN),
+        optimizer=TABLE[name][0],
+    )  # fmt: skip
+    for _ in range(5):
+        race.turn(2)
+        assert race.error() <= 1e-5
+
+
+def test_one_form_of_momentum_does_not_go_on_with_the_buffer_of_the_other():
+    """It has another sign and scale."""
+    a, b = Race(*TABLE["momentum"], "cpu"), Race(*TABLE["classic"], "cpu")
+    for _ in range(10):
+        a.turn()
+    with pytest.raises(gn.StateDictError, match="missing 0.bias.velocity"):
+        b.step.optimizer.load_state_dict(a.step.optimizer.state_dict())
+    fresh = Race(*TABLE["classic"], "cpu")
+    fresh.net.load_state_dict(a.net.state_dict())
+    x, y = a.batch()
+    options = {"target": "cpu", "loss": gn.MultiMarginLoss(margin=MARGIN)}
+    gn.compile(a.net, (ROWS, WIDTH), optimizer=TABLE["classic"][0], **options)(x, y)
+    fresh.step(x, y)
+    for key, value in fresh.net.state_dict().items():
+        assert torch.equal(value, a.net.state_dict()[key])
+
+
+def test_a_bad_state_loads_nothing():
+    a, b = (Race(*TABLE["adam"], "cpu") for _ in range(2))
+    a.turn()
+    before = b.step.optimizer.state_dict()
+    for key, bad in (("lr", -1.0), ("betas", [0.9, 1.0]), ("weight_decay", float("nan"))):
+        with pytest.raises(gn.ConfigError):
+            b.step.optimizer.load_state_dict(
+                a.step.optimizer.state_dict() | {key: torch.tensor(bad)}
+            )
+        assert all(torch.equal(v, before[k]) for k, v in b.step.optimizer.state_dict().items())
 
 
 @pytest.mark.parametrize("spec", [gn.SGD(0.1, 0.9, l1=1e-3), gn.Adam(1e-3), gn.AdamW(1e-3)])
