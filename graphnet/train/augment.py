@@ -18,6 +18,7 @@ import torch
 from graphnet.errors import CheckpointError, ConfigError, DataError
 from graphnet.ops.augment import Augment
 from graphnet.train.checkpoint import atomic_write
+from graphnet.train.plots import write_figure
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Written characters: no mirror, small changes of shape.
@@ -159,15 +160,13 @@ def sheet(
 
     The number of images in it: fewer where the data has fewer, or files that are no image.
     """
-    import io
-
     from matplotlib.figure import Figure
 
     rows = np.unique(np.linspace(0, len(data) - 1, images).astype(np.int64)).tolist()
     x = data.read(rows)
     rows = [r for r in rows if r not in getattr(data, "quarantined", ())]
     if not rows:
-        raise DataError(f"none of {images} files of {data.name} is an image")
+        raise DataError(f"of the {images} files of {data.name} to be shown, none is an image")
     plain = x.float() / 255 if x.dtype == torch.uint8 else x.clamp(0, 1)
     a = known(augment, data)
     columns = [plain, *(drawn(a, data, rows, epoch, seed) for epoch in range(draws))]
@@ -183,7 +182,5 @@ def sheet(
             if k == 0:
                 axes.set_title("stored" if j == 0 else f"epoch {j}", fontsize=8)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, 0.06, 0.06)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    atomic_write(path, out.getvalue())
+    write_figure(path, figure)
     return len(rows)

@@ -300,12 +300,14 @@ def test_the_preview_leaves_out_what_is_no_image_and_says_what_is_idle(tmp_path,
 
     code, out, err = preview("--images", "64")
     assert code == 0 and "11 images" in out and "the crop has no room, images of 16x16" in err
+    code, out, err = preview("--images", "2", "--out", str(tmp_path / "s.mp3"))
+    assert code == 2 and "no picture ends in .mp3" in err
     code, out, err = preview("--resize", "20", "--images", "3")
     assert code == 0 and "2 images" in out and not err  # the first, of three, is no image
     for path in (tmp_path / "train").glob("*/*.png"):
         path.write_bytes(b"")
     code, out, err = preview()
-    assert code == 2 and "is an image" in err and err.count("\n") == 1
+    assert code == 2 and "none is an image" in err and err.count("\n") == 1
 
 
 @pytest.mark.data
