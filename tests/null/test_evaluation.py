@@ -5,9 +5,10 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import graphnet as gn
 from graphnet import config
@@ -187,6 +188,51 @@ def test_what_a_net_was_trained_on_decides_how_it_sees(runs):
     one, other = (evaluate_run(base / "run0", **how, ten_crop=True)
                   for how in ({"target": "cpu", "workers": 0}, spec))  # fmt: skip
     assert one["loss"] == other["loss"] and one["left_out"] == []
+
+
+def test_a_set_for_tests_may_stand_alone(runs, tmp_path):
+    base, _ = runs
+    shutil.copytree(base / "data/test", tmp_path / "val")
+    how = {"target": "cpu", "workers": 0, "resize": 20}
+    alone = evaluate_run(base / "run0", f"imagefolder:{tmp_path}", **how)
+    assert alone["loss"] == evaluate_run(base / "run0", **how)["loss"]
+    with pytest.raises(DataError, match="has no folder train"):
+        load(f"imagefolder:{tmp_path}", "train", shape=(3, 16, 16))
+
+
+def test_prediction_agrees_with_a_loader_of_torch(runs, tmp_path):
+    """One that turns its photographs, and gives values in [0, 1]."""
+    base, _ = runs
+    exif = Image.Exif()
+    g = np.random.default_rng(3)
+    for k, orientation in enumerate((1, 6, 3, 8)):
+        exif[0x0112] = orientation
+        pixels = g.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png", exif=exif)
+    files = sorted(tmp_path.iterdir())
+
+    class Photographs(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, k):
+            with Image.open(files[k]) as image:
+                pixels = np.asarray(ImageOps.exif_transpose(image))
+            return torch.tensor(pixels.transpose(2, 0, 1)) / 255, k % 3
+
+    loader = torch.utils.data.DataLoader(Photographs(), 4)
+    trainer = gn.Trainer(
+        load_model(f"{base / 'net.py'}:net"), gn.CrossEntropyLoss(), gn.SGD(0.1), target="cpu"
+    )  # fmt: skip
+    trainer.fit(loader, epochs=3, batch=4)
+    gn.save(tmp_path / "net.safetensors", trainer.net)
+    want = torch.softmax(gn.compile(trainer.net, (4, 3, 16, 16))(next(iter(loader))[0]), 1)
+    rows = predict(
+        tmp_path / "net.safetensors", files, model=f"{base / 'net.py'}:net", top=3, target="cpu"
+    )  # fmt: skip
+    for row, p in zip(rows, want, strict=True):
+        got = {c["index"]: c["p"] for c in row["classes"]}
+        assert [got[k] for k in range(3)] == pytest.approx(p.tolist(), abs=1e-5)
 
 
 def test_other_classes_are_not_the_same_numbers(runs, tmp_path):
