@@ -139,7 +139,7 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
 
     Leaves nothing behind.
     """
-    parts = _build(settings)
+    parts = _build(replace(settings, uncached=True))
     step = parts.trainer.compile(parts.shape)
     check_classes(parts.train, step.classes)
     x, y = next(iter(parts.batches))

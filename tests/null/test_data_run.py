@@ -19,7 +19,7 @@ from graphnet.errors import DataError
 from graphnet.lowering.inventory import clear, listing
 from graphnet.train.data import Dataset
 from graphnet.train.evaluation import evaluate_run
-from graphnet.train.run import RunConfig, run_training
+from graphnet.train.run import RunConfig, dry_run, run_training
 from tests.image_files import make, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,7 @@ def test_resize_trains_on_crops_and_resumes(tmp_path, net_file):
         net_file(2), f"imagefolder:{tmp_path / 'd'}", epochs=2, batch=6, target="cpu", resize=32,
         workers=0,
     )  # fmt: skip
+    assert dry_run(settings)["images"] == 20 and listing() == []
     pair = {"a": settings, "b": replace(settings, uncached=True)}
     losses = [run_training(s, tmp_path / n, quiet=True)["train_loss"] for n, s in pair.items()]
     held = [row for row in listing() if row["kind"] == "images"]
