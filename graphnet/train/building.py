@@ -29,7 +29,7 @@ def read_settings(run: Path) -> RunConfig:
 def make_optimizer(s: RunConfig) -> Any:
     """The optimizer of the settings; ConfigError where one is set that it does not have."""
     sgd, plain = s.optimizer == "sgd", RunConfig()
-    for name in ("amsgrad",) if sgd else ("nesterov", "form"):
+    for name in ("amsgrad",) if sgd else ("momentum", "nesterov", "form"):
         if getattr(s, name) != getattr(plain, name):
             raise ConfigError(
                 f"{name}={getattr(s, name)} with optimizer {s.optimizer}",

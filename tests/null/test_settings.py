@@ -100,7 +100,7 @@ def test_what_the_settings_build():
     assert isinstance(adamw, gn.AdamW) and adamw.amsgrad
     for wrong in (
         {"amsgrad": True}, {"optimizer": "adam", "nesterov": True},
-        {"optimizer": "adamw", "form": "classic"},
+        {"optimizer": "adamw", "form": "classic"}, {"optimizer": "adam", "momentum": 0.5},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="belongs to"):
             building.make_optimizer(config(**wrong))
