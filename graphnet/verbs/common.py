@@ -43,6 +43,6 @@ def training(wanted: bool, optimizer: str = "sgd", **handling: Any) -> dict[str,
     return {}
 
 
-def emit(data: Any) -> None:
+def emit(data: dict[str, Any]) -> None:
     """Prints one JSON object on stdout."""
     typer.echo(json.dumps(data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,15 @@ app.add_typer(demo, name="demo")
 Out = Annotated[Path, typer.Option(help="the picture")]
 
 
+def _tell(rows: list[dict[str, Any]], out: Path, as_json: bool) -> None:
+    from graphnet.train.demos import shown
+
+    if as_json:
+        emit({"picture": str(out), "rows": rows})
+    else:
+        typer.echo(f"{shown(rows)}\n{out}")
+
+
 @demo.command()
 def optimizers(
     out: Out = Path("optimizers.png"),
@@ -21,10 +30,10 @@ def optimizers(
     as_json: Json = False,
 ) -> None:
     """How SGD, momentum and Nesterov move on a narrow bowl, a saddle and a noisy loss."""
-    from graphnet.train.demos import demo_optimizers, shown
+    from graphnet.train.demos import demo_optimizers
 
     rows = demo_optimizers(out, steps)
-    emit(rows) if as_json else typer.echo(f"{shown(rows)}\n{out}")
+    _tell(rows, out, as_json)
 
 
 @demo.command()
@@ -35,7 +44,7 @@ def dropout(
     as_json: Json = False,
 ) -> None:
     """What dropout does in training and at test time, inverted and vanilla."""
-    from graphnet.train.demos import demo_dropout, shown
+    from graphnet.train.demos import demo_dropout
 
     rows = demo_dropout(out, p, masks)
-    emit(rows) if as_json else typer.echo(f"{shown(rows)}\n{out}")
+    _tell(rows, out, as_json)

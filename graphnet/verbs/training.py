@@ -167,7 +167,7 @@ def predict(
 
     rows = predict(run, images, model=model or None, top=top, target=target)
     if as_json:
-        emit(rows)
+        emit({"run": str(run), "images": rows})
     else:
         for row in rows:
             said = row.get("error") or "  ".join(

@@ -91,7 +91,7 @@ def list_(as_json: Json = False) -> None:
 
     rows = listing()
     if as_json:
-        emit(rows)
+        emit({"entries": rows})
         return
     for r in rows:
         age = datetime.timedelta(seconds=round(r["age_s"]))
@@ -120,7 +120,7 @@ def why(
     )  # fmt: skip
     rows = why(low.plan.launches, arch_number(arch))
     if as_json:
-        emit(rows)
+        emit({"model": model, "launches": rows})
         return
     for r in rows:
         differs = r.get("differs")

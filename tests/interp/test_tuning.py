@@ -306,7 +306,7 @@ def test_tune_and_cache(tmp_path, capsys, monkeypatch):
     code, text, _ = run(capsys, "tune", f"{model}:net", *common)  # all is known now
     assert code == 0 and text.startswith("0 keys, 0 trials")
     code, text, _ = run(capsys, "cache", "list", "--json")
-    assert code == 0 and {r["kind"] for r in json.loads(text)} == {"tuning"}
+    assert code == 0 and {r["kind"] for r in json.loads(text)["entries"]} == {"tuning"}
     code, text, _ = run(capsys, "cache", "clear", "--tuning", "--json")
     assert code == 0 and json.loads(text)["files"] == result["keys"]
     code, _, err = run(capsys, "tune", f"{model}:net", "--target", "cpu")

@@ -104,7 +104,7 @@ def test_predictions_name_the_classes(runs, tmp_path, capsys):
     argv = ["predict", str(base / "run0"), str(files[0]), str(tmp_path / "broken.png"), "--json"]
     with pytest.raises(SystemExit) as end:
         main([*argv, "--target", "cpu"])
-    said = json.loads(capsys.readouterr().out)
+    said = json.loads(capsys.readouterr().out)["images"]
     assert end.value.code == 2 and said[0]["classes"][0]["name"] == "blue" and said[1]["error"]
 
 
