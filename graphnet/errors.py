@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_MOST = 3.4028234663852886e38  # of fp32
+LARGEST = 3.4028234663852886e38  # of fp32, which the device computes in
 
 
 class GraphnetError(Exception):
@@ -112,9 +112,9 @@ def number(of: str, name: str, value: Any, low: float = 0.0, *, above: bool = Fa
         given = None
     if given is None:
         raise ConfigError(f"{of}: {name} is a number, not {' '.join(repr(value).split())}")
-    if _MOST < abs(given) < float("inf"):
+    if LARGEST < abs(given) < float("inf"):
         raise ConfigError(f"{of}: {name}={value!r} is beyond what fp32 holds")
-    if not abs(given) <= _MOST or given < low or above and given == low:
-        limit = "" if low < -_MOST else f" {'above' if above else 'of at least'} {low:g}"
+    if not abs(given) <= LARGEST or given < low or above and given == low:
+        limit = "" if low < -LARGEST else f" {'above' if above else 'of at least'} {low:g}"
         raise ConfigError(f"{of}: {name}={value!r} is not a finite number{limit}")
     return given

@@ -8,12 +8,11 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from graphnet.errors import ConfigError
+from graphnet.errors import LARGEST, ConfigError
 from graphnet.train.schedule import NAMES as SCHEDULES
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LOSSES = ("cross_entropy", "hinge", "multi_margin")
-_LARGEST = 3.4028234663852886e38  # of fp32, which the device computes in
 INITS = ("torch", "gaussian", "he", "xavier")  # as gn.init.by_name takes them
 
 
@@ -68,7 +67,7 @@ class RunConfig:
         for f in settings():
             value = getattr(self, f.name)
             low, high = f.metadata.get("min"), f.metadata.get("max")
-            if isinstance(value, float) and not abs(value) <= _LARGEST:
+            if isinstance(value, float) and not abs(value) <= LARGEST:
                 raise ConfigError(f"{f.name}={value!r} is not a finite number in fp32")
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ConfigError(f"{f.name}={value!r} has more than 64 bits")
