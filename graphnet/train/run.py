@@ -209,7 +209,8 @@ def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
     for x, y in parts.tests:
         _, logits = trainer.evaluation(x, y)
         tally.add(torch.softmax(logits.float(), 1), y, x)
-    checkpoint.atomic_write(out / "test.json", json.dumps(tally.as_dict()).encode())
+    found = rundir.finite(tally.as_dict())
+    checkpoint.atomic_write(out / "test.json", json.dumps(found).encode())
     names = [*parts.test.classes, *map(str, range(len(parts.test.classes), tally.classes))]
     plots.confusion(out / "confusion.png", tally.confusion, names)
     plots.misclassified(out / _LAST, tally.shown, names)

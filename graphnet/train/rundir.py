@@ -161,7 +161,7 @@ class MetricsLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record; it is with the operating system when this returns."""
         try:
-            self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+            self._file.write(json.dumps(finite(record)).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise unwritten(self._path, error) from None
@@ -222,11 +222,12 @@ def _whole_lines(path: Path, data: bytes) -> tuple[int, list[dict[str, Any]]]:
     return size, records
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for each float that is not finite: JSON has no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

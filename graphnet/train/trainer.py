@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from graphnet.runtime.diagnose import Finding
 from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.losses import Losses
 from graphnet.train.metrics import RunningMean, topk_wrong
+from graphnet.train.rundir import finite
 from graphnet.train.schedule import Schedule, turn
 
 
@@ -315,7 +317,7 @@ class Trainer:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "history": list(self.history),
+            "history": finite(self.history),
             "partial": None if self.partial is None else asdict(self.partial),
             "data": self.data.state() if hasattr(self.data, "state") else None,
             "schedule": self.schedule.state() if hasattr(self.schedule, "state") else None,
@@ -324,7 +326,9 @@ class Trainer:
     def load_progress(self, progress: Mapping[str, Any]) -> None:
         """The inverse of `progress`; the next `fit` goes on exactly there."""
         self.epoch, self.step = progress["epoch"], progress["step"]
-        self.history = list(progress["history"])
+        self.history = [
+            {k: math.nan if v is None else v for k, v in row.items()} for row in progress["history"]
+        ]
         self.partial = None if progress["partial"] is None else Partial(**progress["partial"])
         self._data_state = progress["data"]
         learned = progress.get("schedule")

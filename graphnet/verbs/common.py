@@ -44,5 +44,11 @@ def training(wanted: bool, optimizer: str = "sgd", **handling: Any) -> dict[str,
 
 
 def emit(data: dict[str, Any]) -> None:
-    """Prints one JSON object on stdout."""
-    typer.echo(json.dumps(data))
+    """Prints one JSON object on stdout, null for what is not finite."""
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except ValueError:
+        from graphnet.train.rundir import finite
+
+        text = json.dumps(finite(data))
+    typer.echo(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,7 @@ def _train(
         if not as_json:
             typer.echo(
                 f"stopped at step {result['steps']}, {result['epochs']} epochs done, and saved; "
-                f"graphnet train --resume --out {out} goes on", err=True,
+                f"graphnet train --resume --out {shlex.quote(str(out))} goes on", err=True,
             )  # fmt: skip
         raise typer.Exit(128 + result["signal"])
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import subprocess
@@ -179,3 +180,20 @@ def test_curves_of_a_loss_that_reached_0(tmp_path):
     plots.curves(tmp_path / "a.png", rows[:1], "one epoch")
     plots.curves(tmp_path / "b.png", rows, "two")  # a warning would be an error here
     assert (tmp_path / "a.png").stat().st_size > 5000 < (tmp_path / "b.png").stat().st_size
+
+
+def test_a_run_whose_test_loss_is_not_finite_is_saved(tmp_path, cli):
+    """Its other steps are skipped, and the parameters of the first are all that it has."""
+    argv = ("train", "lenet5", "--data", "digits", "--target", "cpu", "--lr", 1e20, "--epochs", 1)
+    code, out, err = cli(*argv, "--nonfinite", "skip", "--out", tmp_path / "a", "--json")
+    assert code == 0, err
+    strict = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
+    found = json.loads(out, **strict)
+    assert found["test_loss"] is None and found["history"][0]["skipped"] == 11
+    assert json.loads((tmp_path / "a/test.json").read_text(), **strict)["loss"] is None
+    code, out, err = cli("train", "--resume", "--out", tmp_path / "a", "--json")
+    assert code == 0 and json.loads(out, **strict) == found
+    (tmp_path / "a/misclassified.png").unlink()
+    assert json.loads(cli("train", "--resume", "--out", tmp_path / "a", "--json")[1]) == found
+    code, out, err = cli(*argv, "--dry-run", "--json")
+    assert code == 0 and json.loads(out, **strict)["next_loss"] is None
