@@ -138,11 +138,6 @@ def averaged(members: Sequence[Predict], size: Sequence[int] | None = None) -> P
     return predict
 
 
-def _program(trained: Trained, batch: int, target: str) -> tuple[Any, tuple[int, ...]]:
-    shape = input_shape(trained.net, batch)
-    return compile(trained.net, shape, target=target), shape
-
-
 def _width(program: Any) -> int:
     return int(program.stages.traced.returns[0].type.shape[-1])
 
@@ -236,18 +231,12 @@ def evaluate_run(
     spec = data or (first.settings.data if first.settings else None)
     if spec is None:
         raise ConfigError(f"{path} lies in no run, so its data are not known", help="give --data")
-    programs = [_program(m, batch, target) for m in members]
-    shape = programs[0][1]
-    for m, (program, other) in zip(members, programs, strict=True):
-        if other != shape:
+    shape = input_shape(first.net, batch)
+    for m in members:
+        if (other := input_shape(m.net, batch)) != shape:
             raise ConfigError(
                 f"{m.file} takes {list(other[1:])}, {first.file} {list(shape[1:])}",
                 help="an ensemble looks at the same images",
-            )
-        if (theirs := _width(program)) != (ours := _width(programs[0][0])):
-            raise ConfigError(
-                f"{m.file} tells {theirs} classes apart, {first.file} {ours}",
-                help="an ensemble votes on the same classes",
             )
     known = first.settings or RunConfig()
     kept = resize or known.resize
@@ -262,10 +251,18 @@ def evaluate_run(
             f"ten crops of {shape[2]}x{shape[3]} from images of the same size are one",
             help="image files, kept larger: --resize 256",
         )
+    batch = min(batch, len(test))  # a larger one would be padded with rows of zeros
+    programs: list[Any] = [compile(m.net, (batch, *shape[1:]), target=target) for m in members]
+    for m, program in zip(members, programs, strict=True):
+        if (theirs := _width(program)) != (ours := _width(programs[0])):
+            raise ConfigError(
+                f"{m.file} tells {theirs} classes apart, {first.file} {ours}",
+                help="an ensemble votes on the same classes",
+            )
     batches = Batches(test, batch, shuffle=False, reading=Reading(workers), raw=True)
     voices = [
-        _member(p, m.about, {"mean": test.mean, "std": test.std})
-        for m, (p, _) in zip(members, programs, strict=True)
+        _member(program, m.about, {"mean": test.mean, "std": test.std})
+        for m, program in zip(members, programs, strict=True)
     ]
     probabilities = averaged(voices, shape[2:] if ten_crop else None)
     tally: Tally | None = None
@@ -308,7 +305,8 @@ def predict(
         raise ConfigError(f"top={top} classes of each image", help="at least 1")
     trained = load_trained(path, model)
     size = min(batch, max(1, len(images)))
-    program, shape = _program(trained, size, target)
+    shape = input_shape(trained.net, size)
+    program = compile(trained.net, shape, target=target)
     logits = _member(program, trained.about, {"mean": (0.0,), "std": (1.0,)})
     names = trained.about.get("classes") or []
     out: list[dict[str, Any]] = []

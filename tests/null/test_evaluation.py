@@ -78,6 +78,7 @@ def test_evaluation_in_every_way(runs):
     base, results = runs
     one = evaluate_run(base / "run0", target="cpu")
     assert one["images"] == 24 and one["top1_error"] == pytest.approx(results[0]["top1_error"])
+    assert evaluate_run(base / "run0", target="cpu", batch=10**9)["top1_error"] == one["top1_error"]
     crops = evaluate_run(base / "run0", target="cpu", ten_crop=True)
     both = evaluate_run(base / "run0", target="cpu", ensemble=[base / "run1"])
     assert crops["ten_crop"] and both["members"] == 2
