@@ -157,7 +157,8 @@ class _Bench:
             self.say(self.result["notes"][-1])
 
     def check(self, work: Work) -> None:
-        found = parity.check(work, lambda w: compiled(w, self.target), self.c.parity_steps)
+        program = lambda w: compiled(w, self.target, alone=False)
+        found = parity.check(work, program, self.c.parity_steps)
         self.result["parity"] = found.as_dict()
         self.save()
         self.say(str(found))

@@ -40,10 +40,12 @@ def _asked(work: Work, target: str) -> dict[str, Any]:
     return out
 
 
-def compiled(work: Work, target: str, off: str = "", **options: Any) -> Any:
-    """The program for the work, on a copy of the net; `off` names passes to leave out."""
+def compiled(work: Work, target: str, off: str = "", *, alone: bool = True, **options: Any) -> Any:
+    """The program for the work; `off` names passes to leave out. It has a copy of the net unless
+    not `alone`."""
+    net = work.net.copy() if alone else work.net
     with config.override(DISABLE=off):
-        return gn.compile(work.net.copy(), **_asked(work, target), **options)
+        return gn.compile(net, **_asked(work, target), **options)
 
 
 def _fused(work: Work, target: str, off: str) -> Graph:

@@ -1,11 +1,16 @@
 """Before anything is timed, both sides must compute the same.
 
-In training that is the loss of every step while both learn; in inference the logits of one batch;
-for forward and backward alone the loss and the gradients of one batch.
+In training that is the loss of every step while both learn, and what the step does to the weights.
+Torch gets our weights before each step and keeps its own momentum: two runs that are left alone
+part by any amount once a rounding has flipped a maximum of a pool, while an error of ours (a weight
+copy left behind, a decay forgotten) shows in the step that it is made in. In inference it is the
+logits of one batch; for forward and backward alone the loss and the gradients of one batch.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,17 +24,19 @@ from graphnet.frontends.layers import Dropout
 
 TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 5e-2}
 SPREAD, MOST = 3.0, 0.1  # times torch's own difference between layouts, and the end of that
+SMALL = 1e-2  # share of a step's whole change below which a parameter is not looked at by itself
 BATCHES = 8
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Losses of the same steps from the same weights; dropout is off on both sides, because
-    the two draw different masks.
+    """How far apart the two are; dropout is off on both sides, because they draw other masks.
 
     error   largest relative difference: of a step's losses; of logits or gradients by norm
-    spread  the same between torch's two layouts: rounding alone, grown by the training
-    first, last  losses of the first step, and of the last one on both sides; None in inference
+    spread  the same between torch's two layouts: rounding alone
+    update  relative difference of what a step changes in a parameter, by norm: the worst parameter,
+            the median of all steps (a maximum that flips makes one step differ, an error all)
+    first, last  losses of the first step, and of the last one on both sides
     """
 
     what: str
@@ -39,10 +46,15 @@ class Parity:
     tolerance: float
     first: float | None = None
     last: tuple[float, float] | None = None
+    update: float | None = None
+    update_spread: float | None = None
+    update_tolerance: float | None = None
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.tolerance
+        if self.error > self.tolerance or math.isnan(self.error):
+            return False
+        return self.update is None or self.update <= (self.update_tolerance or 0.0)
 
     def as_dict(self) -> dict[str, Any]:
         last = None if self.last is None else list(self.last)
@@ -50,14 +62,19 @@ class Parity:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "THE TWO DIFFER"
-        losses = ""
+        losses = changed = ""
         if self.last is not None:
             losses = f"loss {self.first:.4f} to {self.last[0]:.4f} (torch {self.last[1]:.4f}), "
+        if self.update is not None:
+            changed = (
+                f"; in what a step changes {self.update:.1e} ({self.update_spread:.1e}; "
+                f"{self.update_tolerance:.1e})"
+            )
         count = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         return (
             f"parity of {self.what} over {count}: {losses}largest relative difference "
             f"{self.error:.1e} (torch's layouts: {self.spread:.1e}; allowed "
-            f"{self.tolerance:.1e}): {verdict}"
+            f"{self.tolerance:.1e}){changed}: {verdict}"
         )
 
 
@@ -74,8 +91,12 @@ def _found(what: str, precision: str, mine: list[Any], theirs: list[list[Any]],
            **losses: Any) -> Parity:  # fmt: skip
     """`theirs` holds what torch gets in each layout."""
     error, spread = _apart(mine, theirs[0]), _apart(theirs[1], theirs[0])
-    tolerance = max(TOLERANCE[precision], min(SPREAD * spread, MOST))
-    return Parity(what, losses.pop("steps", 1), error, spread, tolerance, **losses)
+    allowed = _allowed(precision, spread)
+    return Parity(what, losses.pop("steps", 1), error, spread, allowed, **losses)
+
+
+def _allowed(precision: str, spread: float) -> float:
+    return max(TOLERANCE[precision], min(SPREAD * spread, MOST))
 
 
 def _apart(a: list[Any], b: list[Any]) -> float:
@@ -87,8 +108,17 @@ def _apart(a: list[Any], b: list[Any]) -> float:
     return float(worst)
 
 
+def _moved(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """The largest relative difference of two changes of the same parameters. One that hardly moves
+    beside the others (a bias behind relus that are off) is measured by all of them."""
+    norms = [float(q.norm()) for q in b]
+    least = max(SMALL * math.hypot(*norms), 1e-30)
+    pairs = zip(a, b, norms, strict=True)
+    return max(float((p - q).norm()) / max(n, least) for p, q, n in pairs)
+
+
 def check(work: Work, program: Callable[[Work], Any], steps: int) -> Parity:
-    """`program(work)` makes ours; `steps` counts in training only."""
+    """`program(work)` makes ours, which trains `work.net`; `steps` counts in training only."""
     if work.mode != "train":
         return _once(work, program)
     ours = without_dropout(work.net)
@@ -97,15 +127,25 @@ def check(work: Work, program: Callable[[Work], Any], steps: int) -> Parity:
     step = program(work)
     mine: list[float] = []
     theirs: list[list[float]] = [[], []]
+    updates: list[tuple[float, float]] = []
     batches = _batches(work)
     for k in range(steps):
         x, y = batches[k % BATCHES]
-        mine.append(float(step(x, y)))
+        before = [v.clone() for v in ours.state_dict().values()]
         for twin, losses in zip(twins, theirs, strict=True):
+            twin.take(before)
             losses.append(twin.step(x, y))
+        mine.append(float(step(x, y)))
+        sides = [list(ours.state_dict().values()), *(list(t.module.parameters()) for t in twins)]
+        change, *others = [
+            [after.detach() - v for after, v in zip(side, before, strict=True)] for side in sides
+        ]
+        updates.append((_moved(change, others[0]), _moved(others[1], others[0])))
+    error, spread = (statistics.median(u) for u in zip(*updates, strict=True))
     return _found(
         "losses", work.precision, mine, theirs, steps=steps, first=mine[0],
-        last=(mine[-1], theirs[0][-1]),
+        last=(mine[-1], theirs[0][-1]), update=error, update_spread=spread,
+        update_tolerance=_allowed(work.precision, spread),
     )  # fmt: skip
 
 
@@ -160,6 +200,12 @@ class _Twin:
         loss = nn.functional.cross_entropy(self._forward(x), y)
         loss.backward()
         return [loss, *(p.grad for p in self.module.parameters())]
+
+    def take(self, weights: list[torch.Tensor]) -> None:
+        """The parameters from now on, in the order of the state_dict; momentum stays."""
+        with torch.no_grad():
+            for p, value in zip(self.module.parameters(), weights, strict=True):
+                p.copy_(value)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         loss = nn.functional.cross_entropy(self._forward(x), y)

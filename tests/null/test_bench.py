@@ -135,6 +135,47 @@ def test_no_speed_for_wrong_results(monkeypatch, tmp_path):
     assert found["rows"] == [] and not found["parity"]["ok"] and not found["complete"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"momentum": 0.89}, {"weight_decay": 0.0}, {"nesterov": True}, {"lr": 0.0101}]
+)
+def test_a_wrong_update_is_no_parity(wrong):
+    w = work("train")
+
+    def program(work):
+        sgd = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4} | wrong
+        return gn.compile(
+            work.net, tuple(work.x.shape), target="cpu", loss=gn.CrossEntropyLoss(),
+            optimizer=gn.SGD(**sgd),
+        )  # fmt: skip
+
+    assert not (found := parity.check(w, program, 10)).ok and found.error <= found.tolerance
+
+
+def test_a_stale_copy_of_the_weights_is_no_parity():
+    """Each step right for the weights that it sees: they are those of the step before."""
+    w = work("train")
+
+    def program(work):
+        real, seen = ours.compiled(work, "cpu", alone=False), []
+
+        def step(x, y):
+            seen.append(work.net.state_dict())
+            work.net.load_state_dict(seen[max(0, len(seen) - 2)])
+            return real(x, y)
+
+        return step
+
+    assert not parity.check(w, program, 10).ok
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_parity_does_not_depend_on_luck(seed):
+    """Runs that are left alone part by 4e-2 to 4e-1 with some of these weights."""
+    torch.manual_seed(seed)
+    found = parity.check(work(), lambda w: ours.compiled(w, "cpu", alone=False), 40)
+    assert found.ok and found.error <= 1e-5 and found.update <= 1e-3, str(found)
+
+
 @pytest.mark.parametrize("mode", ["infer", "grads"])
 def test_wrong_logits_and_gradients_are_no_parity(mode):
     w = work(mode)
