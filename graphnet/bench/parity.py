@@ -117,6 +117,11 @@ def _moved(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max(float((p - q).norm()) / max(n, least) for p, q, n in pairs)
 
 
+def _weights(net: Any, device: torch.device) -> list[torch.Tensor]:
+    """A snapshot of the parameters, ours or torch's, where the work is done."""
+    return [p.data.detach().to(device, copy=True) for p in net.parameters()]
+
+
 def check(work: Work, program: Callable[[Work], Any], steps: int) -> Parity:
     """`program(work)` makes ours, which trains `work.net`; `steps` counts in training only."""
     if work.mode != "train":
@@ -131,14 +136,14 @@ def check(work: Work, program: Callable[[Work], Any], steps: int) -> Parity:
     batches = _batches(work)
     for k in range(steps):
         x, y = batches[k % BATCHES]
-        before = [v.clone() for v in ours.state_dict().values()]
+        before = _weights(ours, work.device)
         for twin, losses in zip(twins, theirs, strict=True):
             twin.take(before)
             losses.append(twin.step(x, y))
         mine.append(float(step(x, y)))
-        sides = [list(ours.state_dict().values()), *(list(t.module.parameters()) for t in twins)]
+        sides = [_weights(net, work.device) for net in (ours, *(t.module for t in twins))]
         change, *others = [
-            [after.detach() - v for after, v in zip(side, before, strict=True)] for side in sides
+            [after - v for after, v in zip(side, before, strict=True)] for side in sides
         ]
         updates.append((_moved(change, others[0]), _moved(others[1], others[0])))
     error, spread = (statistics.median(u) for u in zip(*updates, strict=True))
@@ -202,7 +207,7 @@ class _Twin:
         return [loss, *(p.grad for p in self.module.parameters())]
 
     def take(self, weights: list[torch.Tensor]) -> None:
-        """The parameters from now on, in the order of the state_dict; momentum stays."""
+        """The parameters from now on, in their order; momentum stays."""
         with torch.no_grad():
             for p, value in zip(self.module.parameters(), weights, strict=True):
                 p.copy_(value)
