@@ -29,11 +29,12 @@ PATIENCE = 50  # steps in a row that are not finite before a skipping run ends
 
 @dataclass(frozen=True)
 class Taken:
-    """A step whose loss has not been fetched yet. `again` gives its batch, as the step took it."""
+    """A step whose loss has not been fetched yet. `again` gives its batch, as the step took it;
+    None where its loss is known."""
 
     rows: int
     loss: torch.Tensor
-    again: Callable[[], Sequence[Any]]
+    again: Callable[[], Sequence[Any]] | None
 
 
 class Losses:
@@ -57,9 +58,10 @@ class Losses:
 
         again  gives the step's batch (x, y, ...) once more, and keeps `holds` bytes for that
         """
-        self.pending.append(Taken(rows, loss, again))
-        self.held += holds
-        if self.at_once:
+        known = self.at_once  # then nothing is kept: a loader's batches hold file descriptors
+        self.pending.append(Taken(rows, loss, None if known else again))
+        self.held += 0 if known else holds
+        if known:
             if math.isfinite(value := loss.item()):
                 self.bad = 0
             else:

@@ -65,7 +65,7 @@ class RowStore:
         self.images = os.open(self.path / IMAGES, os.O_RDWR | os.O_CLOEXEC)
         self.sums = os.open(self.path / SUMS, os.O_RDWR | os.O_CLOEXEC)
         # A set that is dropped gives its files back: while open, a removed cache takes room.
-        self.close = weakref.finalize(self, _close, self.images, self.sums)
+        weakref.finalize(self, _close, self.images, self.sums)
         self._data = memoryview(mmap.mmap(self.images, rows * self.stride, prot=mmap.PROT_READ))
         self._words = memoryview(mmap.mmap(self.sums, rows * 8, prot=mmap.PROT_READ)).cast("Q")
 

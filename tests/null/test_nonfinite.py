@@ -2,6 +2,8 @@
 in the same step, the layer named, the state untouched, stopped or skipped as asked."""
 
 import math
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -237,6 +239,27 @@ def test_read_late_batches_are_kept_up_to_a_bound(late, monkeypatch):
 
     trainer(net(), "stop", Count()).fit(Loader() * 2, epochs=1, batch=4)
     assert fetched == [3, 3, 2]
+
+
+def test_batches_whose_losses_are_known_are_not_kept():
+    class Fresh:
+        made: ClassVar[list] = []
+
+        def __iter__(self):
+            for _ in range(6):
+                x = torch.rand(4, *SHAPE)
+                self.made.append(weakref.ref(x))
+                yield x, torch.zeros(4, dtype=torch.int64)
+
+    class Alive(Callback):
+        most = 0
+
+        def on_step(self, trainer, loss):
+            self.most = max(self.most, sum(r() is not None for r in Fresh.made))
+
+    watch = Alive()
+    trainer(net(), "stop", watch).fit(Fresh(), epochs=1, batch=4)
+    assert len(Fresh.made) >= 6 and watch.most <= 3
 
 
 def deep():
