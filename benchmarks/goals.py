@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphnet.lowering import tables
+from graphnet.lowering.tune import tables
 
 Result = Mapping[str, Any]
 GPU = "H200"

@@ -82,7 +82,7 @@ step() {
 
 correctness() {
     # Whole steps first: they say most in the first minute.
-    local first=(tests/gpu/test_{step,persistent,kernels}.py) rest=() file
+    local first=(tests/gpu/test_{step,kernels}.py) rest=() file
     for file in tests/gpu/test_*.py; do
         [[ " ${first[*]} " == *" $file "* ]] || rest+=("$file")
     done

@@ -36,7 +36,7 @@ from graphnet.train.checkpoint import atomic_write
 from graphnet.train.data import Dataset, load
 
 GOAL = 0.99
-WAYS = ("plain", "persistent")  # launches as a graph; the whole step as one kernel
+WAY = "plain"  # launches as a graph, as results name it
 RATES = {256: 0.15, 192: 0.12, 128: 0.1}  # by batch: the highest learning rate
 RECIPE: dict[str, Any] = {
     "epochs": 3, "up": 0.25, "momentum": 0.9, "nesterov": True,
@@ -70,11 +70,11 @@ def accuracy(infer: Any, test: Dataset, batch: int) -> float:
 
 
 class Group:
-    """Seeds of one way and one batch on one target: what they share."""
+    """Seeds of one batch on one target: what they share."""
 
-    def __init__(self, way: str, batch: int, data: tuple[Dataset, Dataset], target: str,
+    def __init__(self, batch: int, data: tuple[Dataset, Dataset], target: str,
                  precision: str, epochs: int) -> None:  # fmt: skip
-        self.way, self.batch, self.target, self.precision = way, batch, target, precision
+        self.batch, self.target, self.precision = batch, target, precision
         self.data, self.test = data
         self.total = epochs * -(-len(self.data.labels) // batch)
         self.top = RATES[batch]
@@ -89,7 +89,7 @@ class Group:
         )  # fmt: skip
         step: Any = gn.compile(
             net, (self.batch, 1, 28, 28), target=self.target, precision=self.precision, seed=seed,
-            loss=gn.CrossEntropyLoss(), optimizer=sgd, persistent=self.way == "persistent",
+            loss=gn.CrossEntropyLoss(), optimizer=sgd,
         )  # fmt: skip
         return net, step.bind(self.data.images, self.data.labels)
 
@@ -101,7 +101,7 @@ class Group:
         train_s = train(step, self.total, self.top)
         infer = gn.compile(net, (min(1000, len(self.test.labels)), 1, 28, 28), target=self.target)
         return {
-            "seed": seed, "way": self.way, "batch": self.batch, "steps": self.total,
+            "seed": seed, "way": WAY, "batch": self.batch, "steps": self.total,
             "compile_s": compile_s, "train_s": train_s,
             "accuracy": accuracy(infer, self.test, infer.shape[0]),
         }  # fmt: skip
@@ -123,7 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     given.add_argument("--seeds", type=seeds_of, default=seeds_of("0-9"))
     batches = lambda text: [int(b) for b in text.split(",")]
     given.add_argument("--batch", type=batches, default=[192], help="192, 256, 128, or several")
-    given.add_argument("--way", choices=WAYS, help="default: on a GPU both, else plain")
     given.add_argument("--epochs", type=int, default=RECIPE["epochs"])
     given.add_argument("--json", type=Path, help="file, or a folder that it gets a name in")
     a = given.parse_args(argv)
@@ -155,20 +154,19 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None:
             atomic_write(path, (json.dumps(result, indent=1) + "\n").encode())
 
-    ways = [a.way] if a.way else WAYS if target == "cuda" else WAYS[:1]
-    for batch, way in ((b, w) for b in a.batch for w in ways):
-        group = Group(way, batch, data, target, a.precision, epochs)
+    for batch in a.batch:
+        group = Group(batch, data, target, a.precision, epochs)
         for seed in a.seeds:
             row = group.run(seed)
             result["rows"].append(row)
             save()
             took, right = row["train_s"], row["accuracy"]
-            print(f"{way}, batch {batch}, seed {seed}: {row['steps']} steps in {took:.4f} s, "
+            print(f"batch {batch}, seed {seed}: {row['steps']} steps in {took:.4f} s, "
                   f"accuracy {right:.2%}", flush=True)  # fmt: skip
-        rows = [r for r in result["rows"] if (r["way"], r["batch"]) == (way, batch)]
+        rows = [r for r in result["rows"] if r["batch"] == batch]
         took = statistics.median(r["train_s"] for r in rows)
         reached = sum(r["accuracy"] >= GOAL for r in rows)
-        print(f"{way}, batch {batch}: median {took:.4f} s; {reached} of {len(rows)} seeds reached "
+        print(f"batch {batch}: median {took:.4f} s; {reached} of {len(rows)} seeds reached "
               f"{GOAL:.0%}")  # fmt: skip
     result["complete"] = True
     save()

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import graphnet as gn
 from graphnet.api import lower
 from graphnet.frontends.loading import input_shape, load_model
-from graphnet.lowering import tables
-from graphnet.lowering.tuning import Choice, analytic
+from graphnet.lowering.launch.config import Choice, analytic
+from graphnet.lowering.tune import tables
 
 GPU = "h200"
 WORKLOADS = [

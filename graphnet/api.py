@@ -54,20 +54,19 @@ def lower(
     clip_norm: float | None = None,
     nonfinite: str | None = None,
     apply: bool = True,
-    persistent: bool = False,
     augment: Any = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
     Of the two programs that accumulate, `apply` chooses the one that ends in the update.
     """
-    from graphnet.lowering.plan import make_plan
-    from graphnet.lowering.tables import table_for
-    from graphnet.lowering.tuning import using
+    from graphnet.lowering.launch.config import using
+    from graphnet.lowering.plan.plan import make_plan
+    from graphnet.lowering.tune.tables import table_for
     from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
-    _check_augment(augment, optimizer, persistent)
+    _check_augment(augment, optimizer)
     handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     training = optimizer is not None or grads
@@ -84,27 +83,9 @@ def lower(
     # The interpreter's tiles are part of tests: only who asks for tuned ones gets them.
     known = table_for(tuned_as(target)) if target == "cuda" or config.tune() else {}
     with using(known):
-        plan = make_plan(stages.fused, target, parallel=persistent)
-        if persistent:
-            plan = _folded(plan, optimizer, accumulate)
+        plan = make_plan(stages.fused, target)
     dump(plan)
     return Lowered(stages, plan, target, precision, keys)
-
-
-def _folded(plan: Any, optimizer: Any, accumulate: int) -> Any:
-    """The plan as one persistent kernel; ConfigError where it cannot be one."""
-    from graphnet.lowering.persistent import fold, programs_here
-
-    if optimizer is None or accumulate > 1 or plan.target == "cpu":
-        what = (
-            "without an optimizer" if optimizer is None
-            else f"with accumulate={accumulate}" if accumulate > 1 else "on the cpu target"
-        )  # fmt: skip
-        raise ConfigError(
-            f"persistent=True {what}: it is a training step in one kernel",
-            help="give an optimizer, accumulate=1 and target='cuda'",
-        )
-    return fold(plan, programs=programs_here(plan.target))
 
 
 def tuned_as(target: str) -> str | None:
@@ -118,9 +99,9 @@ def tune(low: Lowered, seconds: float = 60.0, **options: Any) -> Any:
     """Searches configurations for what a lowered net launches, on its own target, and keeps them.
 
     Keys that are known already are left alone. The result is a `Found`, every trial in it; what
-    is lowered from now on uses it. The options are those of `graphnet.lowering.search.search`.
+    is lowered from now on uses it. The options are those of `graphnet.lowering.tune.search.search`.
     """
-    from graphnet.lowering import search, tables
+    from graphnet.lowering.tune import search, tables
 
     gpu = tuned_as(low.target)
     if gpu is None:
@@ -150,7 +131,6 @@ def compile(
     accumulate: int = 1,
     clip_norm: float | None = None,
     nonfinite: str | None = None,
-    persistent: bool = False,
     augment: Any = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
@@ -171,9 +151,6 @@ def compile(
 
     augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
                 its index in the data and the epoch: step(x, y, index, epoch)
-
-    persistent=True runs a training step as one kernel in which all programs wait for each other,
-    and `run(n)` as one launch of it: for nets so small that launches are what they wait for.
     """
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
@@ -181,7 +158,7 @@ def compile(
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "persistent": persistent, "augment": augment,
+        "augment": augment,
     }  # fmt: skip
     low = lower(net, shape, **how)
     module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
@@ -199,10 +176,6 @@ def compile(
     }  # fmt: skip
     if optimizer is not None:
         common |= {"optimizer": optimizer, "knobs": {"clip_norm": clip_norm} if clip_norm else {}}
-        if persistent:
-            from graphnet.runtime.persistent import PersistentStep
-
-            return PersistentStep(**common)
         if accumulate == 1:
             return TrainStep(**common)
         adding = lower(net, shape, **how, apply=False)
@@ -224,7 +197,6 @@ def build(
     accumulate: int = 1,
     clip_norm: float | None = None,
     nonfinite: str | None = None,
-    persistent: bool = False,
     augment: Any = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
@@ -232,13 +204,13 @@ def build(
 
     `out` is a folder that receives the binaries and the generated files.
     """
-    from graphnet.lowering.build import build_plan
+    from graphnet.lowering.build.build import build_plan
 
     start = time.perf_counter()
     low = lower(
         net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer,
         grads=grads, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite,
-        persistent=persistent, augment=augment,
+        augment=augment,
     )  # fmt: skip
     return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 
@@ -262,18 +234,13 @@ def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads:
         raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
 
 
-def _check_augment(augment: Any, optimizer: Any, persistent: bool) -> None:
+def _check_augment(augment: Any, optimizer: Any) -> None:
     if augment is None:
         return
     if not isinstance(augment, Augment):
         raise ConfigError(f"{augment!r} is no augmentation", help="augment=gn.Augment(flip=0.5)")
     if optimizer is None:
         raise ConfigError("augment is for training steps", help="give an optimizer")
-    if persistent:
-        raise ConfigError(
-            "persistent=True draws its batches on the device, ready for the net",
-            help="leave augment or persistent out",
-        )
 
 
 def _handling(

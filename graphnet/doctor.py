@@ -64,7 +64,7 @@ def _assembler() -> Line:
     from graphnet.errors import GraphnetError
 
     try:
-        from graphnet.lowering.build import ptxas
+        from graphnet.lowering.build.build import ptxas
 
         path, version = ptxas()
     except (GraphnetError, ImportError) as error:

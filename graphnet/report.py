@@ -17,10 +17,10 @@ from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.op import get_op
-from graphnet.lowering.build import key_of, request
-from graphnet.lowering.cost import ceiling, limits_us, padded_flops
-from graphnet.lowering.moves import is_view
-from graphnet.lowering.steps import Fill, Launch
+from graphnet.lowering.build.build import key_of, request
+from graphnet.lowering.launch.cost import ceiling, limits_us, padded_flops
+from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.steps import Fill, Launch
 from graphnet.ops.fused import eqn_cost
 from graphnet.passes.templates import anchor_of
 

@@ -7,8 +7,8 @@ import math
 
 import graphnet as gn
 from graphnet.api import lower
-from graphnet.lowering.search import Trial, search
-from graphnet.lowering.tuning import TAPS, forced
+from graphnet.lowering.launch.config import TAPS, forced
+from graphnet.lowering.tune.search import Trial, search
 
 
 def step_of(net, shape, precision: str, target: str):

@@ -12,8 +12,8 @@ import torch
 from graphnet.ir.graph import Builder, Graph, Value
 from graphnet.ir.op import get_op
 from graphnet.ir.types import DType, TensorType, f32
-from graphnet.lowering.plan import make_plan
-from graphnet.lowering.tuning import TAPS, forced
+from graphnet.lowering.launch.config import TAPS, forced
+from graphnet.lowering.plan.plan import make_plan
 from tests.case import attrs, fill
 from tests.poisoned import run
 

@@ -9,7 +9,7 @@ import torch
 
 from graphnet.ir.graph import Builder, Graph
 from graphnet.ir.text import parse
-from graphnet.lowering.plan import make_plan
+from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.targets import interpret
 from graphnet.ops.evaluate import evaluate_step, to_double
 from tests.case import Case

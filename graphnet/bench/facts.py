@@ -80,7 +80,7 @@ def versions() -> dict[str, Any]:
     try:
         import triton
 
-        from graphnet.lowering.build import ptxas
+        from graphnet.lowering.build.build import ptxas
 
         facts |= {"triton": triton.__version__, "ptxas": ptxas()[1]}
     except (ImportError, GraphnetError):

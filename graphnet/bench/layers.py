@@ -18,7 +18,7 @@ from torch import nn
 
 from graphnet.bench.ours import compiled
 from graphnet.bench.peers import Variant, Work, autocast, module_of
-from graphnet.lowering.steps import Launch
+from graphnet.lowering.launch.steps import Launch
 from graphnet.ops.fused import eqn_cost
 
 REPEATS = 7

@@ -13,11 +13,10 @@ from graphnet import config
 from graphnet.api import lower
 from graphnet.bench.peers import Work
 from graphnet.bench.rounds import Contestant, Run, sentence, start
-from graphnet.errors import ConfigError, GraphnetError, NumericsError
+from graphnet.errors import GraphnetError
 from graphnet.ir.graph import Graph
 
 OURS = "graphnet"
-SAME_STEPS = 50  # that the step as one kernel must share with the plain one
 # What can be left out: names of passes, or how the step is run.
 ABLATIONS = {
     "fusion": "fuse_pairs,fuse_epilogues,fuse_updates,fuse_copies,fuse_chains",
@@ -70,33 +69,18 @@ def _bound(program: Any, work: Work) -> Run:
     return program.run
 
 
-def _persistent(work: Work, target: str) -> Run:
-    """`step.run(n)` of the step as one kernel, which must have the losses of the plain one, bit by
-    bit: NumericsError where it has not."""
-    steps = [compiled(work, target, persistent=alone) for alone in (False, True)]
-    plain, alone = (s.bind(work.x, work.y, shuffle=False).run(SAME_STEPS) for s in steps)
-    if not torch.equal(plain, alone):
-        at = int((plain != alone).nonzero()[0])
-        raise NumericsError(f"in step {at} its loss is {alone[at]}, not {plain[at]}")
-    return steps[1].run
-
-
 def start_all(work: Work, target: str) -> tuple[list[Contestant], dict[str, str]]:
-    """Our public ways to do the work, started: by call and, in training, over bound data and on a
-    GPU as one kernel; and why one is missing, by name. The call must work."""
+    """Our public ways to do the work, started: by call and, in training, over bound data; and why
+    one is missing, by name. The call must work."""
     out = [start(OURS, OURS, lambda: _call(compiled(work, target), work), work.device)]
     ways: dict[str, Callable[[], Run]] = {}
     if work.mode == "train":
         ways["bind/run"] = lambda: _bound(compiled(work, target), work)
-        if target == "cuda":
-            ways["persistent"] = lambda: _persistent(work, target)
     failures = {}
     for way, build in ways.items():
         name = f"{OURS} {way}"
         try:
             out.append(start(name, OURS, build, work.device))
-        except ConfigError as error:  # most nets are too large for one kernel
-            failures[name] = f"not applicable: {error.message}"
         except Exception as error:
             failures[name] = sentence(error)
     return out, failures

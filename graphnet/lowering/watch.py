@@ -21,11 +21,11 @@ import torch
 from graphnet import config
 from graphnet.errors import NumericsError
 from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.lowering.codegen import Ref, materialise
-from graphnet.lowering.cost import CEILINGS, floor_us
-from graphnet.lowering.moves import is_view
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Launch, Step
+from graphnet.lowering.launch.codegen import Ref, materialise
+from graphnet.lowering.launch.cost import CEILINGS, floor_us
+from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.steps import Launch, Step
+from graphnet.lowering.plan.plan import Plan
 from graphnet.ops.evaluate import evaluate_step, to_double
 from graphnet.ops.fused import eqn_cost, run_eqn
 

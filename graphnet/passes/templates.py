@@ -1,7 +1,7 @@
 """Which fused bodies one kernel can run. Pure IR, so that fusing and layout can ask.
 
 A kernel has one anchor, the op whose loops it is, and composed elementwise code on the anchor's
-results; `lowering/launch.py` turns the same answer into a launch.
+results; `lowering/launch/equation.py` turns the same answer into a launch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from graphnet.frontends.layers import Dropout, Flatten, Linear, ReLU
 from graphnet.frontends.tracing import trace
 from graphnet.ir.graph import Builder
 from graphnet.ir.types import TensorType, f32
-from graphnet.lowering.plan import make_plan
+from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.targets import cpu
 from graphnet.ops.evaluate import evaluate
 from graphnet.ops.loss import CrossEntropyLoss

@@ -16,7 +16,6 @@ from graphnet.verbs.common import (
     Model,
     Nonfinite,
     Optimizer,
-    Persistent,
     Precision,
     Target,
     Train,
@@ -46,7 +45,6 @@ def inspect(
     target: Target = "cuda",
     gpu: Annotated[str, typer.Option(help="whose ceilings the floors are for")] = "h200",
     stage: Annotated[str, typer.Option(help="traced, joint, fused or plan")] = "plan",
-    persistent: Persistent = False,
     optimizer: Optimizer = "sgd",
     accumulate: Accumulate = 1,
     clip_norm: ClipNorm = None,
@@ -64,7 +62,7 @@ def inspect(
     wanted = training(
         train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
-    low = lower(net, shape, target=target, precision=precision, persistent=persistent, **wanted)
+    low = lower(net, shape, target=target, precision=precision, **wanted)
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,
@@ -83,7 +81,6 @@ def compile_(
     batch: Batch = 128,
     train: Train = False,
     precision: Precision = "fp32",
-    persistent: Persistent = False,
     optimizer: Optimizer = "sgd",
     accumulate: Accumulate = 1,
     clip_norm: ClipNorm = None,
@@ -101,7 +98,7 @@ def compile_(
         train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
     report = gn.build(
-        net, shape, precision=precision, arch=arch, out=out, persistent=persistent, **wanted
+        net, shape, precision=precision, arch=arch, out=out, **wanted
     )
     if as_json:
         emit(report.as_dict())

@@ -33,8 +33,8 @@ def tune(
     from graphnet import api
     from graphnet.bench import facts
     from graphnet.bench.result import SCHEMA
-    from graphnet.lowering import tables
-    from graphnet.lowering.codegen import write_whole
+    from graphnet.lowering.launch.codegen import write_whole
+    from graphnet.lowering.tune import tables
 
     net = load_model(model)
     low = api.lower(
@@ -87,7 +87,7 @@ def _device(target: str) -> Any:
 @cache.command("list")
 def list_(as_json: Json = False) -> None:
     """Binaries and tuning results, with size and age."""
-    from graphnet.lowering.inventory import listing
+    from graphnet.lowering.build.inventory import listing
 
     rows = listing()
     if as_json:
@@ -111,8 +111,8 @@ def why(
 ) -> None:
     """Which kernels of a model are compiled already, and what sets the others apart."""
     from graphnet.api import lower
-    from graphnet.lowering.build import arch_number
-    from graphnet.lowering.inventory import why
+    from graphnet.lowering.build.build import arch_number
+    from graphnet.lowering.build.inventory import why
 
     net = load_model(model)
     low = lower(
@@ -140,7 +140,7 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Empty the cache, or a part of it."""
-    from graphnet.lowering.inventory import COMPILED, KINDS, clear
+    from graphnet.lowering.build.inventory import COMPILED, KINDS, clear
 
     parts = [(binaries, COMPILED), (tuning, ("tuning",)), (images, ("images",))]
     kinds = [k for wanted, names in parts if wanted for k in names] or list(KINDS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graphnet import config
-from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
 from tests.case import attrs, f
 from tests.cases import CASES
 from tests.interp.test_cases import CONVS, EDGES, drawn

@@ -8,7 +8,7 @@ import torch
 
 import graphnet as gn
 from graphnet import api, config
-from graphnet.lowering.build import build_plan
+from graphnet.lowering.build.build import build_plan
 from tests.cases_augment import COMPONENTS
 
 PHOTOS = {

@@ -11,11 +11,11 @@ import graphnet.ops  # noqa: F401  (fills the registry)
 from graphnet import config
 from graphnet.errors import CompileError
 from graphnet.ir.text import parse
-from graphnet.lowering import build
-from graphnet.lowering.build import build_plan, key_of, ptxas, request
-from graphnet.lowering.codegen import Source
-from graphnet.lowering.plan import make_plan
-from graphnet.lowering.tuning import SHARED_BYTES
+from graphnet.lowering.build import build
+from graphnet.lowering.build.build import build_plan, key_of, ptxas, request
+from graphnet.lowering.launch.codegen import Source
+from graphnet.lowering.launch.config import SHARED_BYTES
+from graphnet.lowering.plan.plan import make_plan
 
 STEP = """graph g(%x: @[16,8,12,12] data, %w: @[16,8,3,3] derived(%m), %b: f32[16] param,
     %dy: @[16,16,12,12] data, %m: f32[16,8,3,3] param, %lr: f32[] hyper, %wd: f32[] hyper) {
@@ -84,8 +84,8 @@ def test_a_warm_build_imports_no_triton(cache, tmp_path):
     script.write_text(
         "import sys, graphnet.ops\n"
         "from graphnet.ir.text import parse\n"
-        "from graphnet.lowering.build import build_plan\n"
-        "from graphnet.lowering.plan import make_plan\n"
+        "from graphnet.lowering.build.build import build_plan\n"
+        "from graphnet.lowering.plan.plan import make_plan\n"
         f"plan = make_plan(parse({plan_text()!r}), 'cuda')\n"
         "assert all(r.cached for r in build_plan(plan).rows)\n"
         "assert 'triton' not in sys.modules\n"

@@ -9,7 +9,7 @@ import graphnet as gn
 from graphnet import config
 from graphnet.api import lower
 from graphnet.errors import OutOfMemoryPlanError
-from graphnet.lowering.tuning import SHARED_BYTES
+from graphnet.lowering.launch.config import SHARED_BYTES
 
 TRAIN = {
     "loss": gn.CrossEntropyLoss(),

@@ -9,7 +9,7 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Graph
 from graphnet.ir.op import get_op
-from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
 from tests.case import Case, attrs, f, fill
 from tests.cases import CASES
 from tests.poisoned import graph_of, run

@@ -9,10 +9,10 @@ from graphnet import config
 from graphnet.api import lower
 from graphnet.errors import ConfigError
 from graphnet.ir.types import NHWC, Layout, TensorType, bf16, f32
-from graphnet.lowering.build import compile_launches
-from graphnet.lowering.cost import padded_flops
-from graphnet.lowering.loaders import choose_loader
-from graphnet.lowering.tuning import SHARED_BYTES, TAPS, forced
+from graphnet.lowering.build.build import compile_launches
+from graphnet.lowering.launch.config import SHARED_BYTES, TAPS, forced
+from graphnet.lowering.launch.cost import padded_flops
+from graphnet.lowering.launch.loaders import choose_loader
 from tests.configs import hold as hold_configurations
 from tests.convs import ROWS, hold
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from graphnet.lowering.tuning import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
 from graphnet.ops.linear import Linear
 from tests.case import attrs
 from tests.twin import Twins, hold
@@ -93,7 +93,7 @@ def test_same_seed_same_bits_and_a_schedule_compiles_nothing(target, monkeypatch
     for _ in range(2):
         twins = Twins(target, 4, lr=0.05)
         with monkeypatch.context() as m:
-            m.setattr("graphnet.lowering.plan.make_plan", None)  # a recompile would need it
+            m.setattr("graphnet.lowering.plan.plan.make_plan", None)  # a recompile would need it
             for at in range(3):
                 twins.step.optimizer.lr = 0.05 / (at + 1)
                 twins.step(*_batch(4))

@@ -8,7 +8,7 @@ import torch
 import graphnet as gn
 from graphnet.bench.twin import torch_twin
 from graphnet.errors import ShapeError
-from graphnet.lowering.plan import make_plan
+from graphnet.lowering.plan.plan import make_plan
 from tests.twin import relative
 
 COUNT = {"cpu": 25, "interpret": 4}

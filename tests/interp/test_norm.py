@@ -5,8 +5,8 @@ import torch
 
 import graphnet as gn
 from graphnet.api import lower
+from graphnet.lowering.launch.config import NORMS, forced
 from graphnet.lowering.targets import interpret
-from graphnet.lowering.tuning import NORMS, forced
 from graphnet.ops.evaluate import evaluate_step, to_double
 
 FUSED = {

@@ -7,8 +7,8 @@ import graphnet as gn
 from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
-from graphnet.lowering.loaders import WANTED
-from graphnet.lowering.tuning import TAPS, WGRADS, forced
+from graphnet.lowering.launch.config import TAPS, WGRADS, forced
+from graphnet.lowering.launch.loaders import WANTED
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)

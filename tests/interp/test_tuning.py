@@ -11,10 +11,11 @@ from benchmarks import tables as workloads
 from graphnet import config
 from graphnet.api import lower, tune
 from graphnet.cli import main
-from graphnet.lowering import inventory, search, tables
-from graphnet.lowering.candidates import candidates, predict_us, rank_correlation
-from graphnet.lowering.launch import launches
-from graphnet.lowering.tuning import Choice, Config, analytic, choose, forced, using
+from graphnet.lowering.build import inventory
+from graphnet.lowering.launch.config import Choice, Config, analytic, choose, forced, using
+from graphnet.lowering.launch.equation import launches
+from graphnet.lowering.tune import search, tables
+from graphnet.lowering.tune.candidates import candidates, predict_us, rank_correlation
 
 KEY = ("linear", (4, 10, 64, 1), "ieee")
 OTHER = Config(16, 16, 64)
@@ -320,7 +321,7 @@ def test_cache_says_why_a_launch_misses(capsys):
     assert row["hit"] is False and row["differs"] is None
     gone = inventory.clear()
     assert gone == {"files": 0, "bytes": 0}
-    from graphnet.lowering.build import compile_launches
+    from graphnet.lowering.build.build import compile_launches
 
     compile_launches([launch])
     assert inventory.why([launch])[0]["hit"] is True

@@ -2,19 +2,18 @@
 
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import jsonschema
 import pytest
 import torch
 
 import graphnet as gn
-from graphnet.bench import counts, facts, layers, ours, peers, rounds
+from graphnet.bench import counts, facts, layers, peers, rounds
 from graphnet.bench.peers import Variant, Work
 from graphnet.bench.result import layer_table
 from graphnet.bench.rounds import Contestant, Quartiles, Timing, measure, ratio
 from graphnet.bench.twin import torch_twin
-from graphnet.errors import ConfigError, NumericsError, UnsupportedOpError
+from graphnet.errors import UnsupportedOpError
 from tests.benching import CPU, SCHEMA, every_layer, one_thread, work  # noqa: F401
 
 # ---- the twin --------------------------------------------------------------------------------
@@ -239,35 +238,6 @@ def test_clocks_and_driver_come_from_nvidia_smi(fake_cuda, monkeypatch, tmp_path
     smi.write_text("#!/bin/sh\nexit 9\n")  # no permission, no driver
     assert facts.clocks(GPU) is None and facts.machine(GPU)["driver"] is None
     assert facts.clocks(CPU) is None
-
-
-def test_the_step_as_one_kernel_must_have_the_same_losses(monkeypatch):
-    monkeypatch.setattr(ours, "SAME_STEPS", 2)
-    tiny = gn.Sequential(gn.Flatten(), gn.Linear(784, 10))
-    run = ours._persistent(work(net=tiny), "interpret")
-    assert torch.isfinite(run(1)).all()
-    real = ours.compiled
-
-    def other_rate(w, target, persistent):
-        return real(replace(w, sgd=gn.SGD(lr=0.02)) if persistent else w, target)
-
-    monkeypatch.setattr(ours, "compiled", other_rate)
-    with pytest.raises(NumericsError, match="in step 1 its loss is"):
-        ours._persistent(work(net=tiny), "cpu")
-
-
-def test_a_net_too_large_for_one_kernel_is_a_row_that_says_so(monkeypatch, fake_cuda):
-    real = ours.compiled
-
-    def on_cpu(w, target, **more):
-        if more.get("persistent"):
-            raise ConfigError("too large for one kernel")
-        return real(w, "cpu")
-
-    monkeypatch.setattr(ours, "compiled", on_cpu)
-    started, failures = ours.start_all(work(), "cuda")
-    assert [c.name for c in started] == ["graphnet", "graphnet bind/run"]
-    assert failures == {"graphnet persistent": "not applicable: too large for one kernel"}
 
 
 # ---- facts, counts, layers -------------------------------------------------------------------

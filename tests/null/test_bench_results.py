@@ -18,7 +18,7 @@ from benchmarks.published import WORKLOADS
 from graphnet.bench import bench
 from graphnet.bench.result import table
 from graphnet.cli import main
-from graphnet.lowering import tables
+from graphnet.lowering.tune import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "benchmarks" / "schema.json").read_text())

@@ -14,7 +14,7 @@ from graphnet.api import lower
 from graphnet.cli import main
 from graphnet.errors import ConfigError
 from graphnet.ir.text import parse
-from graphnet.lowering import build
+from graphnet.lowering.build import build
 from graphnet.ops.fused import eqn_cost
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import graphnet as gn
 from graphnet import config
 from graphnet.cli import main
 from graphnet.errors import DataError
-from graphnet.lowering.inventory import clear, listing
+from graphnet.lowering.build.inventory import clear, listing
 from graphnet.train.data import Dataset
 from graphnet.train.evaluation import evaluate_run
 from graphnet.train.run import RunConfig, dry_run, run_training

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from graphnet.lowering.memory import (
+from graphnet.lowering.plan.memory import (
     ALIGN,
     Life,
     assign,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from graphnet.errors import BackendUnavailableError, CompileError, OutOfMemoryPlanError
-from graphnet.lowering import codegen
-from graphnet.lowering.build import ptxas
-from graphnet.lowering.codegen import Ref, Source
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Copy, Fill, Launch, Step, bind
+from graphnet.lowering.build.build import ptxas
+from graphnet.lowering.launch import codegen
+from graphnet.lowering.launch.codegen import Ref, Source
+from graphnet.lowering.launch.steps import Copy, Fill, Launch, Step, bind
+from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.targets.interpret import Storage, buffers, contiguous, operands
 from graphnet.lowering.watch import wanted, watched
 
@@ -64,10 +64,7 @@ def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
     args, constants, options = bind(step)
     real = operands(args, tensor)
     values = {k: codegen.load(v) if isinstance(v, Source) else v for k, v in constants.items()}
-    kernel = (
-        getattr(importlib.import_module(step.module), step.kernel) if step.code is None
-        else codegen.load(step.code, function=step.kernel)
-    )  # fmt: skip
+    kernel = getattr(importlib.import_module(step.module), step.kernel)
     try:
         binary = kernel.warmup(*real, grid=step.grid, **values, **options)
         binary._init_handles()
@@ -173,7 +170,7 @@ def prepare(
         for original, twin in moved:
             original.copy_(twin)
 
-    if not capture or wanted() or any(s.cooperative for s in plan.launches):
+    if not capture or wanted():
 
         @torch.no_grad()
         def run() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ import torch
 
 from graphnet.errors import BackendUnavailableError
 from graphnet.ir.types import DTYPES
-from graphnet.lowering import codegen
-from graphnet.lowering.codegen import Ref, Source
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Arg, Box, Copy, Fill, Step, bind
+from graphnet.lowering.launch import codegen
+from graphnet.lowering.launch.codegen import Ref, Source
+from graphnet.lowering.launch.steps import Arg, Box, Copy, Fill, Step, Table, bind
+from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import watched
 
 Storage = dict[str, torch.Tensor]
@@ -125,12 +124,9 @@ def _kernels(module: str) -> ModuleType:
 
 
 @contextmanager
-def _as_kernels(text: str = "") -> Iterator[None]:
-    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it.
-
-    text  of a generated file whose imports are to be there
-    """
-    for name in ("common", "random", *re.findall(r"from graphnet\.kernels\.(\w+) import", text)):
+def _as_kernels() -> Iterator[None]:
+    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it."""
+    for name in ("common", "random"):
         _kernels(f"{_KERNELS}.{name}")
     own = {n: m for n, m in sys.modules.items() if n == _KERNELS or n.startswith(f"{_KERNELS}.")}
     copies = {
@@ -150,9 +146,15 @@ def _as_kernels(text: str = "") -> Iterator[None]:
 
 
 def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref], torch.Tensor]:
-    """Each buffer as a flat tensor: a view of the arena, or of what the caller stores."""
+    """Each buffer as a flat tensor: a view of the arena, of what the caller stores, or a table."""
+    tables = {
+        t.ref.name: torch.tensor(t.values, dtype=torch.int32, device=arena.device)
+        for t in plan.tables
+    }
 
     def tensor(ref: Ref) -> torch.Tensor:
+        if ref.name in tables:
+            return tables[ref.name]
         dtype, count = plan.types[ref.name]
         if ref.name in plan.storage:
             return storage[plan.storage[ref.name]].view(-1)
@@ -171,8 +173,9 @@ def operands(args: tuple[Arg, ...], tensor: Callable[[Ref], torch.Tensor]) -> li
         if isinstance(a, tuple):
             return tuple(tensor(r) for r in a)
         if isinstance(a, Box):
-            strides = [a.size[1], 1]
-            return TensorDescriptor(tensor(a.ref), list(a.size), strides, list(a.block))
+            return TensorDescriptor(tensor(a.ref), list(a.size), list(a.steps), list(a.block))
+        if isinstance(a, Table):
+            return tensor(a.ref)
         return None if a is None else tensor(a)
 
     return [real(a) for a in args]
@@ -196,15 +199,12 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
         return lambda: b.copy_(a)
     args, constants, options = bind(step)
     real = operands(args, tensor)
-    with _as_kernels(step.code.text if step.code is not None else ""):
+    with _as_kernels():
         values = {
             k: codegen.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
             for k, v in constants.items()
         }
-        if step.code is not None:
-            kernel = codegen.load(step.code, "graphnet_interpreted", step.kernel)
-        else:
-            kernel = getattr(_kernels(step.module), step.kernel)
+        kernel = getattr(_kernels(step.module), step.kernel)
     return lambda: kernel[step.grid](*real, **values, **options)
 
 

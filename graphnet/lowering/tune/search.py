@@ -20,15 +20,15 @@ import torch
 
 from graphnet.errors import GraphnetError
 from graphnet.ir.graph import Eqn
-from graphnet.lowering import tables
-from graphnet.lowering.alone import Alone
-from graphnet.lowering.build import try_launches
-from graphnet.lowering.candidates import candidates, predict_us, rank_correlation
-from graphnet.lowering.cost import CEILINGS
-from graphnet.lowering.launch import launches
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Launch, Step
-from graphnet.lowering.tuning import Choice, Config, Key, analytic, using
+from graphnet.lowering.build.build import try_launches
+from graphnet.lowering.launch.config import Choice, Config, Key, analytic, using
+from graphnet.lowering.launch.cost import CEILINGS
+from graphnet.lowering.launch.equation import launches
+from graphnet.lowering.launch.steps import Launch, Step
+from graphnet.lowering.plan.plan import Plan
+from graphnet.lowering.tune import tables
+from graphnet.lowering.tune.alone import Alone
+from graphnet.lowering.tune.candidates import candidates, predict_us, rank_correlation
 from graphnet.lowering.watch import clock
 
 KEEP = 24  # candidates of a key that are tried, the model's best

@@ -12,12 +12,12 @@ from math import prod
 from typing import Any
 
 from graphnet.ir.types import TensorType
-from graphnet.lowering.codegen import Index
-from graphnet.lowering.launch_gemm import product, tiles, weight_gradient
-from graphnet.lowering.loaders import choose_loader
-from graphnet.lowering.steps import Arg, Box, Launch, source
-from graphnet.lowering.tuning import Config, cdiv, choose, next_power
-from graphnet.lowering.work import Work, strides
+from graphnet.lowering.launch.codegen import Index
+from graphnet.lowering.launch.config import Config, cdiv, choose, next_power
+from graphnet.lowering.launch.linear import product, tiles, weight_gradient
+from graphnet.lowering.launch.loaders import choose_loader
+from graphnet.lowering.launch.steps import Arg, Box, Launch, source
+from graphnet.lowering.launch.work import Work, strides
 
 
 def _geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], a: Any) -> dict[str, int]:

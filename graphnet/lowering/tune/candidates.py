@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from graphnet.lowering.cost import ceiling, padded_flops
-from graphnet.lowering.steps import Launch
-from graphnet.lowering.tuning import (
+from graphnet.lowering.launch.config import (
     NORMS,
     PROCESSORS,
     PRODUCTS,
@@ -26,6 +24,8 @@ from graphnet.lowering.tuning import (
     analytic,
     next_power,
 )
+from graphnet.lowering.launch.cost import ceiling, padded_flops
+from graphnet.lowering.launch.steps import Launch
 
 ITEMSIZE = {"bf16": 2, "tf32": 4, "ieee": 4}
 ACCUMULATORS = 128  # a thread; more than that spills beside addresses

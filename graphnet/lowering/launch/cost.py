@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from graphnet.errors import ConfigError
-from graphnet.lowering.steps import Launch
-from graphnet.lowering.work import Work
+from graphnet.lowering.launch.steps import Launch
+from graphnet.lowering.launch.work import Work
 from graphnet.ops.fused import eqn_cost
 
 

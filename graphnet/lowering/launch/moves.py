@@ -9,10 +9,10 @@ from typing import Any
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import ROW, TensorType
-from graphnet.lowering.codegen import Epilogue, Index, Ref, Writer
-from graphnet.lowering.steps import Fill, Launch, Step, make
-from graphnet.lowering.tuning import choose
-from graphnet.lowering.work import strides
+from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, Writer
+from graphnet.lowering.launch.config import choose
+from graphnet.lowering.launch.steps import Fill, Launch, Step, make
+from graphnet.lowering.launch.work import strides
 
 MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
 Name = Callable[[Value], str]

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from graphnet.errors import CompileError, ConfigError
-from graphnet.lowering.codegen import Source, materialise, private_dir, write_whole
-from graphnet.lowering.cost import floor_us
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Arg, Box, Launch, bind
+from graphnet.lowering.launch.codegen import Source, materialise, private_dir, write_whole
+from graphnet.lowering.launch.cost import floor_us
+from graphnet.lowering.plan.plan import Plan
+from graphnet.lowering.launch.steps import Arg, Box, Launch, Table, bind
 
 _COUNTS = (
     "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma", "cp_async",
@@ -184,7 +184,9 @@ def _passed(a: Arg) -> Any:
     if isinstance(a, tuple):
         return [r.dtype for r in a]
     if isinstance(a, Box):
-        return {"dtype": a.ref.dtype, "size": a.size, "block": a.block}
+        return {"dtype": a.ref.dtype, "size": a.size, "strides": a.steps, "block": a.block}
+    if isinstance(a, Table):
+        return a.ref.dtype
     return None if a is None else a.dtype
 
 
@@ -194,7 +196,6 @@ def request(launch: Launch, arch: int) -> dict[str, Any]:
     return {
         "module": launch.module,
         "kernel": launch.kernel,
-        "code": None if launch.code is None else launch.code.text,
         "args": [_passed(a) for a in args],
         "constants": {
             k: {"epilogue": v.text} if isinstance(v, Source) else v for k, v in constants.items()
@@ -288,7 +289,7 @@ class _Pool:
 
     def _serve(self) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-m", "graphnet.lowering.worker"], stdin=subprocess.PIPE,
+            [sys.executable, "-m", "graphnet.lowering.build.worker"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(),
         )  # fmt: skip
         assert process.stdin and process.stdout and process.stderr

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from graphnet.ir.graph import Value
-from graphnet.lowering.codegen import Epilogue, Index, Ref
-from graphnet.lowering.steps import Arg, Launch, arguments, make, source
-from graphnet.lowering.tuning import Config, cdiv, choose
-from graphnet.lowering.work import Work, strides
+from graphnet.lowering.launch.codegen import Epilogue, Index, Ref
+from graphnet.lowering.launch.config import Config, cdiv, choose
+from graphnet.lowering.launch.steps import Arg, Launch, arguments, make, source
+from graphnet.lowering.launch.work import Work, strides
 
 
 def tiles(c: Config) -> dict[str, int]:

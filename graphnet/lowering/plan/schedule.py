@@ -14,8 +14,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from graphnet.lowering.cost import HOUSE, limits_us
-from graphnet.lowering.steps import Launch, Step
+from graphnet.lowering.launch.cost import HOUSE, limits_us
+from graphnet.lowering.launch.steps import Launch, Step
 
 ASIDE_US = 15.0  # a shorter step does not pay for the fork
 

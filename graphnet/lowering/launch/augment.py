@@ -7,10 +7,10 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from graphnet.lowering.codegen import Index
-from graphnet.lowering.steps import Launch, arguments, make, source
-from graphnet.lowering.tuning import cdiv, choose
-from graphnet.lowering.work import Work, strides
+from graphnet.lowering.launch.codegen import Index
+from graphnet.lowering.launch.config import cdiv, choose
+from graphnet.lowering.launch.steps import Launch, arguments, make, source
+from graphnet.lowering.launch.work import Work, strides
 from graphnet.ops.augment import MOST_CHANNELS, Augment
 
 MOST_PIXELS = 512  # of a program: four a thread keep their places and colours in registers

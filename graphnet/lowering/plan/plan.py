@@ -14,11 +14,11 @@ from functools import cached_property
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.ir.types import DTYPES, TensorType
-from graphnet.lowering.launch import launches
-from graphnet.lowering.memory import Life, Slot, assign, overlaid, reachability
-from graphnet.lowering.moves import is_view
-from graphnet.lowering.schedule import chained, memory_order, program_order, streams_of
-from graphnet.lowering.steps import Copy, Launch, Step
+from graphnet.lowering.launch.equation import launches
+from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.steps import Copy, Launch, Step, Table
+from graphnet.lowering.plan.memory import Life, Slot, assign, overlaid, reachability
+from graphnet.lowering.plan.schedule import chained, memory_order, program_order, streams_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Plan:
     streams   the stream of each step; what two streams hold may run at once
     storage   buffer to the graph input or returned value whose storage it is
     arena     buffer to its place; `types` gives element type and stored count of every buffer
-    inner     the plan that one persistent kernel was made of
     """
 
     graph: Graph
@@ -43,16 +42,21 @@ class Plan:
     arena_bytes: int = 0
     types: dict[str, tuple[str, int]] = field(default_factory=dict)
     streams: tuple[int, ...] = ()
-    inner: Plan | None = None
 
     @property
     def launches(self) -> tuple[Launch, ...]:
         return tuple(s for s in self.steps if isinstance(s, Launch))
 
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """The constant buffers that launches read, each once."""
+        return tuple(dict.fromkeys(t for s in self.launches for t in s.tables))
+
     @property
     def state_bytes(self) -> int:
-        """Everything that outlives a step: parameters, slots, counters, derived copies."""
-        return sum(i.value.type.bytes for i in self.graph.inputs if i.role not in ("data", "hyper"))
+        """Everything that outlives a step: parameters, slots, counters, derived copies, tables."""
+        kept = (i.value.type.bytes for i in self.graph.inputs if i.role not in ("data", "hyper"))
+        return sum(kept) + sum(4 * len(t.values) for t in self.tables)
 
     @property
     def io_bytes(self) -> int:
@@ -240,11 +244,8 @@ def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int])
     )  # fmt: skip
 
 
-def make_plan(graph: Graph, target: str, *, parallel: bool = False) -> Plan:
-    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory.
-
-    parallel  whatever does not depend on each other may run at once, not only two streams
-    """
+def make_plan(graph: Graph, target: str) -> Plan:
+    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory."""
     if target == "cpu":
         return Plan(graph, target)
     planner = _Planner(graph)
@@ -259,7 +260,7 @@ def make_plan(graph: Graph, target: str, *, parallel: bool = False) -> Plan:
     steps = tuple(program[k] for k in order)
     moved = {(at[a], at[b]) for a, b in edges}
     streams = streams_of(steps, moved)
-    ordered = tuple(sorted(moved if parallel else chained(streams, moved)))
+    ordered = tuple(sorted(chained(streams, moved)))
     lives: dict[str, Life] = {}
     for name, type in planner.types.items():
         if name in storage:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from graphnet import config
-from graphnet.lowering.build import key_of, key_parts, request
-from graphnet.lowering.codegen import private_dir
-from graphnet.lowering.steps import Launch
+from graphnet.lowering.build.build import key_of, key_parts, request
+from graphnet.lowering.launch.codegen import private_dir
+from graphnet.lowering.launch.steps import Launch
 
 COMPILED = ("binaries", "generated", "triton")
 KINDS = (*COMPILED, "tuning", "images")
@@ -41,7 +41,7 @@ def _binaries() -> Iterator[dict[str, Any]]:
 
 
 def _tuning() -> Iterator[dict[str, Any]]:
-    from graphnet.lowering import tables
+    from graphnet.lowering.tune import tables
 
     for path, e in tables.remembered():
         gpu = (e.environment or {}).get("gpu", "?")

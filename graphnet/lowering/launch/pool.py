@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.lowering.codegen import Index, Ref
-from graphnet.lowering.steps import Launch, arguments, make, source
-from graphnet.lowering.tuning import cdiv, choose
-from graphnet.lowering.work import Work, strides
+from graphnet.lowering.launch.codegen import Index, Ref
+from graphnet.lowering.launch.config import cdiv, choose
+from graphnet.lowering.launch.steps import Launch, arguments, make, source
+from graphnet.lowering.launch.work import Work, strides
 
 
 def _window(a: Any) -> dict[str, int]:

@@ -13,16 +13,16 @@ from math import prod
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
-from graphnet.lowering.codegen import Index, Ref, write_epilogue
-from graphnet.lowering.cost import with_costs
-from graphnet.lowering.launch_augment import AUGMENTS
-from graphnet.lowering.launch_conv import CONVS
-from graphnet.lowering.launch_gemm import LINEARS
-from graphnet.lowering.launch_pool import POOLS
-from graphnet.lowering.moves import MOVES, pointwise_launch, run_move
-from graphnet.lowering.steps import Launch, Step, arguments, make, source
-from graphnet.lowering.tuning import PROCESSORS, cdiv, choices, choose, next_power
-from graphnet.lowering.work import Work, take_apart
+from graphnet.lowering.launch.augment import AUGMENTS
+from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
+from graphnet.lowering.launch.config import PROCESSORS, cdiv, choices, choose, next_power
+from graphnet.lowering.launch.conv import CONVS
+from graphnet.lowering.launch.cost import with_costs
+from graphnet.lowering.launch.linear import LINEARS
+from graphnet.lowering.launch.moves import MOVES, pointwise_launch, run_move
+from graphnet.lowering.launch.pool import POOLS
+from graphnet.lowering.launch.steps import Launch, Step, arguments, make, source
+from graphnet.lowering.launch.work import Work, take_apart
 
 
 def launches(eqn: Eqn, name: Callable[[Value], str] = str) -> list[Step]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import TensorType
-from graphnet.lowering.codegen import Epilogue, Index, Ref, write_epilogue
+from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, write_epilogue
 
 
 def strides(prefix: str, type: TensorType) -> dict[str, int]:

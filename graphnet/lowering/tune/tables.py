@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from graphnet.errors import CompileError, ConfigError
-from graphnet.lowering.build import kernels_hash, ptxas
-from graphnet.lowering.codegen import private_dir, write_whole
-from graphnet.lowering.tuning import Config, Key
+from graphnet.lowering.build.build import kernels_hash, ptxas
+from graphnet.lowering.launch.codegen import private_dir, write_whole
+from graphnet.lowering.launch.config import Config, Key
 
 FOLDER = Path(__file__).with_name("tuned")
 

@@ -12,10 +12,10 @@ import torch
 
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.ir.types import DTYPES
-from graphnet.lowering.codegen import Ref
-from graphnet.lowering.memory import Slot, round_up
-from graphnet.lowering.plan import Plan
-from graphnet.lowering.steps import Copy, Launch, Step
+from graphnet.lowering.launch.codegen import Ref
+from graphnet.lowering.launch.steps import Copy, Launch, Step
+from graphnet.lowering.plan.memory import Slot, round_up
+from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import disagreement, oracle
 
 Buffer = Callable[[Ref], torch.Tensor]

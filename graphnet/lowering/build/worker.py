@@ -1,4 +1,4 @@
-"""Compiles kernels without a device: `python -m graphnet.lowering.worker`.
+"""Compiles kernels without a device: `python -m graphnet.lowering.build.worker`.
 
 Requests come as JSON lines on stdin, answers leave as JSON lines on stdout. Triton's own path is
 used, `JITFunction.warmup` under a driver that only names the target, so that specialisation
@@ -67,21 +67,17 @@ def _argument(a: Any) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         base = Pointer(DTYPES[a["dtype"]].torch)
-        return TensorDescriptor(base, a["size"], [a["size"][1], 1], a["block"])
+        return TensorDescriptor(base, a["size"], a["strides"], a["block"])
     return None if a is None else Pointer(DTYPES[a].torch)
 
 
 def _constant(value: Any) -> Any:
-    from graphnet.lowering.codegen import Source, load
+    from graphnet.lowering.launch.codegen import Source, load
 
     return load(Source(value["epilogue"])) if isinstance(value, dict) else value
 
 
 def _kernel(request: dict[str, Any]) -> Any:
-    from graphnet.lowering.codegen import Source, load
-
-    if request["code"] is not None:
-        return load(Source(request["code"]), function=request["kernel"])
     return getattr(importlib.import_module(request["module"]), request["kernel"])
 
 

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from graphnet.ir.graph import NOWHERE, Where
-from graphnet.lowering.codegen import Epilogue, Ref, Source
-from graphnet.lowering.tuning import Choice
+from graphnet.lowering.launch.codegen import Epilogue, Ref, Source
+from graphnet.lowering.launch.config import Choice
 
 
 @dataclass(frozen=True)
 class Box:
-    """A descriptor argument: a buffer as a matrix of `size`, of which the kernel fetches boxes of
-    `block`; what a box holds beyond the matrix is zero."""
+    """A descriptor argument: a buffer as an array of `size`, of which the kernel fetches boxes of
+    `block`; what a box holds beyond the array is zero.
+
+    strides  elements from one index to the next of each axis, the last one 1; row-major if empty
+    """
 
     ref: Ref
-    size: tuple[int, int]
-    block: tuple[int, int]
+    size: tuple[int, ...]
+    block: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides, spelled out."""
+        if self.strides:
+            return self.strides
+        return tuple(prod(self.size[d + 1 :]) for d in range(len(self.size)))
 
 
-Arg = Ref | Box | tuple[Ref, ...] | None
+@dataclass(frozen=True)
+class Table:
+    """A constant buffer of int32 that a kernel reads: the order of its work, for example. The plan
+    keeps one for all launches that read the same values."""
+
+    values: tuple[int, ...]
+
+    @property
+    def ref(self) -> Ref:
+        digest = hashlib.sha256(repr(self.values).encode()).hexdigest()
+        return Ref(f".table{digest[:16]}", "i32")
+
+
+Arg = Ref | Box | Table | tuple[Ref, ...] | None
 
 
 @dataclass(frozen=True)
@@ -39,8 +64,6 @@ class Launch:
                 are formed
     why         for whom a loader was chosen: the reason, for people
     choices     where the configurations of its equation come from
-    code        the file that holds the kernel, where it is no template but was generated whole
-    cooperative  all programs run at once and wait for each other, between its `phases`
     """
 
     kernel: str
@@ -61,21 +84,21 @@ class Launch:
     why: str = field(default="", compare=False)
     where: Where = field(default=NOWHERE, compare=False)
     choices: tuple[Choice, ...] = field(default=(), compare=False)
-    code: Source | None = None
-    cooperative: bool = False
-    phases: int = 1
 
     @property
     def refs(self) -> tuple[Ref, ...]:
         """The pointers among the arguments, those behind descriptors included."""
         flat = [r for a in self.args for r in (a if isinstance(a, tuple) else (a,))]
-        return tuple(r.ref if isinstance(r, Box) else r for r in flat if r is not None)
+        return tuple(r.ref if isinstance(r, Box | Table) else r for r in flat if r is not None)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(a for a in self.args if isinstance(a, Table))
 
     @property
     def epilogues(self) -> tuple[Source, ...]:
         """The generated files that the launch needs."""
-        own = (self.code,) if self.code is not None else ()
-        return own + tuple(v for _, v in self.constants if isinstance(v, Source))
+        return tuple(v for _, v in self.constants if isinstance(v, Source))
 
     @property
     def programs(self) -> int:
@@ -139,14 +162,12 @@ def source(e: Epilogue | None) -> Source | None:
 def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any]]:
     """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
 
-    A Ref among the arguments stands for a pointer and a Box for a descriptor, a Source among the
-    constexprs for its function.
+    A Ref or a Table among the arguments stands for a pointer and a Box for a descriptor, a Source
+    among the constexprs for its function.
     """
     options: dict[str, Any] = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    if launch.cooperative:
-        options["launch_cooperative_grid"] = True
     return launch.args, dict(launch.constants), options
 
 

@@ -1,0 +1,1 @@
+"""Measured configurations: the tables that are shipped, the cache, and the search."""
