@@ -24,7 +24,7 @@ def one_thread():
 
 
 def quick(**changes):
-    plain = {"batch": 4, "target": "cpu", "rounds": 2, "seconds": 0.1, "parity_steps": 2}
+    plain = {"batch": 4, "target": "cpu", "rounds": 2, "seconds": 0.1, "parity_batches": 2}
     return bench.BenchConfig(**{"model": "lenet5", "by_layer": False, **plain, **changes})
 
 

@@ -39,6 +39,7 @@ class BenchConfig:
 
     mode     "train", "infer", or "grads": forward and backward without the update
     seconds  of all rounds together; building and compiling come on top
+    parity_batches  on which both sides are held against an exact twin first; 0 checks nothing
     """
 
     model: str
@@ -50,7 +51,7 @@ class BenchConfig:
     ablate: tuple[str, ...] = ()
     rounds: int = 15
     seconds: float = 20.0
-    parity_steps: int = 100
+    parity_batches: int = parity.BATCHES
     dropout: bool = True
     by_layer: bool = True
 
@@ -129,7 +130,7 @@ class _Bench:
         self.look_at_clocks()
         # Ours come first: what the check compiles would make their first step a warm one.
         mine, failures = ours.start_all(work, self.target)
-        if c.parity_steps:
+        if c.parity_batches:
             self.check(work)
         self.add(mine, failures, OURS)
         beside, failures = ours.start_ablations(work, self.target, c.ablate)
@@ -158,10 +159,10 @@ class _Bench:
 
     def check(self, work: Work) -> None:
         program = lambda w: compiled(w, self.target, alone=False)
-        found = parity.check(work, program, self.c.parity_steps)
+        found = parity.check(work, program, self.c.parity_batches)
         self.result["parity"] = found.as_dict()
         self.save()
-        self.say(str(found))
+        self.say(f"{found.table()}\n{found}")
         if not found.ok:
             raise NumericsError(str(found), help="no speed is reported for wrong results")
 

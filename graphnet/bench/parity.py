@@ -1,80 +1,112 @@
-"""Before anything is timed, both sides must compute the same.
+"""Before anything is timed, both sides must compute the same: each beside a twin that is exact.
 
-In training that is the loss of every step while both learn, and what the step does to the weights.
-Torch gets our weights before each step and keeps its own momentum: two runs that are left alone
-part by any amount once a rounding has flipped a maximum of a pool, while an error of ours (a weight
-copy left behind, a decay forgotten) shows in the step that it is made in. In inference it is the
-logits of one batch; for forward and backward alone the loss and the gradients of one batch.
+The twin is the net in torch, in float64 on a CPU; on a GPU in IEEE fp32, and in float64 where fp32
+itself is what is timed. For each of a few batches the twin and torch in the precision of the work
+start from our weights and momentum. The error of a parameter is how far its change in the step is
+from the twin's; in inference that of the logits, for forward and backward alone that of a gradient.
+Ours may be half as large again as torch's own. So a precision is no excuse for more than it costs
+torch, and nobody is blamed for a maximum of a pool that a rounding flips: both sides flip some.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphnet.bench.peers import LAYOUTS, Work, autocast
+from graphnet.bench.peers import LAYOUTS, Work, autocast, torch_flags
 from graphnet.bench.twin import torch_twin
 from graphnet.frontends.layers import Dropout
 
-TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 5e-2}
-SPREAD, MOST = 3.0, 0.1  # times torch's own difference between layouts, and the end of that
-SMALL = 1e-2  # share of a step's whole change below which a parameter is not looked at by itself
-BATCHES = 8
+FACTOR, SLACK = 1.5, 1e-5  # ours may be this many times torch's error, and this much more
+OF_LOSS = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}  # errors of one number are luck up to here
+SMALL = 1e-2  # share of all changes below which a parameter's is not looked at by itself
+BATCHES = 5
+LOSS, LOGITS = "loss", "logits"
+
+# Tensors by name: [logits], [loss], [gradient]; in training a parameter and its momentum.
+Values = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far the two sides are from the twin in one thing: relative, the median over batches."""
+
+    name: str
+    ours: float
+    torch: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed  # NaN is not
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed."""
+        return math.inf if math.isnan(self.ours) else self.ours / self.allowed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types; null where an error is no number."""
+        return {k: v if v == v else None for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far apart the two are; dropout is off on both sides, because they draw other masks.
+    """Both sides beside the twin; dropout is off, because the sides draw other masks.
 
-    error   largest relative difference: of a step's losses; of logits or gradients by norm
-    spread  the same between torch's two layouts: rounding alone
-    update  relative difference of what a step changes in a parameter, by norm: the worst parameter,
-            the median of all steps (a maximum that flips makes one step differ, an error all)
-    first, last  losses of the first step, and of the last one on both sides
+    what         that was compared
+    steps        batches
+    reference    element type of the twin: "float64" or "float32"
+    errors       by parameter, or of the logits; the loss has a row as well where there is one
+    first, last  in training: our loss in the first step, and both sides' in the last one
     """
 
     what: str
     steps: int
-    error: float
-    spread: float
-    tolerance: float
+    reference: str
+    errors: tuple[Error, ...]
     first: float | None = None
     last: tuple[float, float] | None = None
-    update: float | None = None
-    update_spread: float | None = None
-    update_tolerance: float | None = None
 
     @property
     def ok(self) -> bool:
-        if self.error > self.tolerance or math.isnan(self.error):
-            return False
-        return self.update is None or self.update <= (self.update_tolerance or 0.0)
+        return all(e.ok for e in self.errors)
+
+    @property
+    def worst(self) -> Error:
+        return max(self.errors, key=lambda e: e.share)
 
     def as_dict(self) -> dict[str, Any]:
-        last = None if self.last is None else list(self.last)
-        return {**asdict(self), "last": last, "ok": self.ok}
+        return {
+            "what": self.what, "steps": self.steps, "reference": self.reference,
+            "first": self.first, "last": None if self.last is None else list(self.last),
+            "ok": self.ok, "errors": [e.as_dict() for e in self.errors],
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """A line for each error: ours, torch's, and what ours may be."""
+        width = max(len(e.name) for e in self.errors)
+        lines = [f"{'':{width}} {'ours':>9} {'torch':>9} {'allowed':>9}"]
+        for e in self.errors:
+            line = f"{e.name:{width}} {e.ours:9.1e} {e.torch:9.1e} {e.allowed:9.1e}"
+            lines.append(line if e.ok else f"{line}  too much")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
-        verdict = "ok" if self.ok else "THE TWO DIFFER"
-        losses = changed = ""
+        count = f"{self.steps} batch{'es' if self.steps > 1 else ''}"
+        losses, w = "", self.worst
         if self.last is not None:
             losses = f"loss {self.first:.4f} to {self.last[0]:.4f} (torch {self.last[1]:.4f}), "
-        if self.update is not None:
-            changed = (
-                f"; in what a step changes {self.update:.1e} ({self.update_spread:.1e}; "
-                f"{self.update_tolerance:.1e})"
-            )
-        count = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         return (
-            f"parity of {self.what} over {count}: {losses}largest relative difference "
-            f"{self.error:.1e} (torch's layouts: {self.spread:.1e}; allowed "
-            f"{self.tolerance:.1e}){changed}: {verdict}"
+            f"parity of {self.what} over {count}: {losses}nearest to its limit {w.name}: ours "
+            f"{w.ours:.1e} off the {self.reference} twin, torch {w.torch:.1e} (allowed "
+            f"{w.allowed:.1e}): {'ok' if self.ok else 'THE TWO DIFFER'}"
         )
 
 
@@ -87,134 +119,172 @@ def without_dropout(net: Any) -> Any:
     return made
 
 
-def _found(what: str, precision: str, mine: list[Any], theirs: list[list[Any]],
-           **losses: Any) -> Parity:  # fmt: skip
-    """`theirs` holds what torch gets in each layout."""
-    error, spread = _apart(mine, theirs[0]), _apart(theirs[1], theirs[0])
-    allowed = _allowed(precision, spread)
-    return Parity(what, losses.pop("steps", 1), error, spread, allowed, **losses)
+def check(work: Work, program: Callable[[Work], Any], batches: int = BATCHES) -> Parity:
+    """Both sides beside the twin.
+
+    program  makes ours for a work; in training it trains the net of that work, and its momentum is
+             read from `.optimizer`
+    """
+    work = Work(without_dropout(work.net), work.x, work.y, work.mode, work.sgd, work.precision)
+    ours = _Ours(work, program(work))
+    exact = _Torch(work, torch.contiguous_format, exact=True)
+    layouts = [_Torch(work, layout) for layout in LAYOUTS.values()]
+    found: list[list[dict[str, float]]] = []
+    losses: list[tuple[float, float]] = []
+    for x, y in _batches(work, batches):
+        state = ours.state()
+        want, *theirs = (side.run(state, x, y) for side in (exact, *layouts))
+        got = ours.run(x, y)
+        found.append([_apart(side, want, state) for side in (got, *theirs)])
+        if work.mode == "train":
+            losses.append((float(got[LOSS][0]), float(theirs[0][LOSS][0])))
+    errors = tuple(_median(name, found, work.precision) for name in found[0][0])
+    dtype = str(exact.dtype).removeprefix("torch.")
+    if work.mode == "infer":
+        return Parity("logits", batches, dtype, errors)
+    if work.mode == "grads":
+        return Parity("loss and gradients", batches, dtype, errors)
+    return Parity("what a step changes", batches, dtype, errors, losses[0][0], losses[-1])
 
 
-def _allowed(precision: str, spread: float) -> float:
-    return max(TOLERANCE[precision], min(SPREAD * spread, MOST))
-
-
-def _apart(a: list[Any], b: list[Any]) -> float:
-    """The largest relative difference; NaN where anything is no number."""
-    worst = torch.zeros(())
-    for p, q in zip(a, b, strict=True):
-        p, q = (torch.as_tensor(t).detach().double().cpu() for t in (p, q))
-        worst = torch.maximum(worst, (p - q).norm() / q.norm().clamp_min(1e-3))
-    return float(worst)
-
-
-def _moved(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """The largest relative difference of two changes of the same parameters. One that hardly moves
-    beside the others (a bias behind relus that are off) is measured by all of them."""
-    norms = [float(q.norm()) for q in b]
-    least = max(SMALL * math.hypot(*norms), 1e-30)
-    pairs = zip(a, b, norms, strict=True)
-    return max(float((p - q).norm()) / max(n, least) for p, q, n in pairs)
-
-
-def _weights(net: Any, device: torch.device) -> list[torch.Tensor]:
-    """A snapshot of the parameters, ours or torch's, where the work is done."""
-    return [p.data.detach().to(device, copy=True) for p in net.parameters()]
-
-
-def check(work: Work, program: Callable[[Work], Any], steps: int) -> Parity:
-    """`program(work)` makes ours, which trains `work.net`; `steps` counts in training only."""
-    if work.mode != "train":
-        return _once(work, program)
-    ours = without_dropout(work.net)
-    work = Work(ours, work.x, work.y, work.mode, work.sgd, work.precision)
-    twins = [_Twin(work, layout) for layout in LAYOUTS.values()]
-    step = program(work)
-    mine: list[float] = []
-    theirs: list[list[float]] = [[], []]
-    updates: list[tuple[float, float]] = []
-    batches = _batches(work)
-    for k in range(steps):
-        x, y = batches[k % BATCHES]
-        before = _weights(ours, work.device)
-        for twin, losses in zip(twins, theirs, strict=True):
-            twin.take(before)
-            losses.append(twin.step(x, y))
-        mine.append(float(step(x, y)))
-        sides = [_weights(net, work.device) for net in (ours, *(t.module for t in twins))]
-        change, *others = [
-            [after - v for after, v in zip(side, before, strict=True)] for side in sides
-        ]
-        updates.append((_moved(change, others[0]), _moved(others[1], others[0])))
-    error, spread = (statistics.median(u) for u in zip(*updates, strict=True))
-    return _found(
-        "losses", work.precision, mine, theirs, steps=steps, first=mine[0],
-        last=(mine[-1], theirs[0][-1]), update=error, update_spread=spread,
-        update_tolerance=_allowed(work.precision, spread),
-    )  # fmt: skip
-
-
-def _batches(work: Work) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(work: Work, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images carry their label in their brightness, so there is something to learn."""
     g = torch.Generator().manual_seed(0)
     classes = work.net.summary((1, *work.x.shape[1:])).rows[-1].output[-1]
-    out = []
-    for _ in range(BATCHES):
+    for _ in range(count):
         y = torch.randint(0, classes, work.y.shape, generator=g)
         x = torch.randn(work.x.shape, generator=g) + (y / classes - 0.5).view(-1, 1, 1, 1)
-        out.append((x.to(work.device), y.to(work.device)))
+        yield x.to(work.device), y.to(work.device)
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+def _median(name: str, found: list[list[dict[str, float]]], precision: str) -> Error:
+    """Of each side over the batches; of torch's layouts the better one counts."""
+    ours, *theirs = (statistics.median(e[name] for e in side) for side in zip(*found, strict=True))
+    allowed = FACTOR * min(theirs) + SLACK
+    if name == LOSS:
+        allowed = max(allowed, OF_LOSS[precision])
+    return Error(name, ours, min(theirs), allowed)
+
+
+def _apart(got: Values, want: Values, state: Values) -> dict[str, float]:
+    """The relative error of each name. Of a parameter it is that of the change, of itself or of its
+    momentum, whichever is larger. One that hardly moves beside the others (a bias behind relus that
+    are off) is measured by all of them."""
+    sizes = {name: [float(_change(v, state, name, k).norm()) for k, v in enumerate(tensors)]
+             for name, tensors in want.items()}  # fmt: skip
+    inner = [s for name, s in sizes.items() if name not in (LOSS, LOGITS)]
+    least = [SMALL * math.hypot(*column) for column in zip(*inner, strict=True)]
+    out: dict[str, float] = {}
+    for name, tensors in want.items():
+        floor = least if name not in (LOSS, LOGITS) else [0.0]
+        errors = [
+            float(_off(g, w, state.get(name) is not None).norm()) / max(size, small, 1e-30)
+            for g, w, size, small in zip(got[name], tensors, sizes[name], floor, strict=True)
+        ]
+        out[name] = math.nan if any(map(math.isnan, errors)) else max(errors)
     return out
 
 
-def _once(work: Work, program: Callable[[Work], Any]) -> Parity:
-    work = Work(without_dropout(work.net), work.x, work.y, work.mode, None, work.precision)
-    twins = [_Twin(work, layout) for layout in LAYOUTS.values()]
-    if work.mode == "infer":
-        mine = [program(work)(work.x)]
-        return _found("logits", work.precision, mine, [[t.logits(work.x)] for t in twins])
-    loss, grads = program(work)(work.x, work.y)
-    theirs = [t.gradients(work.x, work.y) for t in twins]
-    return _found("loss and gradients", work.precision, [loss, *grads.values()], theirs)
+def _change(new: torch.Tensor, state: Values, name: str, k: int) -> torch.Tensor:
+    return new.double() - state[name][k].double() if name in state else new.double()
 
 
-class _Twin:
-    """The net in torch, with torch's SGD, in the precision of the work."""
+def _off(got: torch.Tensor, want: torch.Tensor, stored: bool) -> torch.Tensor:
+    """The difference; of what is stored between steps without the rounding of the store, which is
+    large beside a small change and no fault."""
+    off = got.double() - want.double()
+    if not stored:
+        return off
+    rounding = torch.finfo(torch.float32).eps * want.abs().double()
+    return off.sign() * (off.abs() - rounding).clamp_min(0.0)
 
-    def __init__(self, work: Work, layout: Any) -> None:
-        module: Any = torch_twin(work.net).to(work.device)
-        self.module, self.layout = module.to(memory_format=layout), layout
+
+# ---- the sides -------------------------------------------------------------------------------
+
+
+class _Ours:
+    """Our program: it goes its way, the others are given what it starts from."""
+
+    def __init__(self, work: Work, program: Any) -> None:
+        self.work, self.program = work, program
+
+    def state(self) -> Values:
+        """Parameters and momenta in front of a step, copied to where the work is done."""
+        if self.work.mode != "train":
+            return {}
+        device = self.work.device
+        buffers = self.program.optimizer.state_dict()
+        out = {}
+        for key, p in self.work.net.named_parameters():
+            tensors = [p.data, *([buffers[f"{key}.momentum_buffer"]] if self.momentum else [])]
+            out[key] = [t.detach().to(device, copy=True) for t in tensors]
+        return out
+
+    @property
+    def momentum(self) -> bool:
+        return bool(self.work.sgd.momentum)
+
+    def run(self, x: torch.Tensor, y: torch.Tensor) -> Values:
+        if self.work.mode == "infer":
+            return {LOGITS: [self.program(x)]}
+        if self.work.mode == "grads":
+            loss, grads = self.program(x, y)
+            return {LOSS: [loss], **{key: [g] for key, g in grads.items()}}
+        loss = self.program(x, y).clone()
+        return {LOSS: [loss], **self.state()}
+
+
+class _Torch:
+    """The net in torch, with torch's SGD: in the precision of the work, or exact."""
+
+    def __init__(self, work: Work, layout: Any, exact: bool = False) -> None:
+        self.work, self.layout = work, layout
+        double = exact and (work.device.type == "cpu" or work.precision == "fp32")
+        self.dtype = torch.float64 if double else torch.float32
+        self.flags = "fp32" if exact else work.precision
+        self.form = "autocast" if work.precision == "bf16" and not exact else ""
+        module: Any = torch_twin(work.net).to(work.device, self.dtype)
+        self.module = module.to(memory_format=layout)
         self.module.train(work.mode != "infer")
-        self.form = "autocast" if work.precision == "bf16" else ""
-        if work.sgd is not None:
-            s = work.sgd
-            self.optimizer = torch.optim.SGD(
+        if (s := work.sgd) is not None:
+            self.sgd = torch.optim.SGD(
                 self.module.parameters(), lr=s.lr, momentum=s.momentum,
                 weight_decay=s.weight_decay, nesterov=s.nesterov,
             )  # fmt: skip
 
+    def run(self, state: Values, x: torch.Tensor, y: torch.Tensor) -> Values:
+        with torch_flags(self.flags):
+            self._take(state)
+            x = x.to(self.dtype).contiguous(memory_format=self.layout)
+            if self.work.mode == "infer":
+                with torch.inference_mode():
+                    return {LOGITS: [self._forward(x)]}
+            self.module.zero_grad()
+            loss = nn.functional.cross_entropy(self._forward(x), y)
+            loss.backward()
+            out = {LOSS: [loss.detach()]}
+            if self.work.mode == "grads":
+                return out | {key: [p.grad] for key, p in self.module.named_parameters()}
+            self.sgd.step()
+            return out | {key: self._tensors(p) for key, p in self.module.named_parameters()}
+
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         with autocast(self.form, x.device):
-            return self.module(x.contiguous(memory_format=self.layout)).float()
+            return self.module(x).to(self.dtype)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return self._forward(x)
+    def _tensors(self, p: Any) -> list[torch.Tensor]:
+        buffer = self.sgd.state[p].get("momentum_buffer")
+        return [p.detach(), *([] if buffer is None else [buffer])]
 
-    def gradients(self, x: torch.Tensor, y: torch.Tensor) -> list[Any]:
-        """The loss, then the gradients in the order of the state_dict."""
-        loss = nn.functional.cross_entropy(self._forward(x), y)
-        loss.backward()
-        return [loss, *(p.grad for p in self.module.parameters())]
-
-    def take(self, weights: list[torch.Tensor]) -> None:
-        """The parameters from now on, in their order; momentum stays."""
-        with torch.no_grad():
-            for p, value in zip(self.module.parameters(), weights, strict=True):
-                p.copy_(value)
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        loss = nn.functional.cross_entropy(self._forward(x), y)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+    def _take(self, state: Values) -> None:
+        """The parameters and the momentum from now on."""
+        for key, p in self.module.named_parameters():
+            if key in state:
+                value, *momentum = state[key]
+                with torch.no_grad():
+                    p.copy_(value)
+                if momentum:
+                    self.sgd.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[0])

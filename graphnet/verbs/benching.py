@@ -34,8 +34,8 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,
     seconds: Annotated[float, typer.Option(min=0.1, help="of all rounds together")] = 20.0,
     parity: Annotated[
-        int, typer.Option(min=0, help="steps both sides train first; 0 checks nothing")
-    ] = 100,
+        int, typer.Option(min=0, help="batches that prove both sides first; 0 checks nothing")
+    ] = 5,
     layers: Annotated[
         bool, typer.Option("--layers/--no-layers", help="times by layer and by launch")
     ] = True,

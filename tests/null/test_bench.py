@@ -39,12 +39,16 @@ def test_the_command_prints_parity_and_ratio_and_writes_json(tmp_path, capsys):
     assert ended("lenet5", *QUICK, *asked, "--json", str(tmp_path)) == 0
     text = capsys.readouterr().out
     assert "TF32 in matrix products off, in cuDNN off, cudnn.benchmark on" in text
-    assert "parity of losses over 5 steps" in text and "eager's best is eager " in text
+    assert "parity of what a step changes over 5 batches" in text
+    assert "eager's best is eager " in text
     (path,) = tmp_path.iterdir()  # a folder: the name says what was measured
     found = json.loads(path.read_text())
     assert path.name == f"cpu-lenet5-train-b4-fp32-{found['date'][:10]}.json"
     jsonschema.validate(found, SCHEMA)
     assert found["complete"] and found["parity"]["ok"] and found["parity"]["steps"] == 5
+    errors = {e["name"]: e for e in found["parity"]["errors"]}
+    assert len(errors) == 11 and 0 < errors["0.weight"]["ours"] < 1e-5  # ten parameters, the loss
+    assert all(f"{e['name']:9} {e['ours']:9.1e} {e['torch']:9.1e}" in text for e in errors.values())
     rows = {row["name"]: row for row in found["rows"]}
     timed = [name for name, row in rows.items() if not row["failure"]]
     assert timed[:2] == ["graphnet", "graphnet bind/run"] and len(timed) == 2 + 6 + 1
@@ -69,7 +73,9 @@ def test_without_an_update(mode, what):
     found = bench.run_bench(quick(mode=mode))
     jsonschema.validate(found, SCHEMA)
     assert found["mode"] == mode and len(found["rows"]) == 3  # ours, and two layouts
-    assert found["parity"]["what"] == what and found["parity"]["error"] < 1e-4
+    parity = found["parity"]
+    assert parity["what"] == what and parity["reference"] == "float64"
+    assert all(e["ours"] < 1e-5 for e in parity["errors"])
 
 
 def test_bf16_is_tried_as_autocast_and_pure():
@@ -128,71 +134,11 @@ def test_no_speed_for_wrong_results(monkeypatch, tmp_path):
         return real(net, shape, **kw)
 
     monkeypatch.setattr(ours.gn, "compile", slower_learner)
-    with pytest.raises(NumericsError, match="THE TWO DIFFER"):
-        bench.run_bench(quick(batch=8, parity_steps=30), tmp_path / "r.json")
+    with pytest.raises(NumericsError, match="(?s)THE TWO DIFFER"):
+        bench.run_bench(quick(batch=8, parity_batches=3), tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(found, SCHEMA)
     assert found["rows"] == [] and not found["parity"]["ok"] and not found["complete"]
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"momentum": 0.89}, {"weight_decay": 0.0}, {"nesterov": True}, {"lr": 0.0101}]
-)
-def test_a_wrong_update_is_no_parity(wrong):
-    w = work("train")
-
-    def program(work):
-        sgd = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4} | wrong
-        return gn.compile(
-            work.net, tuple(work.x.shape), target="cpu", loss=gn.CrossEntropyLoss(),
-            optimizer=gn.SGD(**sgd),
-        )  # fmt: skip
-
-    assert not (found := parity.check(w, program, 10)).ok and found.error <= found.tolerance
-
-
-def test_a_stale_copy_of_the_weights_is_no_parity():
-    """Each step right for the weights that it sees: they are those of the step before."""
-    w = work("train")
-
-    def program(work):
-        real, seen = ours.compiled(work, "cpu", alone=False), []
-
-        def step(x, y):
-            seen.append(work.net.state_dict())
-            work.net.load_state_dict(seen[max(0, len(seen) - 2)])
-            return real(x, y)
-
-        return step
-
-    assert not parity.check(w, program, 10).ok
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_parity_does_not_depend_on_luck(seed):
-    """Runs that are left alone part by 4e-2 to 4e-1 with some of these weights."""
-    torch.manual_seed(seed)
-    found = parity.check(work(), lambda w: ours.compiled(w, "cpu", alone=False), 40)
-    assert found.ok and found.error <= 1e-5 and found.update <= 1e-3, str(found)
-
-
-@pytest.mark.parametrize("mode", ["infer", "grads"])
-def test_wrong_logits_and_gradients_are_no_parity(mode):
-    w = work(mode)
-
-    def off_by_a_percent(work):
-        program = ours.compiled(work, "cpu")
-
-        def run(*feed):
-            out = program(*feed)
-            if mode == "infer":
-                return 1.01 * out
-            return out[0], {k: 1.01 * g if k == "0.weight" else g for k, g in out[1].items()}
-
-        return run
-
-    assert parity.check(w, lambda w: ours.compiled(w, "cpu"), 1).ok
-    assert not parity.check(w, off_by_a_percent, 1).ok
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -296,7 +242,3 @@ def test_bad_input_exits_2_on_one_line(capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_parity_without_dropout_leaves_the_net_alone():
-    net = every_layer()
-    assert [m.p for m in parity.without_dropout(net).modules() if hasattr(m, "p")] == [0.0]
-    assert [m.p for m in net.modules() if hasattr(m, "p")] == [0.5]

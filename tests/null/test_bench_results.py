@@ -39,7 +39,7 @@ def one_thread():
 def measured(one_thread):
     """A whole result, measured here."""
     return bench.run_bench(
-        bench.BenchConfig("lenet5", 4, target="cpu", rounds=2, seconds=0.1, parity_steps=2)
+        bench.BenchConfig("lenet5", 4, target="cpu", rounds=2, seconds=0.1, parity_batches=2)
     )
 
 
