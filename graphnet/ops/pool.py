@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphnet.errors import ShapeError
+from graphnet.errors import ShapeError, UnsupportedOpError
 from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import Shape, TensorType, u8
@@ -67,6 +67,11 @@ class AvgPoolAttrs(PoolAttrs):
 
     count_include_pad: bool = True
     divisor_override: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dilation != (1, 1):
+            raise UnsupportedOpError(f"an average pool has no dilation, not {self.dilation}")
 
 
 @dataclass(frozen=True)

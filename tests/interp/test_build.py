@@ -15,7 +15,10 @@ from graphnet.lowering.build import build
 from graphnet.lowering.build.build import build_plan, key_of, ptxas, request
 from graphnet.lowering.launch.codegen import Source
 from graphnet.lowering.launch.config import SHARED_BYTES
+from graphnet.lowering.launch.signature import signature_of
 from graphnet.lowering.plan.plan import make_plan
+from tests.cases import CASES
+from tests.poisoned import graph_of
 
 STEP = """graph g(%x: @[16,8,12,12] data, %w: @[16,8,3,3] derived(%m), %b: f32[16] param,
     %dy: @[16,16,12,12] data, %m: f32[16,8,3,3] param, %lr: f32[] hyper, %wd: f32[] hyper) {
@@ -145,3 +148,29 @@ def test_a_kernel_that_does_not_compile_names_its_launch():
 def test_the_assembler_is_known():
     path, version = ptxas()
     assert path.exists() and version.count(".") == 2
+
+
+def test_what_the_files_say_of_kernels_is_what_triton_says():
+    import importlib
+
+    from triton.runtime.jit import JITFunction
+
+    seen = 0
+    for name in ("conv", "conv_taps", "conv_tma", "gemm", "lrn", "pool", "loss", "reduce"):
+        module = importlib.import_module(f"graphnet.kernels.{name}")
+        for key, kernel in vars(module).items():
+            if isinstance(kernel, JITFunction) and kernel.module == module.__name__:
+                found, seen = signature_of(module.__name__, key), seen + 1
+                constant = {p.name for p in kernel.params if p.is_constexpr}
+                optional = {p.name for p in kernel.params if p.has_default}
+                assert set(found.constants) == constant and found.optional == optional
+                assert [n for n in kernel.arg_names if n not in constant] == [*found.pointers]
+    assert seen > 20
+
+
+def test_average_pools_compile():
+    rows = [c for c in CASES if c.op.startswith("avgpool2d")]
+    assert len(rows) == 12
+    steps = [s for case in rows for s in make_plan(graph_of(case), "cuda").launches]
+    for about in build.try_launches(steps):
+        assert "error" not in about and about["spill_bytes"] == 0

@@ -206,9 +206,13 @@ def request(launch: Launch, arch: int) -> dict[str, Any]:
     }
 
 
+# Sizes of tiles begin with B; beside them stands how the work is shared out.
+_TUNED = re.compile(r"B[A-Z]|BLOCK|SPLIT|PROGRAMS|ROWS")
+
+
 def _config(launch: Launch) -> dict[str, int]:
-    """What the tuner chose for a launch."""
-    sizes = {k: v for k, v in launch.constants if k in ("BM", "BN", "BK", "SPLIT", "BLOCK")}
+    """What was chosen for a launch: tiles, shares of the work, warps and stages."""
+    sizes = {k: v for k, v in launch.constants if type(v) is int and _TUNED.fullmatch(k)}
     return {**sizes, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 

@@ -16,10 +16,12 @@ from graphnet.lowering.launch.work import Work, strides
 
 def _window(a: Any) -> dict[str, int]:
     (kh, kw), (sh, sw), (top, _, left, _) = a.kernel, a.stride, a.padding
-    out = {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PT": top, "PL": left}
-    if hasattr(a, "dilation"):
-        out |= {"DH": a.dilation[0], "DW": a.dilation[1]}
-    return out
+    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PT": top, "PL": left}
+
+
+def _dilated(a: Any) -> dict[str, int]:
+    """The window of a max-pool; those of a mean have no dilation."""
+    return {**_window(a), "DH": a.dilation[0], "DW": a.dilation[1]}
 
 
 def _pool(work: Work) -> list[Launch]:
@@ -31,11 +33,12 @@ def _pool(work: Work) -> list[Launch]:
     first, out = e.inputs[0].type.shape, e.out.type.shape
     (h, w), (oh, ow) = (out[2:], first[2:]) if backward else (first[2:], out[2:])
     constants: dict[str, Any] = {"N": out[0], "C": out[1], "H": h, "W": w, "OH": oh, "OW": ow}
-    if not e.op.startswith("adaptive"):
-        constants |= _window(a)
+    if e.op.startswith("max"):
+        constants |= _dilated(a)
     if e.op.startswith("avg"):
         _, b, _, r = a.padding  # type: ignore[attr-defined]
         constants |= {
+            **_window(a),
             "PB": b, "PR": r, "COUNT_PAD": a.count_include_pad,  # type: ignore[attr-defined]
             "DIVISOR": a.divisor_override,  # type: ignore[attr-defined]
         }  # fmt: skip
@@ -103,7 +106,7 @@ def _pooled_norm(work: Work) -> list[Launch]:
 def _shared(pool: Eqn, norm: Eqn, image: Value, small: Value) -> dict[str, Any]:
     """Constexprs of all four kernels; `image` is the pool's input, `small` its output."""
     oh, ow = small.type.shape[2:]
-    return {**_image(image), "OH": oh, "OW": ow, **_window(pool.attrs), **_formula(norm.attrs)}
+    return {**_image(image), "OH": oh, "OW": ow, **_dilated(pool.attrs), **_formula(norm.attrs)}
 
 
 def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn) -> Launch:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from graphnet.errors import CompileError
 from graphnet.ir.graph import NOWHERE, Where
 from graphnet.lowering.launch.codegen import Epilogue, Ref, Source
 from graphnet.lowering.launch.config import Choice
+from graphnet.lowering.launch.signature import signature_of
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,15 @@ def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any
     """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
 
     A Ref or a Table among the arguments stands for a pointer and a Box for a descriptor, a Source
-    among the constexprs for its function.
+    among the constexprs for its function. CompileError where the kernel does not take them so.
     """
+    signature = signature_of(launch.module, launch.kernel)
+    wrong = signature.mismatch(len(launch.args), [k for k, _ in launch.constants])
+    if wrong is not None:
+        raise CompileError(
+            f"{launch.kernel} cannot be launched so: {wrong}",
+            layer=", ".join(launch.where.layers) or None, where=launch.where.place or None,
+        )  # fmt: skip
     options: dict[str, Any] = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
