@@ -1,6 +1,6 @@
 """A pytest plugin that keeps the outcome of a run as JSON, rewritten after each test.
 
-    python -m pytest -p benchmarks.record --record FILE tests/gpu
+python -m pytest -p benchmarks.record --record FILE tests/gpu
 """
 
 from __future__ import annotations
@@ -54,5 +54,6 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    if (path := config.getoption("--record")) is not None:
+    path = config.getoption("--record")
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to us
         config.pluginmanager.register(Recorder(path))

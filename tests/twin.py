@@ -53,7 +53,9 @@ class Row:
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+    """The twin stays on the CPU; what it is compared with may lie on a GPU."""
+    off = got.to(want.device, torch.float64) - want
+    return float(off.norm() / want.norm().clamp_min(1e-30))
 
 
 class Twins:

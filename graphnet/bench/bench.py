@@ -39,6 +39,7 @@ class BenchConfig:
 
     mode     "train", "infer", or "grads": forward and backward without the update
     seconds  of all rounds together; building and compiling come on top
+    quick    of what torch compiles only the layout, update and form that were eager's best
     parity_batches  on which both sides are held against an exact twin first; 0 checks nothing
     """
 
@@ -54,6 +55,7 @@ class BenchConfig:
     parity_batches: int = parity.BATCHES
     dropout: bool = True
     by_layer: bool = True
+    quick: bool = False
 
 
 def _one_of(what: str, names: tuple[str, ...], known: Any) -> None:
@@ -167,7 +169,10 @@ class _Bench:
             raise NumericsError(str(found), help="no speed is reported for wrong results")
 
     def peers(self, work: Work, kind: str) -> list[Contestant]:
-        started, failures = peers.start_all(work, kind)
+        like = self.found.best().get("eager", "") if self.c.quick else ""
+        if like and KINDS[kind].modes != ("",):
+            self.result["notes"].append(f"{kind}: compiled from {like} alone")
+        started, failures = peers.start_all(work, kind, like)
         self.add(started, failures, kind)
         return started
 

@@ -75,11 +75,24 @@ def launch_times(work: Work, target: str) -> list[dict[str, Any]]:
     The launches of a second stream stand in the same row as all others: one after another.
     """
     program = compiled(work, target)
-    program(*((work.x,) if work.mode == "infer" else (work.x, work.y)))
-    clock, parts, spans = Clock(work.device), [], []
+    found = times_of(program, (work.x,) if work.mode == "infer" else (work.x, work.y))
+    rows = [row_of(part, program.plan) for part, _, _ in found]
+    loss = next((k for k, r in enumerate(rows) if "loss" in r["layers"]), len(rows))
+    for k, (row, (_, us, _)) in enumerate(zip(rows, found, strict=True)):
+        row["phase"] = "forward" if k < loss else "loss" if k == loss else "backward"
+        row["us"] = round(us, 3)
+    return rows
+
+
+def times_of(program: Any, feed: Sequence[torch.Tensor]) -> list[tuple[Any, float, Any]]:
+    """(part, microseconds, call) of what a program runs, in order, one after another: the part is a
+    step of the plan, or a task of the cpu target; the call does it once more."""
+    program(*feed)
+    clock, spans = Clock(program.device), []
+    parts: list[tuple[Any, Callable[..., Any]]] = []
 
     def around(part: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        parts.append(part)
+        parts.append((part, call))
 
         def timed(*args: Any) -> None:
             a = clock.stamp()
@@ -88,8 +101,8 @@ def launch_times(work: Work, target: str) -> list[dict[str, Any]]:
 
         return timed
 
-    module = importlib.import_module(f"graphnet.lowering.targets.{target}")
-    more = {"capture": False} if target == "cuda" else {}
+    module = importlib.import_module(f"graphnet.lowering.targets.{program.target}")
+    more = {"capture": False} if program.target == "cuda" else {}
     plan = replace(program.plan, streams=(0,) * len(program.plan.steps))
     once = module.prepare(plan, program._storage, around=around, **more)
 
@@ -99,15 +112,11 @@ def launch_times(work: Work, target: str) -> list[dict[str, Any]]:
         return list(spans)
 
     us = _medians(clock, run)
-    rows = [_row(part, program.plan) for part in parts]
-    loss = next((k for k, r in enumerate(rows) if "loss" in r["layers"]), len(rows))
-    for k, (row, taken) in enumerate(zip(rows, us, strict=True)):
-        row["phase"] = "forward" if k < loss else "loss" if k == loss else "backward"
-        row["us"] = round(taken, 3)
-    return rows
+    return [(part, t, call) for (part, call), t in zip(parts, us, strict=True)]
 
 
-def _row(part: Any, plan: Any) -> dict[str, Any]:
+def row_of(part: Any, plan: Any) -> dict[str, Any]:
+    """Name, layers, FLOPs and bytes of a step of a plan or a task."""
     if isinstance(part, Launch):
         layers = part.where.layers
         return _named(part.kernel, layers, part.flops, part.bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -89,9 +89,12 @@ class Variant:
         return " ".join(filter(None, (self.kind, self.layout, self.sgd, self.form, self.mode)))
 
 
-def variants(kind: str, work: Work) -> tuple[list[Variant], str]:
+def variants(kind: str, work: Work, like: str = "") -> tuple[list[Variant], str]:
     """The variants of a kind that make sense for the work on its device; where there are none,
-    the reason."""
+    the reason.
+
+    like  name of an eager variant: of a compiled kind only what is like it but for compiling
+    """
     k, gpu = KINDS[kind], work.device.type == "cuda"
     if k.graph and not gpu:
         return [], "not applicable: a CUDA graph needs a GPU"
@@ -106,6 +109,12 @@ def variants(kind: str, work: Work) -> tuple[list[Variant], str]:
         for how in (sgd if work.mode == "train" else ("",))
         for form in forms
     ]
+    if like and modes != ("",):
+        alike = lambda v, sgd: replace(v, kind="eager", mode="", sgd=sgd).name == like
+        # A form of the update that is not compiled, like a plain one, stands for the first that is.
+        made = [v for v in made if alike(v, v.sgd)] or [
+            v for v in made if v.sgd == sgd[0] and any(alike(v, how) for how in OPTIMIZERS)
+        ]
     return made, ""
 
 
@@ -262,9 +271,9 @@ def build(work: Work, v: Variant) -> Run:
     return run
 
 
-def start_all(work: Work, kind: str) -> tuple[list[Contestant], dict[str, str]]:
+def start_all(work: Work, kind: str, like: str = "") -> tuple[list[Contestant], dict[str, str]]:
     """The variants of a kind, started; and why the others could not be, by name."""
-    found, why = variants(kind, work)
+    found, why = variants(kind, work, like)
     failures = {} if found else {kind: why}
     out = []
     for v in found:

@@ -39,6 +39,9 @@ def bench(
     layers: Annotated[
         bool, typer.Option("--layers/--no-layers", help="times by layer and by launch")
     ] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="compile only what is eager's best otherwise")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help=_JSON)] = None,
 ) -> None:
     """Our step beside torch's best, in interleaved rounds; first both must compute the same."""
@@ -48,7 +51,7 @@ def bench(
     mode = "infer" if not train else "train" if update else "grads"
     settings = BenchConfig(
         model, batch, mode, precision, target, names(against), names(ablate), rounds, seconds,
-        parity, dropout, layers,
+        parity, dropout, layers, quick,
     )  # fmt: skip
     number = signal.SIGINT
 

@@ -169,10 +169,10 @@ def test_an_interrupted_bench_keeps_the_finished_rounds(number, monkeypatch, tmp
 def test_one_kind_after_the_other_so_a_late_end_keeps_the_first(monkeypatch, tmp_path):
     real = peers.start_all
 
-    def second_ends(work, kind):
+    def second_ends(work, kind, like):
         if kind == "compile":
             raise KeyboardInterrupt
-        return real(work, kind)
+        return real(work, kind, like)
 
     monkeypatch.setattr(peers, "start_all", second_ends)
     with pytest.raises(KeyboardInterrupt):
@@ -184,7 +184,7 @@ def test_one_kind_after_the_other_so_a_late_end_keeps_the_first(monkeypatch, tmp
 def test_a_kind_lets_go_of_its_memory_before_the_next_is_built(monkeypatch):
     real, held = peers.start_all, []
 
-    def tracked(work, kind):
+    def tracked(work, kind, like):
         alive = [ref for ref in held if ref() is not None]
         assert len(alive) <= 1, "only the quickest of a kind stays"
         started, failures = real(work, "eager")
@@ -240,5 +240,3 @@ def test_wrong_names_list_the_valid_ones(changes, match):
 def test_bad_input_exits_2_on_one_line(capsys):
     assert ended("lenet5", "--against", "eagre") == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-

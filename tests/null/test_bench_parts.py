@@ -87,14 +87,15 @@ def test_a_contestant_that_fails_in_a_round_leaves_and_the_others_go_on():
 # ---- baselines -------------------------------------------------------------------------------
 
 
-def names(kind, device, mode="train", precision="bf16"):
+def names(kind, device, mode="train", precision="bf16", like=""):
     class On(Work):
         @property
         def device(self):
             return torch.device(device)
 
     w = work(mode, precision)
-    return [v.name for v in peers.variants(kind, On(w.net, w.x, w.y, mode, w.sgd, precision))[0]]
+    w = On(w.net, w.x, w.y, mode, w.sgd, precision)
+    return [v.name for v in peers.variants(kind, w, like)[0]]
 
 
 def test_which_baselines_make_sense_where():
@@ -107,6 +108,23 @@ def test_which_baselines_make_sense_where():
     assert names("eager-graph", "cpu") == []
     assert not any("reduce-overhead" in n or "compiled" in n for n in names("compile", "cpu"))
     assert all("max-autotune" in n for n in names("compile-max", "cpu"))
+
+
+def test_what_is_compiled_can_be_like_the_best_of_eager():
+    like = "eager channels_last fused autocast"
+    assert names("compile", "cuda", like=like) == [
+        "compile channels_last fused autocast default",
+        "compile channels_last fused autocast reduce-overhead",
+    ]
+    assert names("compile-max", "cuda", like=like) == [
+        "compile-max channels_last fused autocast max-autotune"
+    ]
+    assert len(names("eager-graph", "cuda", like=like)) == 12  # nothing to compile
+    # An update that is never compiled stands for the first that is.
+    assert names("compile-max", "cuda", like="eager nchw plain pure") == [
+        "compile-max nchw fused pure max-autotune"
+    ]
+    assert names("compile", "cpu", "infer", "fp32", "eager nchw") == ["compile nchw default"]
 
 
 def test_the_flags_of_a_precision_stand_inside_only():
