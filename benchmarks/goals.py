@@ -106,15 +106,16 @@ def seed_groups(result: Result) -> dict[tuple[str, int], list[dict[str, Any]]]:
 
 def _wrong(results: list[Result]) -> float | None:
     """Configurations of the shipped table that the tuner found wrong."""
-    shipped = {_config(e.as_dict() | {"kernel": e.kind}) for e in tables.shipped(GPU.lower())}
+    shipped = {_config(e.as_dict()) for e in tables.shipped(GPU.lower())}
     rows = [row for r in results if r["kind"] == "tune" for row in r["rows"]]
-    tried = [r["verdict"] for r in rows if r["verdict"] != "skipped" and _config(r) in shipped]
+    renamed = [row | {"op": row["kernel"], "dtype": row["precision"]} for row in rows]
+    tried = [r["verdict"] for r in renamed if r["verdict"] != "skipped" and _config(r) in shipped]
     return float(tried.count("wrong")) if tried else None
 
 
 def _config(row: Mapping[str, Any]) -> str:
-    """What identifies a configuration of one key."""
-    names = ("kernel", "shape", "precision", "config")
+    """What identifies a configuration of one problem."""
+    names = ("op", "shape", "dtype", "variant", "config")
     return json.dumps([row.get(name) for name in names], sort_keys=True)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphnet.lowering.tune.candidates import rank_correlation
+
 from benchmarks.goals import GOALS, GPU, ours_ms, seed_groups
 from benchmarks.published import WORKLOADS, Workload
 from graphnet.bench.peers import KINDS
 from graphnet.bench.result import span
-from graphnet.lowering.tune.candidates import rank_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,11 @@ from graphnet.runtime.accumulate import Accumulated
 from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
 from graphnet.runtime.state import state_of
 
+if TYPE_CHECKING:
+    from graphnet.lowering.launch.choice import Kernels
+
 TARGETS = ("auto", "cuda", "interpret", "cpu")
+BUILT_FOR = "h100"  # the GPU that we build for where there is none
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Lowered:
     target: str
     precision: str
     trainable: tuple[str, ...]
+    kernels: Kernels | None = None
 
 
 def lower(
@@ -55,14 +60,14 @@ def lower(
     nonfinite: str | None = None,
     apply: bool = True,
     augment: Any = None,
+    gpu: str | None = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
-    Of the two programs that accumulate, `apply` chooses the one that ends in the update.
+    Of the two programs that accumulate, `apply` chooses the one that ends in the update. `gpu`
+    names the GPU whose measurements decide between kernels, where it is not the one at hand.
     """
-    from graphnet.lowering.launch.config import using
     from graphnet.lowering.plan.plan import make_plan
-    from graphnet.lowering.tune.tables import table_for
     from graphnet.lowering.watch import dump
 
     _check_arguments(net, precision, loss, optimizer, grads)
@@ -74,48 +79,72 @@ def lower(
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
     if training and not keys:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
+    kernels = kernels_of(target, gpu)
     stages = pipeline.run(
-        traced, precision=precision, optimizer=optimizer, grads=grads, target=target,
+        traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
         trainable=keys,
         multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
         handling=handling,
     )  # fmt: skip
-    # The interpreter's tiles are part of tests: only who asks for tuned ones gets them.
-    known = table_for(tuned_as(target)) if target == "cuda" or config.tune() else {}
-    with using(known):
-        plan = make_plan(stages.fused, target)
+    plan = make_plan(stages.fused, target, kernels)
     dump(plan)
-    return Lowered(stages, plan, target, precision, keys)
+    return Lowered(stages, plan, target, precision, keys, kernels)
+
+
+def kernels_of(target: str, gpu: str | None = None) -> Kernels | None:
+    """What decides between kernels on a target, None where there are none of ours.
+
+    gpu  whose measurements decide: the one at hand by default, H100's where there is none. The
+         interpreter's tiles are part of tests: only who asks for tuned ones gets them
+    """
+    from graphnet.lowering.launch.registry import kernels_for
+    from graphnet.lowering.tune.tables import table_for
+
+    if target == "cpu":
+        return None
+    known = table_for(gpu or tuned_as(target)) if target == "cuda" or config.tune() else {}
+    arch = 90
+    if target == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor
+    return kernels_for(target, arch=arch, table=known)
 
 
 def tuned_as(target: str) -> str | None:
-    """Under which name a target's tuning is kept: the GPU's, or the one that we build for."""
+    """Under which name a target's measurements are kept: the GPU's, or the one we build for."""
     from graphnet.lowering.watch import gpu_here
 
-    return {"cuda": gpu_here() or "h200", "interpret": "interpreter"}.get(target)
+    if target == "cuda":
+        return gpu_here() if torch.cuda.is_available() else BUILT_FOR
+    return {"interpret": "interpreter"}.get(target)
 
 
 def tune(low: Lowered, seconds: float = 60.0, **options: Any) -> Any:
-    """Searches configurations for what a lowered net launches, on its own target, and keeps them.
+    """Searches variants and configurations for what a lowered net launches, on its own target, and
+    keeps them.
 
-    Keys that are known already are left alone. The result is a `Found`, every trial in it; what
-    is lowered from now on uses it. The options are those of `graphnet.lowering.tune.search.search`.
+    Problems that have a measurement of ours are left alone. The result is a `Found`, every trial in
+    it; what is lowered from now on uses it. The options are those of
+    `graphnet.lowering.tune.search.search`.
     """
     from graphnet.lowering.tune import search, tables
 
     gpu = tuned_as(low.target)
-    if gpu is None:
+    if low.kernels is None:
         raise ConfigError(f"target {low.target!r} has no launches to tune", help="use cuda")
-    known = options.pop("known", tables.table_for(gpu))
+    if gpu is None:
+        known = ", ".join(tables.known_gpus())
+        raise ConfigError(f"this GPU has no name in our tables; there are {known}")
     told = options.pop("each", lambda found: None)
+    kept = 0
 
     def each(found: Any) -> None:
-        tables.remember(found.entries[-1:])
+        nonlocal kept
+        tables.remember(found.entries[kept:])
+        kept = len(found.entries)
         told(found)
 
-    return search.search(
-        low.plan, gpu=gpu, seconds=seconds, known=known, each=each, **options
-    )  # fmt: skip
+    return search.search(low.plan, low.kernels, gpu=gpu, seconds=seconds, each=each, **options)
 
 
 def compile(

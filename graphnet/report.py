@@ -18,7 +18,8 @@ from graphnet.frontends.dsl import Module
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.op import get_op
 from graphnet.lowering.build.build import key_of, request
-from graphnet.lowering.launch.cost import ceiling, limits_us, padded_flops
+from graphnet.lowering.launch.choice import Choice
+from graphnet.lowering.launch.cost import ceiling, limits_us
 from graphnet.lowering.launch.moves import is_view
 from graphnet.lowering.launch.steps import Fill, Launch
 from graphnet.ops.fused import eqn_cost
@@ -26,19 +27,35 @@ from graphnet.passes.templates import anchor_of
 
 STAGES = ("traced", "joint", "fused", "plan")
 _ARCH = 90  # of every GPU whose ceilings are known
+REACHED = 0.6  # share of its roofline that a launch without a measurement is taken to reach
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A row: `kind` is the kernel family, `binary` names the code, `floor_us` on the given GPU."""
+    """A row: `kind` is the kernel family, `binary` names the code, `floor_us` on the given GPU.
+
+    variant, config, source  what was chosen, and where the choice comes from; empty where there is
+                             nothing to choose
+    measured_us  what the choice took where it was measured; of an equation's launches the first
+                 has the time of all, the others 0. None without a measurement
+    """
 
     name: str
     kind: str
     layers: tuple[str, ...]
     binary: str
+    variant: str
+    config: dict[str, Any]
+    source: str
     flops: int
     bytes: int
     floor_us: float
+    measured_us: float | None
+
+    @property
+    def expected_us(self) -> float:
+        """What was measured, else what a kernel takes that reaches REACHED of its floor."""
+        return self.floor_us / REACHED if self.measured_us is None else self.measured_us
 
 
 def check_choices(stage: str, gpu: str) -> None:
@@ -54,12 +71,21 @@ def check_choices(stage: str, gpu: str) -> None:
 def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
     """Each row, and whether arithmetic or memory bounds it."""
 
+    seen: set[int] = set()
+
     def row(name: str, kind: str, layers: tuple[str, ...], binary: str, flops: int, moved: int,
-            math: str) -> tuple[Kernel, str]:  # fmt: skip
+            math: str, choice: Choice | None = None) -> tuple[Kernel, str]:  # fmt: skip
         compute, memory = limits_us(flops, moved, math, gpu)
         floor = round(max(compute, memory), 6)
         bound = "compute" if compute > memory else "memory"
-        return Kernel(name, kind, layers, binary, flops, moved, floor), bound
+        about: tuple[str, dict[str, Any], str] = ("", {}, "")
+        us = None
+        if choice is not None:
+            source = choice.source + (f" ({choice.origin})" if choice.origin else "")
+            about = choice.variant.name, choice.config.as_dict(), source
+            us = choice.us if id(choice) not in seen or choice.us is None else 0.0
+            seen.add(id(choice))
+        return Kernel(name, kind, layers, binary, *about, flops, moved, floor, us), bound
 
     if low.plan.target == "cpu":
         for e in low.plan.graph.eqns:
@@ -70,7 +96,7 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
     for s in low.plan.launches:
         family = s.module.rpartition(".")[2]
         binary = key_of(request(s, _ARCH))
-        yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math)
+        yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math, s.choice)
 
 
 def _body(eqn: Eqn) -> Sequence[Eqn]:
@@ -107,6 +133,7 @@ def inspect_data(net: Module, low: Lowered, facts: dict[str, Any]) -> dict[str, 
         "flops": sum(k.flops for k in rows),
         "bytes": sum(k.bytes for k in rows),
         "floor_us": round(sum(k.floor_us for k in rows), 6),
+        "expected_us": round(sum(k.expected_us for k in rows), 6),
         "peak_bytes": low.plan.peak_bytes,
         "params": sum(p.numel() for p in net.parameters()),
     }
@@ -126,21 +153,23 @@ def inspect_text(net: Module, low: Lowered, facts: dict[str, Any], why: bool = F
 def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     found = list(_kernels(low, facts["gpu"]))
     rows = [k for k, _ in found]
-    padded = [padded_flops(s) for s in low.plan.launches] or [0] * len(rows)
-    head = ("", "kernel", "layers", "FLOPs", "padding", "bytes", "floor us", "bound")
+    padded = [s.padded for s in low.plan.launches] or [0] * len(rows)
+    head = ("", "kernel", "layers", "variant", "FLOPs", "padding", "bytes", "floor us",
+            "measured", "bound")  # fmt: skip
     cells = [
-        (str(n), k.name, ", ".join(k.layers) or "-", count(k.flops),
+        (str(n), k.name, ", ".join(k.layers) or "-", k.variant, count(k.flops),
          f"+{max(0.0, padded[n] / k.flops - 1):.0%}" if padded[n] and k.flops else "",
-         count(k.bytes, "B"), f"{k.floor_us:.2f}", bound)
+         count(k.bytes, "B"), f"{k.floor_us:.2f}",
+         f"{k.measured_us:.1f}" if k.measured_us else "", bound)
         for n, (k, bound) in enumerate(found)
     ]  # fmt: skip
     flops, moved = sum(k.flops for k in rows), sum(k.bytes for k in rows)
     floor = f"{sum(k.floor_us for k in rows):.2f}"
-    total = ("", "total", "", count(flops), "", count(moved, "B"), floor, "")
+    total = ("", "total", "", "", count(flops), "", count(moved, "B"), floor, "", "")
     width = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
 
     def line(c: Sequence[str]) -> str:
-        left = (0, 3, 4, 5, 6)  # numbers stand on the right
+        left = (0, 4, 5, 6, 7, 8)  # numbers stand on the right
         parts = (
             v.rjust(w) if k in left else v.ljust(w)
             for k, (v, w) in enumerate(zip(c, width, strict=True))
@@ -155,7 +184,20 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
         f"{low.target}: {_steps(low, len(rows))}; floors of {facts['gpu']}"
     )
     lines = [title, line(head), rule, *map(line, cells), rule, line(total)]
-    return "\n".join([*lines, *_memory(low, params, facts["gpu"])])
+    return "\n".join([*lines, *_expected(rows), *_memory(low, params, facts["gpu"])])
+
+
+def _expected(rows: Sequence[Kernel]) -> list[str]:
+    """The sum of what was measured, and which launches were not."""
+    missing = [n for n, k in enumerate(rows) if k.measured_us is None]
+    if len(missing) == len(rows):
+        return []
+    total = sum(k.expected_us for k in rows)
+    rest = sum(rows[n].expected_us for n in missing)
+    line = f"measured launches and the rest at floor / {REACHED}: {total:.0f} us"
+    if missing:
+        line += f", of which {rest:.0f} us are not measured: {', '.join(map(str, missing))}"
+    return [line]
 
 
 def _steps(low: Lowered, rows: int) -> str:
@@ -193,14 +235,14 @@ def count(n: float, unit: str = "") -> str:
 
 
 def why_text(low: Lowered) -> str:
-    """What the rewrite rules refused: the rule, the value, its place, and the reason; then which
-    loader feeds each convolution, and why."""
+    """What the rewrite rules refused: the rule, the value, its place, and the reason; then the
+    variant of each launch, where the choice comes from, and why it was not another."""
     refused = low.stages.log.refusals
     lines = ["not fused:"] if refused else ["not fused: the rules refused nothing"]
     for (rule, label), sentence in refused.items():
         place = _place(low, label)
         lines += [f"  {rule}", f"    at {label}{f', {place}' if place else ''}", f"    {sentence}"]
-    return "\n".join([*lines, *_norm_price(low), *_loaders(low)])
+    return "\n".join([*lines, *_norm_price(low), *_choices(low)])
 
 
 def _norm_price(low: Lowered) -> list[str]:
@@ -217,18 +259,16 @@ def _norm_price(low: Lowered) -> list[str]:
     ]
 
 
-def _loaders(low: Lowered) -> list[str]:
-    """By the number of the launch in the plan's table."""
-    rows = [
-        (f"{n:2}", s.kernel, ", ".join(s.where.layers), s.why)
-        for n, s in enumerate(low.plan.launches)
-        if s.why
-    ]
-    if not rows:
-        return []
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{c:{w}}" for c, w in zip(r, wide, strict=True)).rstrip() for r in rows]
-    return ["", "loaders of the convolutions:", *lines]
+def _choices(low: Lowered) -> list[str]:
+    """By the number of the launch in the plan's table; of an equation's launches the first."""
+    lines, seen = [], set()
+    for n, s in enumerate(low.plan.launches):
+        if s.choice is None or id(s.choice) in seen:
+            continue
+        seen.add(id(s.choice))
+        lines.append(f"  {n:2}  {s.kernel} ({', '.join(s.where.layers)}): {s.choice}")
+        lines += [f"        not {name}: {why}" for name, why in s.choice.refused]
+    return ["", "variants:", *lines] if lines else []
 
 
 def _place(low: Lowered, label: str) -> str:

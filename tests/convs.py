@@ -1,4 +1,4 @@
-"""Convolutions between channels-last images, for the loaders that read tap by tap.
+"""Convolutions between channels-last images, for the variants that go tap by tap.
 
 The interpreter and the GPU run the same rows through the same function.
 """
@@ -12,9 +12,10 @@ import torch
 from graphnet.ir.graph import Builder, Graph, Value
 from graphnet.ir.op import get_op
 from graphnet.ir.types import DType, TensorType, f32
-from graphnet.lowering.launch.config import TAPS, forced
+from graphnet.lowering.launch.choice import forced
 from graphnet.lowering.plan.plan import make_plan
 from tests.case import attrs, fill
+from tests.kinds import CONVS
 from tests.poisoned import run
 
 
@@ -80,15 +81,15 @@ MATH = {"f32": "ieee", "bf16": "bf16"}
 
 
 def hold(
-    op: str, row: Row, dtype: DType, loader: str, *, filters: str = "nhwc",
+    op: str, row: Row, dtype: DType, variant: str, *, filters: str = "nhwc",
     target: str = "interpret", **forces: int,
 ) -> str:  # fmt: skip
-    """Runs one convolution over poisoned memory against the oracle; the kernel that ran."""
+    """Runs one convolution over poisoned memory against the oracle; the variant that ran."""
     graph = row.graph(op, dtype, MATH[dtype.name], filters)
     g = torch.Generator().manual_seed(1)
     drawn = [fill(i.value.type, g, i.value.type.dtype.torch) for i in graph.inputs]
     tiles = {"BM": 16, "BN": row.BN, "BT": row.BT, "BK": 16, **forces}
-    with forced(*TAPS, loader=loader, **tiles):
-        kernels = [s.kernel for s in make_plan(graph, target).launches]
+    with forced(*CONVS, variant=variant, **tiles):
+        choices = [s.choice for s in make_plan(graph, target).launches]
         run(graph, drawn, target=target)
-    return next(k for k in kernels if k.startswith("conv"))
+    return next(c.variant.name for c in choices if c is not None)

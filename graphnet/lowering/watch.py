@@ -70,11 +70,22 @@ def watched(plan: Plan, calls: Sequence[Call], tensor: Buffer) -> list[Call]:
 
 
 def gpu_here() -> str | None:
-    """The name by which the ceilings of the GPU at hand are known; None without one."""
+    """The name by which the GPU at hand is known; None without one, and for one that is not.
+
+    A model with another number of processors is another GPU: a PCIe H100 has 114.
+    """
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name().lower()
-    return next((known for known in CEILINGS if known in name), None)
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return gpu_named(about.name, about.multi_processor_count)
+
+
+def gpu_named(name: str, processors: int) -> str | None:
+    """The GPU that we have ceilings of, by what its driver says; None where there is none."""
+    for known, ceiling in CEILINGS.items():
+        if known in name.lower() and processors == ceiling.processors:
+            return known
+    return None
 
 
 def clock(call: Call) -> float:

@@ -11,16 +11,23 @@ strided convolution of few channels one of stride 1 with many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
 from graphnet.ir.op import get_op
 from graphnet.ir.types import NHWC, Layout
 
 CHANNELS = 8  # 16 bytes of bf16
-THIN = 4  # channels up to which an image goes space-to-depth
 _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
+
+
+class Kernels(Protocol):
+    """Who knows which layouts the kernels of the target take."""
+
+    def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout]) -> bool:
+        """Whether one computes an anchor with its operands and results in these layouts."""
 
 
 def _pinned(graph: Graph) -> set[Value]:
@@ -33,11 +40,12 @@ def _pinned(graph: Graph) -> set[Value]:
     return out
 
 
-def layout(graph: Graph, target: str) -> Graph:
-    """The graph with storage chosen; the cpu target plans its own and gets it unchanged."""
-    if target == "cpu":
+def layout(graph: Graph, kernels: Kernels | None) -> Graph:
+    """The graph with storage chosen for these kernels; a target without kernels of ours (cpu) plans
+    its own and gets it unchanged."""
+    if kernels is None:
         return graph
-    graph, first = _first_layer(graph)
+    graph, first = _first_layer(graph, kernels)
     pinned = _pinned(graph) - set(first)
     chosen: dict[Value, Layout] = {}
     for e in graph.eqns:
@@ -73,7 +81,7 @@ def _plain(eqn: Eqn) -> Iterator[Eqn]:
     yield from (eqn,) if eqn.body is None else eqn.body.eqns
 
 
-def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
+def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Layout]]:
     """The graph with a relayout behind each image that only strided convolutions read, and the
     layouts of its result and of their weight copies. An augmentation writes the blocks itself."""
     chosen: dict[Value, Layout] = {}
@@ -85,7 +93,7 @@ def _first_layer(graph: Graph) -> tuple[Graph, dict[Value, Layout]]:
     for image in [*(i.value for i in graph.inputs if i.role == "data"), *made]:
         uses = [p for r in readers.get(image, ()) for p in _plain(r) if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
-        if not uses or not all(_folds(u, image) for u in uses) or not weights <= derived:
+        if not uses or not all(_folds(u, image, kernels) for u in uses) or not weights <= derived:
             continue
         # The weight gradient by blocks reads its dy channels-last, which a flatten does not allow.
         if any(u.op == "conv2d_wgrad" and u.inputs[1] in pinned for u in uses):
@@ -120,17 +128,17 @@ def _behind(graph: Graph, image: Value, packed: Value) -> Graph:
     return replace(graph, eqns=(relayout, *eqns))
 
 
-def _folds(use: Eqn, image: Value) -> bool:
+def _folds(use: Eqn, image: Value, kernels: Kernels) -> bool:
     """Whether a use of the image is a convolution whose stride can be its block."""
-    a = use.attrs
     if use.op not in _IMAGE_READERS or use.inputs[0] != image or len(image.type.shape) != 4:
         return False
-    sh, sw = a.stride  # type: ignore[attr-defined]
-    plain = a.groups == 1 and a.dilation == (1, 1) and not any(a.padding)  # type: ignore[attr-defined]
-    # The result's channels are read channels-last by the weight gradient.
-    made = use.out.type.shape[0 if use.op == "conv2d_wgrad" else 1]
-    c = image.type.shape[1]
-    return plain and sh == sw > 1 and made % CHANNELS == 0 and c <= THIN and c * sh * sw % 16 == 0
+    stride = use.attrs.stride[0]  # type: ignore[attr-defined]
+    to, other = Layout("row", None, stride), use.inputs[1]
+    if stride == 1:
+        return False
+    # The weight gradient reads the result's channels channels-last.
+    layouts = {image: to, other: to if use.op == "conv2d" else NHWC, use.results[0]: NHWC}
+    return kernels.takes(use, layouts)
 
 
 def _read_by_conv2d(w: Value, readers: dict[Value, list[Eqn]]) -> bool:

@@ -16,7 +16,7 @@ from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
 from graphnet.passes.fuse_loss import fuse_pairs
 from graphnet.passes.fuse_lrn import RULES as NORMS
 from graphnet.passes.fuse_update import COPIES, RULES
-from graphnet.passes.layout import layout
+from graphnet.passes.layout import Kernels, layout
 from graphnet.passes.observe import Observer
 from graphnet.passes.precision import precision
 from graphnet.passes.rewrite import Log, rewrite
@@ -41,13 +41,17 @@ def run(
     precision: str = "fp32",
     optimizer: Any = None,
     grads: bool = False,
-    target: str = "cpu",
+    kernels: Kernels | None = None,
     trainable: Sequence[str] = (),
     multipliers: Mapping[str, tuple[float, float]] | None = None,
     handling: Handling | None = None,
     disabled: Sequence[str] = (),
 ) -> Stages:
-    """traced -> joint -> fused. `disabled` names passes or rules, as GRAPHNET_DISABLE does."""
+    """traced -> joint -> fused.
+
+    kernels   whose layouts the graph gets; None for a target without kernels of ours
+    disabled  names of passes or rules, as in GRAPHNET_DISABLE
+    """
     log, off = Log(), {*disabled, *config.disabled()}
     train = optimizer is not None or grads
 
@@ -73,7 +77,7 @@ def run(
         ("fuse_updates", "fused", "fused", rules(RULES)),
         ("fuse_copies", "fused", "fused", rules(COPIES)),
         ("fuse_chains", "fused", "fused", rules(CHAINS)),
-        ("layout", "fused", "fused", lambda g: layout(g, target)),
+        ("layout", "fused", "fused", lambda g: layout(g, kernels)),
         ("dce", "fused", "fused", dce),
     ]
     # Missed fusions are an error only of the full pipeline.

@@ -69,6 +69,12 @@ def anchor_of(eqn: Eqn) -> str | None:
     return None
 
 
+def anchors_of(eqn: Eqn) -> tuple[Eqn, ...]:
+    """The anchors of an equation, plain or fused, in order."""
+    eqns = eqn.body.eqns if eqn.body is not None else (eqn,)
+    return tuple(e for e in eqns if e.op in TEMPLATES)
+
+
 def refusal(body: Graph) -> str | None:
     """Why no template takes this body, as a sentence; None if one does."""
     anchors = [e for e in body.eqns if not is_pointwise(e.op)]

@@ -62,7 +62,7 @@ def inspect(
     wanted = training(
         train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
-    low = lower(net, shape, target=target, precision=precision, **wanted)
+    low = lower(net, shape, target=target, precision=precision, gpu=gpu, **wanted)
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,

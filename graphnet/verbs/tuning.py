@@ -58,9 +58,8 @@ def tune(
             text = json.dumps(result(found), indent=1)
             write_whole(out / name if out.is_dir() else out, text.encode())
 
-    options: dict[str, Any] = {"known": {}} if again else {}
     say = lambda line: typer.echo(line, err=True)
-    found = api.tune(low, seconds, say=say, each=write, **options)
+    found = api.tune(low, seconds, say=say, each=write, again=again)
     write(found)
     if table is not None:
         have = tables.read(table) if table.exists() else []
@@ -70,8 +69,8 @@ def tune(
         return
     bad = [t for t in found.trials if t.verdict == "wrong"]
     for t in bad:
-        typer.echo(f"wrong: {t.kind} {t.config}: {t.error}")
-    gained = [e for e in found.entries if e.analytic_us and e.us and e.us < e.analytic_us]
+        typer.echo(f"wrong: {t.problem} {t.variant} {t.config}: {t.error}")
+    gained = [e for e in found.entries if e.rule_us and e.us < e.rule_us]
     typer.echo(
         f"{found.keys} keys, {len(found.trials)} trials, {len(bad)} wrong, "
         f"{len(gained)} faster than the rules, {found.seconds:.0f} s"

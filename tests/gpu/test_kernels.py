@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from graphnet import config
-from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.choice import forced
 from tests.case import attrs, f
 from tests.cases import CASES
 from tests.interp.test_cases import CONVS, EDGES, drawn
+from tests.kinds import PRODUCTS, WGRADS
 from tests.poisoned import graph_of, run
 
 

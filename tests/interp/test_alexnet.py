@@ -14,7 +14,8 @@ import graphnet as gn
 from graphnet.api import lower
 from graphnet.bench.parity import without_dropout
 from graphnet.bench.twin import torch_twin
-from graphnet.lowering.launch.config import NORMS, PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.choice import forced
+from tests.kinds import NORMS, PRODUCTS, WGRADS
 from tests.twin import relative
 
 LR, MOMENTUM, DECAY, SEED = 0.01, 0.9, 0.05, 7

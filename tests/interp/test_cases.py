@@ -9,9 +9,10 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Graph
 from graphnet.ir.op import get_op
-from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.choice import forced
 from tests.case import Case, attrs, f, fill
 from tests.cases import CASES
+from tests.kinds import PRODUCTS, WGRADS
 from tests.poisoned import graph_of, run
 
 

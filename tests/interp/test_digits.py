@@ -5,9 +5,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from graphnet.lowering.launch.config import PRODUCTS, WGRADS, forced
+from graphnet.lowering.launch.choice import forced
 from graphnet.ops.linear import Linear
 from tests.case import attrs
+from tests.kinds import PRODUCTS, WGRADS
 from tests.twin import Twins, hold
 
 STEPS = 50

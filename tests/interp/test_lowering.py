@@ -8,8 +8,8 @@ import torch
 import graphnet.ops  # noqa: F401  (fills the registry)
 from graphnet import config
 from graphnet.ir.text import parse
+from graphnet.lowering.launch.choice import forced
 from graphnet.lowering.launch.codegen import Source, load, materialise
-from graphnet.lowering.launch.config import forced
 from graphnet.lowering.launch.steps import Copy, Fill
 from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.targets import interpret

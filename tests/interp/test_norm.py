@@ -5,9 +5,10 @@ import torch
 
 import graphnet as gn
 from graphnet.api import lower
-from graphnet.lowering.launch.config import NORMS, forced
+from graphnet.lowering.launch.choice import forced
 from graphnet.lowering.targets import interpret
 from graphnet.ops.evaluate import evaluate_step, to_double
+from tests.kinds import NORMS
 
 FUSED = {
     "pool,norm": ("maxpool2d_lrn", "lrn_grad_maxpool2d_grad"),

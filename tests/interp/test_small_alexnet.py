@@ -1,4 +1,4 @@
-"""A cut-down AlexNet with production tiles: every loader and layout, in fp32 and in bf16."""
+"""A cut-down AlexNet with production tiles: every variant and layout, in fp32 and in bf16."""
 
 import pytest
 import torch
@@ -7,13 +7,16 @@ import graphnet as gn
 from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
-from graphnet.lowering.launch.config import TAPS, WGRADS, forced
-from graphnet.lowering.launch.loaders import WANTED
+from graphnet.lowering.launch.choice import forced
+from tests.kinds import CONVS, WGRADS
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)
 NORMS = {"maxpool2d_lrn", "lrn_grad_maxpool2d_grad"}
-LOADERS = {loader: {f"conv2d_{loader}", f"conv2d_wgrad_{loader}"} | NORMS for loader in WANTED[1:]}
+KERNELS = {
+    "taps": {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS,
+    "boxes": {"conv2d_tma", "conv2d_wgrad_tma"} | NORMS,
+}
 
 
 def small(groups=1, stride=4, kernel=11):
@@ -40,18 +43,18 @@ def gradients(net, target, precision):
 
 
 @pytest.mark.parametrize(
-    "groups, split, loader",
-    [(1, 1, "taps"), (3, 1, "taps"), (1, 4, "taps"), (3, 4, "taps"), (3, 4, "tma")],
+    "groups, split, variant",
+    [(1, 1, "taps"), (3, 1, "taps"), (1, 4, "taps"), (3, 4, "taps"), (3, 4, "boxes")],
 )
-def test_fp32_against_torch(groups, split, loader):
+def test_fp32_against_torch(groups, split, variant):
     torch.manual_seed(0)
     net = small(groups)
     for m in net.modules():
         if isinstance(m, gn.Dropout):
             m.p = 0.0
-    with forced(*WGRADS, SPLIT=split), forced(*TAPS, loader=loader):
+    with forced(*WGRADS, SPLIT=split), forced(*CONVS, variant=variant):
         (loss, grads), kernels = gradients(net, "interpret", "fp32")
-    assert kernels >= LOADERS[loader] and "space_to_depth" not in kernels
+    assert kernels >= KERNELS[variant] and "space_to_depth" not in kernels
     twin, (x, y) = torch_twin(net).double(), batch()
     want = torch.nn.functional.cross_entropy(twin(x.double()), y)
     want.backward()
@@ -61,13 +64,13 @@ def test_fp32_against_torch(groups, split, loader):
 
 
 @pytest.mark.parametrize(
-    "stride, kernel, groups, loader",
+    "stride, kernel, groups, variant",
     [
         (4, 11, 1, "taps"), (4, 5, 3, "taps"), (4, 8, 1, "taps"),
-        pytest.param(4, 8, 1, "tma", marks=pytest.mark.slow),
+        pytest.param(4, 8, 1, "boxes", marks=pytest.mark.slow),
     ],
 )
-def test_bf16_through_blocks_of_pixels(stride, kernel, groups, loader):
+def test_bf16_through_blocks_of_pixels(stride, kernel, groups, variant):
     """bf16 rounds differently in every kernel: the cpu target's own error is the measure."""
     torch.manual_seed(1)
     net = gn.Sequential(
@@ -75,10 +78,10 @@ def test_bf16_through_blocks_of_pixels(stride, kernel, groups, loader):
         gn.Conv2d(24, 48, 5, padding=2, groups=groups), gn.Tanh(), gn.AvgPool2d(3), gn.Flatten(),
         gn.Linear(48 * 9, 10),
     )  # fmt: skip
-    with forced(*TAPS, loader=loader):
+    with forced(*CONVS, variant=variant):
         (loss, grads), kernels = gradients(net, "interpret", "bf16")
     assert kernels >= {"space_to_depth", "conv2d_taps", "conv2d_wgrad_taps"}
-    assert ("conv2d_wgrad_tma" in kernels) == (loader == "tma")
+    assert ("conv2d_wgrad_tma" in kernels) == (variant == "boxes")
     (other, theirs), _ = gradients(net, "cpu", "bf16")
     (exact, wanted), _ = gradients(net, "cpu", "fp32")
     assert abs(float(loss) - float(exact)) <= 2 * abs(float(other) - float(exact)) + 2e-3

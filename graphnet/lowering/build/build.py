@@ -26,8 +26,8 @@ from typing import Any
 from graphnet.errors import CompileError, ConfigError
 from graphnet.lowering.launch.codegen import Source, materialise, private_dir, write_whole
 from graphnet.lowering.launch.cost import floor_us
-from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.launch.steps import Arg, Box, Launch, Table, bind
+from graphnet.lowering.plan.plan import Plan
 
 _COUNTS = (
     "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma", "cp_async",

@@ -44,8 +44,7 @@ def _tuning() -> Iterator[dict[str, Any]]:
     from graphnet.lowering.tune import tables
 
     for path, e in tables.remembered():
-        gpu = (e.environment or {}).get("gpu", "?")
-        what = f"{e.kind} {'x'.join(map(str, e.shape))} {e.precision} on {gpu}: {e.us} us"
+        what = f"{e.problem}: {e.variant} {e.config} on {e.gpu}, {e.us} us"
         yield _row("tuning", path, what, path.stat().st_size)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from graphnet.lowering.launch.codegen import Index
-from graphnet.lowering.launch.config import cdiv, choose
+from graphnet.lowering.launch.config import Config, cdiv
+from graphnet.lowering.launch.pool import block_configs
 from graphnet.lowering.launch.steps import Launch, arguments, make, source
+from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work, strides
 from graphnet.ops.augment import MOST_CHANNELS, Augment
 
@@ -37,28 +40,34 @@ def _constants(a: Augment, channels: int) -> dict[str, Any]:
     return numbers
 
 
-def _augment(work: Work) -> list[Launch]:
+class Augmentation(Variant):
     """All channels of a pixel in one program; a result in blocks is padded with zeros."""
-    e = work.anchor
-    x, out = e.inputs[0].type.shape, e.out.type.shape
-    n, c, h, w = out
-    block = work.stores[0][1].type.layout.s2d or 1
-    ph, pw = cdiv(h, block) * block, cdiv(w, block) * block
-    config = choose("elementwise", (prod(out),))
-    size = min(config.BLOCK, MOST_PIXELS)
-    constants: dict[str, Any] = {
-        "N": n, "C": c, "H": h, "W": w, "PH": ph, "PW": pw, "SH": x[2], "SW": x[3],
-        **strides("X", work.type(e.inputs[0])), **_constants(e.attrs, c),  # type: ignore[arg-type]
-    }  # fmt: skip
-    epi = work.epilogue(e.out, Index(out))
-    constants |= {"BLOCK": size, "EPILOGUE": source(epi)}
-    refs = tuple(work.ref(v) for v in e.inputs)
-    return [
-        make(
-            "augment", "augment", (*refs, arguments(epi)), constants, (n * cdiv(ph * pw, size),),
-            reads=tuple(r.name for r in refs), epilogues=(epi,), num_warps=config.num_warps,
-        )
-    ]  # fmt: skip
 
+    name, ops = "pixels", ("augment",)
 
-AUGMENTS: dict[str, Callable[[Work], list[Launch]]] = {"augment": _augment}
+    def configs(self, problem: Problem) -> Iterator[Config]:
+        for c in block_configs(prod(problem.shape)):
+            yield replace(c, BLOCK=min(c.BLOCK, MOST_PIXELS))
+
+    def launch(self, work: Work, config: Config) -> list[Launch]:
+        e = work.anchor
+        x, out = e.inputs[0].type.shape, e.out.type.shape
+        n, c, h, w = out
+        block = work.stores[0][1].type.layout.s2d or 1
+        ph, pw = cdiv(h, block) * block, cdiv(w, block) * block
+        size = min(config.BLOCK, MOST_PIXELS)
+        constants: dict[str, Any] = {
+            "N": n, "C": c, "H": h, "W": w, "PH": ph, "PW": pw, "SH": x[2], "SW": x[3],
+            **strides("X", work.type(e.inputs[0])),
+            **_constants(e.attrs, c),  # type: ignore[arg-type]
+        }  # fmt: skip
+        epi = work.epilogue(e.out, Index(out))
+        constants |= {"BLOCK": size, "EPILOGUE": source(epi)}
+        refs = tuple(work.ref(v) for v in e.inputs)
+        return [
+            make(
+                "augment", "augment", (*refs, arguments(epi)), constants,
+                (n * cdiv(ph * pw, size),), reads=tuple(r.name for r in refs), epilogues=(epi,),
+                num_warps=config.num_warps,
+            )
+        ]  # fmt: skip

@@ -282,9 +282,7 @@ def materialise(source: Source, folder: Path | None = None) -> Path:
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def load(
-    source: Source, package: str = "graphnet_generated", function: str = "epilogue"
-) -> Any:
+def load(source: Source, package: str = "graphnet_generated", function: str = "epilogue") -> Any:
     """A jit function of a source; `package` keeps copies for different modes apart."""
     key = (package, source.sha)
     if key not in _loaded:

@@ -9,8 +9,9 @@ from typing import Any
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import ROW, TensorType
+from graphnet.lowering.launch.choice import adjusted
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, Writer
-from graphnet.lowering.launch.config import choose
+from graphnet.lowering.launch.pool import by_block
 from graphnet.lowering.launch.steps import Fill, Launch, Step, make
 from graphnet.lowering.launch.work import strides
 
@@ -32,7 +33,7 @@ def _pack(eqn: Eqn, name: Name) -> Launch:
     out, layout = eqn.out.type, eqn.out.type.layout
     n, c, h, w = out.shape
     total = layout.numel(out.shape)
-    block = choose("elementwise", (total,)).BLOCK
+    block = adjusted("elementwise", by_block(total)).BLOCK
     constants = {
         "N": n, "C": c, "H": h, "W": w, **strides("X", x.type), "B": layout.s2d, "BLOCK": block
     }  # fmt: skip
@@ -102,7 +103,7 @@ def pointwise_launch(
     epi: Epilogue, space: tuple[int, ...], nhwc: bool = False, **rest: Any
 ) -> Launch:
     """The `elementwise` kernel over an index space of four axes."""
-    c = choose("elementwise", (prod(space),))
+    c = adjusted("elementwise", by_block(prod(space)))
     constants: dict[str, Any] = {f"D{d}": s for d, s in enumerate(space)}
     constants |= {"NHWC": nhwc, "BLOCK": c.BLOCK, "EPILOGUE": epi.source}
     return make(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import CompileError
 from graphnet.ir.graph import NOWHERE, Where
 from graphnet.lowering.launch.codegen import Epilogue, Ref, Source
-from graphnet.lowering.launch.config import Choice
 from graphnet.lowering.launch.signature import signature_of
+
+if TYPE_CHECKING:
+    from graphnet.lowering.launch.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class Launch:
                 copy of the operand unless they share memory
     flops, bytes  its own work, each buffer that it touches counted once; `math` is how products
                 are formed
-    why         for whom a loader was chosen: the reason, for people
-    choices     where the configurations of its equation come from
+    padded      arithmetic of the whole tiles that a product multiplies, their padding counted; 0
+                for what is no product
+    choice      why this variant and this configuration; None where there is nothing to choose
     """
 
     kernel: str
@@ -83,9 +86,9 @@ class Launch:
     flops: int = 0
     bytes: int = 0
     math: str = "ieee"
-    why: str = field(default="", compare=False)
+    padded: int = 0
     where: Where = field(default=NOWHERE, compare=False)
-    choices: tuple[Choice, ...] = field(default=(), compare=False)
+    choice: Choice | None = field(default=None, compare=False)
 
     @property
     def refs(self) -> tuple[Ref, ...]:

@@ -9,21 +9,33 @@ searches or reports asks the registry, and nobody names kernels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
 from graphnet.lowering.launch.config import Config
-from graphnet.lowering.launch.steps import Step
-from graphnet.lowering.launch.work import Work
 
-# What the numbers of a problem's shape mean, by the first anchor.
+if TYPE_CHECKING:
+    from graphnet.lowering.launch.steps import Launch
+    from graphnet.lowering.launch.work import Work
+
+# What the numbers of a problem's shape mean.
 _CONV = ("N", "C", "H", "W", "K", "R", "S", "SH", "SW", "PT", "PB", "PL", "PR", "DH", "DW", "G")
-_POOL = ("N", "C", "H", "W", "KH", "KW", "SH", "SW", "PT", "PB", "PL", "PR", "DH", "DW")
+_LINEAR = ("N", "C", "K")
+_IMAGE = ("N", "C", "H", "W")
+_POOL = (*_IMAGE, "KH", "KW", "SH", "SW", "PT", "PB", "PL", "PR", "DH", "DW")
+_AVERAGE = (*_POOL, "OH", "OW")
+_NORM = (*_IMAGE, "LOW", "HIGH")
 AXES = {
-    "conv2d": _CONV, "conv2d_dgrad": _CONV, "conv2d_wgrad": _CONV,
-    "linear": ("N", "C", "K"), "linear_dgrad": ("N", "C", "K"), "linear_wgrad": ("N", "C", "K"),
-}  # fmt: skip
+    **dict.fromkeys(("conv2d", "conv2d_dgrad", "conv2d_wgrad"), _CONV),
+    **dict.fromkeys(("linear", "linear_dgrad", "linear_wgrad"), _LINEAR),
+    **dict.fromkeys(("maxpool2d", "maxpool2d_grad", "avgpool2d", "avgpool2d_grad"), _POOL),
+    **dict.fromkeys(("adaptive_avgpool2d", "adaptive_avgpool2d_grad"), (*_IMAGE, "OH", "OW")),
+    **dict.fromkeys(("lrn", "lrn_grad"), _NORM),
+    **dict.fromkeys(("cross_entropy", "multi_margin"), ("N", "C")),
+    "augment": _IMAGE,
+}
 
 
 @dataclass(frozen=True)
@@ -31,20 +43,34 @@ class Problem:
     """What a kernel is chosen for, and what a measurement is remembered by.
 
     op     the anchor, or two of one kernel joined: "lrn_grad+maxpool2d_grad"
-    shape  the anchor's full logical shape. Of all three passes of a convolution: images, channels,
-           height, width, filters, filter height and width, stride, padding, dilation, groups; of a
-           fully connected layer: rows, inputs, outputs
+    shape  the anchor's full logical shape, named by AXES. Of all three passes of a convolution:
+           images, channels, height, width, filters, filter height and width, stride, padding,
+           dilation, groups; of a fully connected layer: rows, inputs, outputs. A second anchor's
+           numbers follow those of the first
     dtype  how products are formed ("ieee", "tf32", "bf16"); elsewhere the image's element type
+    held   tensors that the code behind a product reads beside each accumulator: what an update
+           keeps in registers. It is no part of the key
     """
 
     op: str
     shape: tuple[int, ...]
     dtype: str
+    held: int = field(default=0, compare=False)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the shape's numbers; the second anchor's only where they are new."""
+        first, *more = self.op.split("+")
+        own = AXES.get(first, ("elements",))
+        return own + tuple(a for op in more for a in AXES[op] if a not in own)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The shape by name: N, C, H, W, K, R, S, SH, ..."""
-        return dict(zip(AXES[self.op], self.shape, strict=True))
+        return dict(zip(self.axes, self.shape, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype}"
 
 
 class Variant:
@@ -65,20 +91,28 @@ class Variant:
         """Why not, as a sentence; None where it computes the equation.
 
         eqn      plain or fused
-        layouts  of its anchors' operands and results, by the names that the anchors use
+        layouts  of its anchors' operands and results, by the values that the anchors name
         dtype    as `Problem.dtype`
         arch     90 for sm_90
         """
-        raise NotImplementedError
+        return None
 
     def suits(self, problem: Problem) -> str | None:
-        """Why the rules prefer another variant although this one could; None where they do not."""
+        """Why the rules take another variant, although this one could; None where they need not."""
         return None
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         """Configurations worth trying, the rules' own first."""
         raise NotImplementedError
 
-    def launch(self, work: Work, config: Config) -> list[Step]:
+    def rule(self, problem: Problem) -> Config:
+        """The configuration by the rules."""
+        return next(iter(self.configs(problem)))
+
+    def cut(self, config: Config, problem: Problem) -> Config:
+        """A forced configuration, its tiles shrunk to the problem where they are larger."""
+        return config
+
+    def launch(self, work: Work, config: Config) -> list[Launch]:
         """The launches that compute the equation, in order."""
         raise NotImplementedError

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import TensorType
+from graphnet.ir.types import Layout, TensorType
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, write_epilogue
+from graphnet.lowering.launch.problems import ANCHORS, problem_of
+from graphnet.lowering.launch.variants import Problem
 
 
 def strides(prefix: str, type: TensorType) -> dict[str, int]:
@@ -34,6 +37,18 @@ class Work:
     @property
     def anchor(self) -> Eqn:
         return self.anchors[0]
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What a kernel for the equation is chosen for."""
+        return problem_of(self.anchors, self.held)
+
+    @property
+    def layouts(self) -> dict[Value, Layout]:
+        """How the operands and results of the anchors lie outside."""
+        outer = {**self.outer, **dict(self.stores)}
+        values = {v for a in self.anchors for v in (*a.inputs, *a.results)}
+        return {v: outer.get(v, v).type.layout for v in values}
 
     @property
     def held(self) -> int:
@@ -84,8 +99,8 @@ class Work:
         )
 
 
-def take_apart(eqn: Eqn, name: Callable[[Value], str], families: Container[str]) -> Work:
-    """`families` are the ops that are anchors."""
+def take_apart(eqn: Eqn, name: Callable[[Value], str]) -> Work:
+    """`name` gives each value outside its buffer."""
     eqns: tuple[Eqn, ...]
     outer: dict[Value, Value]
     if eqn.body is None:
@@ -98,6 +113,6 @@ def take_apart(eqn: Eqn, name: Callable[[Value], str], families: Container[str])
         )
     names = {i: name(o) for i, o in outer.items()}
     names |= {v: name(v) for v in (*eqn.inputs, *eqn.results)}
-    anchors = tuple(e for e in eqns if e.op in families)
-    rest = tuple(e for e in eqns if e.op not in families)
+    anchors = tuple(e for e in eqns if e.op in ANCHORS)
+    rest = tuple(e for e in eqns if e.op not in ANCHORS)
     return Work(eqn, anchors, rest, names, outer, stores)

@@ -14,8 +14,10 @@ from functools import cached_property
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.ir.types import DTYPES, TensorType
+from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.equation import launches
 from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.registry import kernels_for
 from graphnet.lowering.launch.steps import Copy, Launch, Step, Table
 from graphnet.lowering.plan.memory import Life, Slot, assign, overlaid, reachability
 from graphnet.lowering.plan.schedule import chained, memory_order, program_order, streams_of
@@ -103,8 +105,8 @@ class Plan:
 class _Planner:
     """Buffers by SSA value first; which of them are one memory is decided after the steps."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, kernels: Kernels) -> None:
+        self.graph, self.kernels = graph, kernels
         self.alias: dict[Value, Value] = {}
         self.types: dict[str, TensorType] = {}
         self.steps: list[Step] = []
@@ -128,7 +130,7 @@ class _Planner:
             return
         for v in e.results:
             self.types[v.name] = v.type
-        made = launches(e, self.root)
+        made = launches(e, self.root, self.kernels)
         for s in made:
             if isinstance(s, Launch):
                 self.types |= _scratch(s)
@@ -244,11 +246,14 @@ def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int])
     )  # fmt: skip
 
 
-def make_plan(graph: Graph, target: str) -> Plan:
-    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory."""
+def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan:
+    """The plan of a fused graph. The cpu target reads the graph only and plans its own memory.
+
+    kernels  what decides between variants; by default the rules
+    """
     if target == "cpu":
         return Plan(graph, target)
-    planner = _Planner(graph)
+    planner = _Planner(graph, kernels or kernels_for(target))
     storage = planner.leave()
     program = planner.steps
     edges = _edges(program, planner.place)

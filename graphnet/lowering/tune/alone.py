@@ -21,7 +21,6 @@ from graphnet.lowering.watch import disagreement, oracle
 Buffer = Callable[[Ref], torch.Tensor]
 
 
-
 class Alone:
     """An equation with operands of its own, its reference, and a way to run any launches of it."""
 

@@ -1,9 +1,10 @@
-"""The search for launch configurations: right first, then fast.
+"""The search for variants and configurations: right first, then fast.
 
-Each key that the plan's launches asked `choose` about gets its candidates, ordered by the model.
-Every candidate is built, run alone over operands that nothing else touches and results filled with
-NaN, and held against the float64 reference of its equation. Only right ones are timed, in
-interleaved rounds; a wrong one is recorded as wrong, however fast it would have been.
+Each problem of the plan gets its candidates: every variant that accepts its equations, in several
+configurations, ordered by what was measured elsewhere and by the model. Every candidate is built,
+run alone over operands that nothing else touches and results filled with NaN, and held against the
+float64 reference of its equation. Only right ones are timed, in interleaved rounds; a wrong one is
+recorded as wrong, however fast it would have been.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,36 +20,43 @@ from typing import Any
 import torch
 
 from graphnet.errors import GraphnetError
-from graphnet.ir.graph import Eqn
 from graphnet.lowering.build.build import try_launches
-from graphnet.lowering.launch.config import Choice, Config, Key, analytic, using
-from graphnet.lowering.launch.cost import CEILINGS
-from graphnet.lowering.launch.equation import launches
-from graphnet.lowering.launch.steps import Launch, Step
+from graphnet.lowering.launch.choice import Kernels
+from graphnet.lowering.launch.config import Config
+from graphnet.lowering.launch.cost import CEILINGS, with_costs
+from graphnet.lowering.launch.steps import Launch
+from graphnet.lowering.launch.variants import Problem, Variant
+from graphnet.lowering.launch.work import Work, take_apart
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.tune import tables
 from graphnet.lowering.tune.alone import Alone
-from graphnet.lowering.tune.candidates import candidates, predict_us, rank_correlation
+from graphnet.lowering.tune.model import predict_us, rank_correlation
 from graphnet.lowering.watch import clock
 
-KEEP = 24  # candidates of a key that are tried, the model's best
+KEEP = 24  # candidates of a problem that are tried, the likeliest
 GAIN = 0.97  # the rules' choice stays unless another takes at most this share of its time
 ROUNDS = 9
 MODEL_GPU = "h200"  # whose ceilings order candidates where the GPU is none that we know
 
 
-# A configuration, its predicted time, and the steps of every equation that it decides.
-Candidate = tuple[Config, float, list[list[Step]]]
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration of a variant, its predicted time, and its launches for each equation."""
+
+    variant: Variant
+    config: Config
+    predicted_us: float
+    steps: list[list[Launch]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate for a key. verdict: right, wrong, spills, failed or skipped (not reached)."""
+    """One candidate for a problem. verdict: right, wrong, spills, failed or skipped (not
+    reached)."""
 
-    kind: str
-    shape: tuple[int, ...]
-    precision: str
+    problem: Problem
     layers: tuple[str, ...]
+    variant: str
     config: Config
     predicted_us: float
     median_us: float | None
@@ -56,16 +64,12 @@ class Trial:
     error: str | None = None
     chosen: bool = False
 
-    @property
-    def key(self) -> Key:
-        return self.kind, self.shape, self.precision
-
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for a result file."""
-        config = tables.Entry(*self.key, self.config).as_dict()["config"]
         return {
-            "kernel": self.kind, "shape": list(self.shape), "precision": self.precision,
-            "layers": list(self.layers), "config": config,
+            "kernel": self.problem.op, "shape": list(self.problem.shape),
+            "precision": self.problem.dtype, "layers": list(self.layers),
+            "variant": self.variant, "config": self.config.as_dict(),
             "predicted_us": round(self.predicted_us, 3),
             "median_us": None if self.median_us is None else round(self.median_us, 3),
             "verdict": self.verdict, "error": self.error, "chosen": self.chosen,
@@ -83,18 +87,18 @@ class Found:
     seconds: float = 0.0
 
     def rank_correlations(self) -> dict[str, float]:
-        """Of the model's order with the measured one, by kernel, over keys with enough trials."""
+        """Of the predicted order with the measured one, by op, over problems with enough trials."""
         out: dict[str, list[float]] = {}
-        for key in dict.fromkeys(t.key for t in self.trials):
+        for problem in dict.fromkeys(t.problem for t in self.trials):
             pairs = [
                 (t.predicted_us, t.median_us)
                 for t in self.trials
-                if t.key == key and t.median_us is not None
+                if t.problem == problem and t.median_us is not None
             ]
             rho = rank_correlation(*zip(*pairs, strict=True)) if pairs else None
             if rho is not None:
-                out.setdefault(key[0], []).append(rho)
-        return {kind: statistics.fmean(v) for kind, v in out.items()}
+                out.setdefault(problem.op, []).append(rho)
+        return {op: statistics.fmean(v) for op, v in out.items()}
 
 
 # ---- the search ------------------------------------------------------------------------------
@@ -111,143 +115,176 @@ def _mode(target: str) -> Iterator[None]:
         yield
 
 
-def _launches(eqn: Eqn) -> list[Step]:
-    return launches(eqn, lambda v: v.name)
+def _launches(work: Work, variant: Variant, config: Config) -> list[Launch]:
+    return list(with_costs(work, variant.launch(work, config)))
 
 
-def _jobs(plan: Plan) -> list[tuple[Eqn, tuple[Choice, ...]]]:
-    """The equations of a plan whose launches differ, each with the choices in it."""
-    found: dict[tuple, tuple[Eqn, tuple[Choice, ...]]] = {}
+def _jobs(plan: Plan) -> dict[Problem, list[Work]]:
+    """The equations of a plan that a variant is chosen for, by problem; of equations whose launches
+    are alike one."""
+    found: dict[tuple, Work] = {}
     for e in plan.graph.eqns:
-        steps = [s for s in _launches(e) if isinstance(s, Launch)]
-        if steps and steps[0].choices:
-            alike = tuple((s.kernel, s.constants, s.grid) for s in steps)
-            found.setdefault(alike, (e, steps[0].choices))
-    return list(found.values())
+        own = [s for s in plan.launches if s.choice is not None and set(s.writes) & {
+            v.name for v in e.results}]  # fmt: skip
+        if own:
+            alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages) for s in own)
+            found.setdefault(alike, take_apart(e, lambda v: v.name))
+    out: dict[Problem, list[Work]] = {}
+    for work in found.values():
+        out.setdefault(work.problem, []).append(work)
+    return out
 
 
 def search(
     plan: Plan,
+    kernels: Kernels,
     *,
     gpu: str,
     seconds: float = 60.0,
-    arch: int = 90,
-    known: Mapping[Key, Config] | None = None,
+    again: bool = False,
     keep: int = KEEP,
     say: Callable[[str], None] = lambda line: None,
     each: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """Tries candidates for every key of a plan, the dearest first, until the time is up.
+    """Tries candidates for every problem of a plan, those with most to gain first, until the time
+    is up.
 
-    gpu    under which name the result is kept; also the model's ceilings where it knows them
-    known  keys that need no search
-    each   told of what is found so far after every key: being cut off loses nothing
+    kernels  what may compute the plan's equations; problems that have a row of ours are left alone
+             unless `again`
+    gpu      under which name the result is kept; also the model's ceilings where it knows them
+    each     told of what is found so far after every problem: being cut off loses nothing
     """
     began = time.perf_counter()
     model = gpu if gpu in CEILINGS else MODEL_GPU
-    known = dict(known or {})
-    jobs = _jobs(plan)
-    keys: dict[Key, Choice] = {}
-    for _, asked in jobs:
-        keys.update((c.key, c) for c in asked if c.key not in known)
-    cost = {
-        key: sum(predict_us(_launches(e), model) for e, asked in jobs if key in _keys(asked))
-        for key in keys
-    }
-    found = Found(gpu, keys=len(keys))
+    known = {p for p, rows in kernels.table.items() if any(r.source == "graphnet" for r in rows)}
+    jobs = {p: works for p, works in _jobs(plan).items() if again or p not in known}
+    cost: dict[Problem, float] = {}
+    for p, works in jobs.items():
+        now = (kernels.choose(w) for w in works)
+        cost[p] = sum(
+            predict_us(_launches(w, c.variant, c.config), model)
+            for w, c in zip(works, now, strict=True)
+        )
+    found = Found(gpu, keys=len(jobs))
     rest = sum(cost.values())
-    for key in sorted(keys, key=lambda k: -cost[k]):
+    for p in sorted(jobs, key=lambda p: -cost[p]):
         left = seconds - (time.perf_counter() - began)
-        share = max(left * cost[key] / rest, 0.0) if rest else 0.0
-        rest -= cost[key]
-        mine = [e for e, asked in jobs if key in _keys(asked)]
-        trials = _try_key(keys[key], mine, plan, known, model, arch, keep, share)
-        entry = _decide(trials, gpu)
-        if entry is not None:
-            best = entry.config
-            known[key] = best
-            trials = [replace(t, chosen=t.config == best) for t in trials]
-            found.entries.append(entry)
+        share = max(left * cost[p] / rest, 0.0) if rest else 0.0
+        rest -= cost[p]
+        trials, rule = _try(p, jobs[p], plan, kernels, model, keep, share)
+        entries = _decide(trials, rule, gpu)
+        best = min(entries, key=lambda e: e.us, default=None)
+        if best is not None:
+            chosen = (best.variant, best.config)
+            trials = [replace(t, chosen=(t.variant, t.config) == chosen) for t in trials]
+        found.entries += entries
         found.trials += trials
         found.seconds = time.perf_counter() - began
-        say(_line(key, trials, entry))
+        say(_line(p, trials, best, rule))
         each(found)
     return found
 
 
-def _keys(asked: Sequence[Choice]) -> set[Key]:
-    return {c.key for c in asked}
+Rule = tuple[str, Config]
 
 
-def _try_key(
-    choice: Choice, eqns: Sequence[Eqn], plan: Plan, known: Mapping[Key, Config], model: str,
-    arch: int, keep: int, seconds: float,
-) -> list[Trial]:  # fmt: skip
+def candidates(
+    p: Problem, works: Sequence[Work], kernels: Kernels
+) -> Iterator[tuple[Variant, Config]]:
+    """Configurations of all variants that accept all equations: first the rules' own choice, then
+    the rule of each variant, what was measured elsewhere, and the rest."""
+    able = [[v.name for v in kernels.able(w)[0]] for w in works]
+    variants = [v for v in kernels.variants(p.op) if all(v.name in names for names in able)]
+    first = replace(kernels, table={}).choose(works[0])
+    yield first.variant, first.config
+    yield from ((v, v.rule(p)) for v in variants)
+    by_name = {v.name: v for v in variants}
+    rows = sorted(kernels.table.get(p, ()), key=lambda r: r.us)
+    yield from ((by_name[r.variant], r.config) for r in rows if r.variant in by_name)
+    for v in variants:
+        yield from ((v, c) for c in v.configs(p))
+
+
+def _try(
+    p: Problem, works: Sequence[Work], plan: Plan, kernels: Kernels, model: str, keep: int,
+    seconds: float,
+) -> tuple[list[Trial], Rule]:  # fmt: skip
+    """(what became of each candidate, the rules' own)."""
     began = time.perf_counter()
-    update = any(e.op.endswith("_update") for q in eqns for e in (q.body.eqns if q.body else ()))
-    layers = tuple(dict.fromkeys(n for e in eqns for n in e.where.layers))
+    layers = tuple(dict.fromkeys(n for w in works for n in w.eqn.where.layers))
+    measured = {(r.variant, r.config): r.us for r in kernels.table.get(p, ())}
     made: list[Candidate] = []
     trials: list[Trial] = []
 
-    def trial(c: Config, predicted: float, verdict: str, error: str | None = None) -> None:
-        trials.append(Trial(*choice.key, layers, c, predicted, None, verdict, error))
+    def trial(
+        c: Candidate, verdict: str, error: str | None = None, us: float | None = None
+    ) -> None:
+        trials.append(
+            Trial(p, layers, c.variant.name, c.config, c.predicted_us, us, verdict, error)
+        )
 
     seen: set[tuple] = set()
-    for c in candidates(choice, update):
-        with using({**known, choice.key: c}):
-            try:
-                steps = [_launches(e) for e in eqns]
-            except GraphnetError as error:
-                trial(c, float("inf"), "failed", str(error))
-                continue
+    for variant, config in candidates(p, works, kernels):
+        try:
+            steps = [_launches(w, variant, config) for w in works]
+        except GraphnetError as error:
+            trial(Candidate(variant, config, float("inf"), []), "failed", str(error))
+            continue
         alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages)
-                      for group in steps for s in group if isinstance(s, Launch))  # fmt: skip
-        if alike in seen:  # a loader that cannot be had here
+                      for group in steps for s in group)  # fmt: skip
+        if alike in seen:
             continue
         seen.add(alike)
-        made.append((c, sum(predict_us(s, model) for s in steps), steps))
+        predicted = sum(predict_us(s, model) for s in steps)
+        made.append(
+            Candidate(variant, config, measured.get((variant.name, config), predicted), steps)
+        )
     first, *others = made
-    made = [first, *sorted(others, key=lambda m: m[1])[: keep - 1]]
+    # Every variant gets a chance, then the likeliest.
+    heads = {c.variant.name: c for c in reversed(others)}
+    rest = sorted(others, key=lambda c: (c is not heads[c.variant.name], c.predicted_us))
+    made = [first, *rest[: keep - 1]]
     if plan.target == "cuda":
-        made = _build(made, arch, trial)
-    alone = [Alone(plan.graph, e, plan.target) for e in eqns]
-    right: list[tuple[Config, float, list[Callable[[], None]]]] = []
+        made = _build(made, kernels.arch, trial)
+    alone = [Alone(plan.graph, w.eqn, plan.target) for w in works]
+    right: list[tuple[Candidate, list[Callable[[], None]]]] = []
     with torch.no_grad(), _mode(plan.target):
-        for k, (c, predicted, steps) in enumerate(made):
+        for k, c in enumerate(made):
             if k and time.perf_counter() - began > seconds:
-                trial(c, predicted, "skipped", "the time was up")
+                trial(c, "skipped", "the time was up")
                 continue
-            verdict, why, runs = _check(alone, steps)
+            verdict, why, runs = _check(alone, c.steps)
             if verdict == "right":
-                right.append((c, predicted, runs))
+                right.append((c, runs))
             else:
-                trial(c, predicted, verdict, why)
+                trial(c, verdict, why)
         left = max(seconds - (time.perf_counter() - began), 0.0)
-        times = _time([runs for *_, runs in right], plan.target, left)
-    for (c, predicted, _), us in zip(right, times, strict=True):
-        trials.append(Trial(*choice.key, layers, c, predicted, us, "right"))
-    return trials
+        times = _time([runs for _, runs in right], plan.target, left)
+    for (c, _), us in zip(right, times, strict=True):
+        trial(c, "right", us=us)
+    return trials, (first.variant.name, first.config)
 
 
-def _build(made: list[Candidate], arch: int, trial: Callable[..., None]) -> list[Candidate]:
+def _build(
+    made: list[Candidate], arch: int, trial: Callable[..., None]
+) -> list[Candidate]:  # fmt: skip
     """Those whose launches all compile without spills, built together; the others are recorded."""
-    kernels = [[s for g in steps for s in g if isinstance(s, Launch)] for *_, steps in made]
+    kernels = [[s for group in c.steps for s in group] for c in made]
     answers = iter(try_launches([s for group in kernels for s in group], arch))
     out = []
     for candidate, group in zip(made, kernels, strict=True):
         about = [next(answers) for _ in group]
-        c, predicted, _ = candidate
         if broken := next((a for a in about if "error" in a), None):
-            trial(c, predicted, "failed", broken["error"].splitlines()[-1][:200])
+            trial(candidate, "failed", broken["error"].splitlines()[-1][:200])
         elif spilled := next((a for a in about if a["spill_bytes"]), None):
-            trial(c, predicted, "spills", f"{spilled['name']}: {spilled['spill_bytes']} B")
+            trial(candidate, "spills", f"{spilled['name']}: {spilled['spill_bytes']} B")
         else:
             out.append(candidate)
     return out
 
 
 def _check(
-    alone: Sequence[Alone], steps: Sequence[Sequence[Step]]
+    alone: Sequence[Alone], steps: Sequence[Sequence[Launch]]
 ) -> tuple[str, str | None, list[Callable[[], None]]]:
     """(verdict, how it differs, calls) of one candidate over all equations that it decides."""
     runs = []
@@ -301,34 +338,36 @@ def _repeated(runs: Sequence[Callable[[], None]], target: str) -> tuple[Callable
     return graph.replay, times
 
 
-def _decide(trials: Sequence[Trial], gpu: str) -> tables.Entry | None:
-    """The entry of a key: its fastest right candidate, the rules' own unless it is clearly beaten.
-
-    None where nothing right was timed.
-    """
+def _decide(trials: Sequence[Trial], rule: Rule, gpu: str) -> list[tables.Entry]:
+    """The rows of a problem, the best of each variant; none where nothing right was timed. The
+    rules' own choice stays the fastest unless another beats it clearly."""
     right = [t for t in trials if t.verdict == "right" and t.median_us is not None]
-    if not right:
-        return None
-    best = min(right, key=lambda t: t.median_us or 0.0)
-    rules = next((t for t in right if t.config == analytic(*t.key)), None)
-    if rules is not None and (best.median_us or 0.0) > GAIN * (rules.median_us or 0.0):
-        best = rules
-    return tables.Entry(
-        *best.key, best.config, "measured", round(best.median_us or 0.0, 3),
-        None if rules is None else round(rules.median_us or 0.0, 3),
-        datetime.date.today().isoformat(), tables.environment(gpu),
-    )  # fmt: skip
+    own = next((t for t in right if (t.variant, t.config) == rule), None)
+    by_rule = None if own is None else own.median_us
+    if own is not None and min(t.median_us or 0.0 for t in right) > GAIN * (by_rule or 0.0):
+        right = [t for t in right if (t.median_us or 0.0) >= (by_rule or 0.0)]
+    best: dict[str, Trial] = {}
+    for t in sorted(right, key=lambda t: (t.median_us or 0.0, t is not own)):
+        best.setdefault(t.variant, t)
+    today = datetime.date.today().isoformat()
+    return [
+        tables.Entry(
+            t.variant, t.problem, t.config, round(t.median_us or 0.0, 3), "graphnet", gpu, today,
+            None if by_rule is None else round(by_rule, 3), tables.versions(),
+        )
+        for t in best.values()
+    ]  # fmt: skip
 
 
-def _line(key: Key, trials: Sequence[Trial], entry: tables.Entry | None) -> str:
+def _line(p: Problem, trials: Sequence[Trial], best: tables.Entry | None, rule: Rule) -> str:
     counts: dict[str, int] = {}
     for t in trials:
         counts[t.verdict] = counts.get(t.verdict, 0) + 1
     said = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-    head = f"{key[0]:20} {'x'.join(map(str, key[1])):22} {key[2]:5} {said}"
-    if entry is None:
+    head = f"{p.op:20} {'x'.join(map(str, p.shape)):22} {p.dtype:5} {said}"
+    if best is None:
         return f"{head}; nothing right: the rules stay"
-    if entry.config == analytic(*key):
-        return f"{head}; the rules' choice stays, {entry.us:.1f} us"
-    gain = f" instead of {entry.analytic_us:.1f}" if entry.analytic_us else ""
-    return f"{head}; {entry.us:.1f} us{gain}"
+    if (best.variant, best.config) == rule:
+        return f"{head}; the rules' choice stays, {best.us:.1f} us"
+    gain = f" instead of {best.rule_us:.1f}" if best.rule_us else ""
+    return f"{head}; {best.variant} {best.config}, {best.us:.1f} us{gain}"

@@ -1,11 +1,12 @@
 """What was measured: tables in the repository, one a GPU, and a cache on disk.
 
-A table is JSON, `tuned/<gpu>.json`: the keys of the headline workloads, each with its
-configuration and where it comes from. "analytic" entries repeat the rules of tuning.py, for people
-to read; only "measured" ones decide, and only where the templates, Triton and the assembler are
-those that were measured and found right. Anything else falls back to the rules.
+A table is JSON, `tuned/<gpu>.json`. A row says what a configuration of a variant took for a problem
+on that GPU, and who measured it: "graphnet" (our kernel, in its place) or "prototype" (a kernel of
+the same structure alone, without masks, bias sums and dropout). A row is advice and never expires:
+it decides as long as its variant is there and accepts the equation, and its binary compiles without
+spills. Whether a binary is right is another question (proof.py).
 
-The cache holds what `graphnet tune` found on this machine, a file for each key. A damaged file
+The cache holds what `graphnet tune` found on this machine, a file for each row. A damaged file
 counts for nothing and is searched again.
 """
 
@@ -16,81 +17,96 @@ import importlib.metadata
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from graphnet.errors import CompileError, ConfigError
-from graphnet.lowering.build.build import kernels_hash, ptxas
+from graphnet.lowering.build.build import ptxas
+from graphnet.lowering.launch.choice import Measured
 from graphnet.lowering.launch.codegen import private_dir, write_whole
-from graphnet.lowering.launch.config import Config, Key
+from graphnet.lowering.launch.config import Config
+from graphnet.lowering.launch.registry import by_op
+from graphnet.lowering.launch.variants import Problem
 
 FOLDER = Path(__file__).with_name("tuned")
+SOURCES = ("graphnet", "prototype")
+# A GPU without rows of its own for a problem borrows those of a sibling, as "h100" for example.
+SIBLINGS = {"h200": "h100"}
 
 
 class TuningWarning(UserWarning):
-    """A file of the tuning cache is damaged and was left out."""
+    """A row of a table or a file of the cache was left out."""
+
+
+Key = tuple[str, Problem]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration for a key.
+    """What a configuration took.
 
-    source       "analytic" or "measured"; what follows belongs to a measured one
-    us           median of the launches that the key decides, `analytic_us` with the rules' choice
-    environment  gpu, triton, ptxas and the hash of the templates: where it was found right
+    us       median of the launches that compute the problem on `gpu`; `rule_us` with the rules'
+             choice in the same rounds
+    gpu      model, and processors where they are not that model's usual number
+    versions Triton and assembler, for people
     """
 
-    kind: str
-    shape: tuple[int, ...]
-    precision: str
+    variant: str
+    problem: Problem
     config: Config
-    source: str = "analytic"
-    us: float | None = None
-    analytic_us: float | None = None
-    date: str | None = None
-    environment: Mapping[str, str] | None = None
+    us: float
+    source: str
+    gpu: str
+    date: str
+    rule_us: float | None = None
+    versions: str = ""
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ConfigError(
+                f"unknown source {self.source!r} of a row", help=f"one of {', '.join(SOURCES)}"
+            )
 
     @property
     def key(self) -> Key:
-        return self.kind, self.shape, self.precision
+        return self.variant, self.problem
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, what says nothing left out."""
-        config = {
-            f.name: v for f in fields(Config) if (v := getattr(self.config, f.name)) != f.default
-        }
-        known = {k: v for k, v in asdict(self).items() if v is not None and k != "config"}
-        return {**known, "shape": list(self.shape), "config": config}
+        p = self.problem
+        out = {
+            "op": p.op, "shape": list(p.shape), "dtype": p.dtype, "variant": self.variant,
+            "config": self.config.as_dict(), "us": self.us, "source": self.source,
+            "gpu": self.gpu, "date": self.date, "rule_us": self.rule_us, "versions": self.versions,
+        }  # fmt: skip
+        return {k: v for k, v in out.items() if v not in (None, "")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Entry:
         """The inverse; ConfigError where it does not hold an entry."""
+        rest = dict(data)
         try:
-            config = Config(**data["config"])
-            return cls(**{**data, "shape": tuple(data["shape"]), "config": config})
-        except (TypeError, KeyError) as error:
+            p = Problem(rest.pop("op"), tuple(rest.pop("shape")), rest.pop("dtype"))
+            if len(p.axes) != len(p.shape):
+                raise ValueError(f"{p.op} has {len(p.axes)} sizes: {', '.join(p.axes)}")
+            return cls(problem=p, config=Config(**rest.pop("config")), **rest)
+        except (TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"no tuning entry: {error!r} in {data!r}") from None
 
 
-# ---- where an entry holds --------------------------------------------------------------------
-
-
-def environment(gpu: str) -> dict[str, str]:
-    """What a measured result depends on besides the key."""
-    return {
-        "gpu": gpu, "triton": importlib.metadata.version("triton"), "ptxas": ptxas()[1],
-        "templates": kernels_hash(),
-    }  # fmt: skip
-
-
-def measured(entries: Iterable[Entry], gpu: str) -> dict[Key, Config]:
-    """The configurations that decide on this GPU, with these versions."""
-    here = environment(gpu)
-    return {e.key: e.config for e in entries if e.source == "measured" and e.environment == here}
+def versions() -> str:
+    """Triton and the assembler, as entries name them."""
+    return f"triton {importlib.metadata.version('triton')}, ptxas {ptxas()[1]}"
 
 
 # ---- files -----------------------------------------------------------------------------------
+
+
+def known_gpus() -> tuple[str, ...]:
+    """The GPUs that have a table in the repository, or a sibling that has one."""
+    return tuple(sorted({p.stem for p in FOLDER.glob("*.json")} | SIBLINGS.keys()))
 
 
 def shipped(gpu: str) -> list[Entry]:
@@ -108,20 +124,21 @@ def read(path: Path) -> list[Entry]:
 
 
 def write(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
-    """Writes a table, sorted; of two entries for one key a measured one stays, else the later."""
-    kept: dict[Key, Entry] = {}
+    """Writes a table, sorted. Of our own rows for one variant and problem the latest stays, of
+    prototypes each configuration."""
+    kept: dict[Any, Entry] = {}
     for e in entries:
-        if e.key not in kept or e.source == "measured" or kept[e.key].source == "analytic":
-            kept[e.key] = e
-    rows = [json.dumps(kept[k].as_dict()) for k in sorted(kept)]
-    body = ",\n  ".join(rows)
+        kept[e.source, *e.key, e.config if e.source == "prototype" else None] = e
+    rows = sorted(kept.values(), key=lambda e: (str(e.problem), e.source, e.us, e.variant))
+    body = ",\n  ".join(json.dumps(e.as_dict()) for e in rows)
     write_whole(path, f'{{"gpu": {json.dumps(gpu)},\n "entries": [\n  {body}\n ]}}\n'.encode())
     path.chmod(0o644)
 
 
 def _cache_file(entry: Entry) -> Path:
-    about = [list(entry.key[1]), entry.kind, entry.precision, entry.environment]
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    p = entry.problem
+    about = [entry.gpu, entry.variant, p.op, list(p.shape), p.dtype]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     return private_dir("tuning") / f"{name[:32]}.json"
 
 
@@ -151,13 +168,48 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def table_for(gpu: str | None) -> dict[Key, Config]:
-    """What decides on a GPU: the shipped table, and the cache over it."""
+# ---- what decides ----------------------------------------------------------------------------
+
+
+def table_for(gpu: str | None) -> dict[Problem, list[Measured]]:
+    """What decides on a GPU: the shipped table, what it borrows, and the cache over both."""
     if gpu is None:
         return {}
     try:
-        own = [e for _, e in remembered()]
+        own = [e for _, e in remembered() if e.gpu == gpu]
     except CompileError:  # no folder of ours: nothing was remembered
         own = []
-    found = [e for e in (*shipped(gpu), *own) if e.source == "measured"]
-    return measured(found, gpu) if found else {}
+    out = as_table((*shipped(gpu), *own))
+    if gpu in SIBLINGS:
+        for problem, rows in as_table(shipped(SIBLINGS[gpu])).items():
+            best = [r for r in rows if r.source == "graphnet"] or rows
+            out.setdefault(problem, []).extend(
+                Measured(r.variant, r.config, r.us, SIBLINGS[gpu], r.origin) for r in best
+            )
+    return out
+
+
+def as_table(entries: Iterable[Entry]) -> dict[Problem, list[Measured]]:
+    """Rows by problem; those of variants that are gone are left out, and that is said once."""
+    registry = by_op()
+    rows: dict[Any, tuple[Problem, Measured]] = {}
+    for e in entries:
+        names = [v.name for v in registry.get(e.problem.op, ())]
+        if e.variant not in names:
+            _gone(e.variant, e.problem.op, tuple(names))
+            continue
+        row = Measured(e.variant, e.config, e.us, e.source, f"{e.gpu}, {e.date}")
+        rows[e.source, *e.key, e.config if e.source == "prototype" else None] = e.problem, row
+    out: dict[Problem, list[Measured]] = {}
+    for problem, row in rows.values():
+        out.setdefault(problem, []).append(row)
+    return out
+
+
+@cache
+def _gone(variant: str, op: str, names: tuple[str, ...]) -> None:
+    known = ", ".join(names) or "none"
+    warnings.warn(
+        f"rows of the variant {variant!r} of {op} are left out: it is gone; there are {known}",
+        TuningWarning, stacklevel=4,
+    )  # fmt: skip

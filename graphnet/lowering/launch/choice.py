@@ -1,0 +1,205 @@
+"""Which variant computes an equation, with which configuration, and why not the others.
+
+What was measured wins over the rules, and what a test or a search forces wins over both. The
+choice is a pure function of the problem, the layouts and what `Kernels` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from graphnet.errors import ConfigError, UnsupportedOpError
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import Layout
+from graphnet.lowering.launch.config import Config
+from graphnet.lowering.launch.variants import Problem, Variant
+from graphnet.lowering.launch.work import Work
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a configuration of a variant took for a problem.
+
+    source  who measured: "graphnet", or "prototype" (a kernel of the same structure, without masks
+            and bias sums). Times are compared within one source only
+    origin  GPU and date, for people
+    """
+
+    variant: str
+    config: Config
+    us: float
+    source: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A variant and its configuration for a problem.
+
+    source   "rule", "forced" or "measured"; `origin` says where that was
+    us       what was measured, None without a measurement
+    refused  (variant, why it was not taken) of the others
+    """
+
+    problem: Problem
+    variant: Variant
+    config: Config
+    source: str
+    origin: str = ""
+    us: float | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """rows 128x256 k64 s4 w8: measured (prototype, h100, 2026-11-26), 192.0 us."""
+        taken = f"{self.variant.name} {self.config}: {self.source}"
+        if self.origin:
+            taken += f" ({self.origin})"
+        return taken + (f", {self.us:.1f} us" if self.us is not None else "")
+
+
+Table = Mapping[Problem, Sequence[Measured]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one target: the registry, bound to what decides between variants.
+
+    registry     the variants of each op, those that the rules prefer first
+    arch         90 for sm_90
+    interpreted  Triton's interpreter runs the kernels
+    table        what was measured, by problem
+    """
+
+    registry: Mapping[str, Sequence[Variant]]
+    arch: int = 90
+    interpreted: bool = False
+    table: Table = field(default_factory=dict)
+
+    def variants(self, op: str) -> Sequence[Variant]:
+        """The variants of an op; UnsupportedOpError where there are none."""
+        if op not in self.registry:
+            raise UnsupportedOpError(f"no kernel computes {op}")
+        return self.registry[op]
+
+    def refusal(
+        self, variant: Variant, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
+    ) -> str | None:
+        """Why a variant cannot compute an equation here; None where it can."""
+        if self.interpreted and not variant.interpreted:
+            return "Triton's interpreter cannot run it"
+        return variant.accepts(eqn, layouts, dtype, self.arch)
+
+    def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout], names: Sequence[str] = ()) -> bool:
+        """Whether a variant, of `names` where some are given, takes an anchor with its operands and
+        results in these layouts. Passes ask; what is not in `layouts` lies row-major."""
+        dtype = getattr(eqn.attrs, "math", None) or eqn.inputs[0].type.dtype.name
+        whole = {v: layouts.get(v, Layout()) for v in (*eqn.inputs, *eqn.results)}
+        return any(
+            self.refusal(v, eqn, whole, dtype) is None
+            for v in self.registry.get(eqn.op, ())
+            if not names or v.name in names
+        )
+
+    def able(self, work: Work) -> tuple[list[Variant], dict[str, str]]:
+        """(variants that can compute the equation, why the others cannot)."""
+        found, refused = [], {}
+        for v in self.variants(work.problem.op):
+            why = self.refusal(v, work.eqn, work.layouts, work.problem.dtype)
+            if why is None:
+                found.append(v)
+            else:
+                refused[v.name] = why
+        return found, refused
+
+    def choose(self, work: Work) -> Choice:
+        """The variant and its configuration; UnsupportedOpError where none can."""
+        p = work.problem
+        able, refused = self.able(work)
+        if not able:
+            said = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            raise UnsupportedOpError(
+                f"no kernel computes {p}: {said}", layer=", ".join(work.eqn.where.layers) or None,
+                where=work.eqn.where.place or None,
+            )  # fmt: skip
+        choice = self._measured(p, able) or self._rule(p, able)
+        wanted, changes = _forces(p.op, {v.name for v in self.variants(p.op)})
+        named = next((v for v in able if v.name == wanted), None)
+        if named is not None and named is not choice.variant:
+            choice = Choice(p, named, named.rule(p), "forced")
+        if changes:
+            config = choice.variant.cut(replace(choice.config, **changes), p)
+            choice = replace(choice, config=config, source="forced", origin="", us=None)
+        for v in able:
+            if v is not choice.variant:
+                refused[v.name] = self._passed_over(v, choice)
+        return replace(choice, refused=tuple(refused.items()))
+
+    def _rule(self, p: Problem, able: Sequence[Variant]) -> Choice:
+        pick = next((v for v in able if v.suits(p) is None), able[0])
+        return Choice(p, pick, pick.rule(p), "rule")
+
+    def _measured(self, p: Problem, able: Sequence[Variant]) -> Choice | None:
+        """The fastest row of a variant that can; ours only, once there is one of ours."""
+        by_name = {v.name: v for v in able}
+        rows = [r for r in self.table.get(p, ()) if r.variant in by_name]
+        own = [r for r in rows if r.source == "graphnet"]
+        best = min(own or rows, key=lambda r: r.us, default=None)
+        if best is None:
+            return None
+        origin = f"{best.source}, {best.origin}"
+        return Choice(p, by_name[best.variant], best.config, "measured", origin, best.us)
+
+    def _passed_over(self, v: Variant, choice: Choice) -> str:
+        """Why a variant that could was not taken."""
+        p = choice.problem
+        if choice.source == "measured":
+            rows = [r.us for r in self.table[p]
+                    if r.variant == v.name and choice.origin.startswith(r.source)]  # fmt: skip
+            return f"measured {min(rows):.1f} us there" if rows else "not measured there"
+        if choice.source == "forced":
+            return "another was asked for"
+        return v.suits(p) or f"the rules prefer {choice.variant.name}"
+
+
+# ---- what tests and searches force -----------------------------------------------------------
+
+_forced: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+
+
+def _forces(op: str, known: set[str]) -> tuple[str | None, dict[str, Any]]:
+    """(variant, fields) that are forced on an op."""
+    out: dict[str, Any] = {}
+    for ops, changes in _forced:
+        if not ops or op in ops:
+            out |= changes
+            wanted = changes.get("variant")
+            if op in ops and wanted is not None and wanted not in known:
+                raise ConfigError(
+                    f"no variant {wanted!r} of {op}", help=f"one of {', '.join(sorted(known))}"
+                )
+    return out.pop("variant", None), out
+
+
+def adjusted(op: str, config: Config) -> Config:
+    """The configuration of a kernel that has no variants, with what is forced on `op`."""
+    for ops, changes in _forced:
+        if op in ops:
+            config = replace(config, **{k: v for k, v in changes.items() if k != "variant"})
+    return config
+
+
+@contextmanager
+def forced(*ops: str, **changes: int | str | bool) -> Iterator[None]:
+    """Overrides the variant and fields of the configuration of every choice (of the given ops, or
+    of all). A variant that cannot compute an equation is not taken. For tests and the tuner."""
+    unknown = set(changes) - {f.name for f in fields(Config)} - {"variant"}
+    if unknown:
+        raise ConfigError(f"no configuration field {sorted(unknown)}")
+    _forced.append((ops, changes))
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,46 @@
+"""Every variant, a row each: those that the rules prefer stand first.
+
+Adding a variant is its class, in the file of its kernel family, and one row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphnet.lowering.launch.augment import Augmentation
+from graphnet.lowering.launch.choice import Kernels, Table
+from graphnet.lowering.launch.conv_boxes import Boxes, BoxesWgrad
+from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
+from graphnet.lowering.launch.conv_taps import Taps, TapsWgrad
+from graphnet.lowering.launch.linear import LinearWgrad, Matmul
+from graphnet.lowering.launch.loss import Losses
+from graphnet.lowering.launch.norm import Norm, PooledNorm
+from graphnet.lowering.launch.pool import Pools
+from graphnet.lowering.launch.variants import Variant
+
+VARIANTS: tuple[Variant, ...] = (
+    Boxes(),
+    Taps(),
+    Flat(),
+    TapsWgrad(),
+    BoxesWgrad(),
+    FlatWgrad(),
+    Matmul(),
+    LinearWgrad(),
+    Pools(),
+    Norm(),
+    PooledNorm(),
+    Losses(),
+    Augmentation(),
+)
+
+
+def by_op(variants: Sequence[Variant] = VARIANTS) -> dict[str, tuple[Variant, ...]]:
+    """The variants of each op, in the order of the rows."""
+    ops = dict.fromkeys(op for v in variants for op in v.ops)
+    return {op: tuple(v for v in variants if op in v.ops) for op in ops}
+
+
+def kernels_for(target: str, *, arch: int = 90, table: Table | None = None) -> Kernels:
+    """The kernels of a target."""
+    return Kernels(by_op(), arch, target == "interpret", table or {})

@@ -1,0 +1,9 @@
+"""Groups of ops that tests force configurations on."""
+
+CONVS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
+PRODUCTS = ("conv2d", "conv2d_dgrad", "linear", "linear_dgrad")
+WGRADS = ("conv2d_wgrad", "linear_wgrad")
+NORMS = (
+    "lrn", "lrn_grad", "maxpool2d+lrn", "lrn+maxpool2d", "lrn_grad+maxpool2d_grad",
+    "maxpool2d_grad+lrn_grad",
+)  # fmt: skip
