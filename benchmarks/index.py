@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphnet.lowering.tune.candidates import rank_correlation
-
-from benchmarks.goals import GOALS, GPU, ours_ms, seed_groups
+from benchmarks.goals import GOALS, GPUS, ours_ms, seed_groups
 from benchmarks.published import WORKLOADS, Workload
 from graphnet.bench.peers import KINDS
 from graphnet.bench.result import span
+from graphnet.lowering.tune.model import rank_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
 PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "benchmarks.md")
 Results = Mapping[str, Mapping[str, Any]]  # by file stem
 NOT_MEASURED = "not measured"
+_GPU = " or ".join(GPUS)
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -68,12 +68,11 @@ def benches(results: Results) -> str:
 
 
 def goals(results: Results) -> str:
-    head = [f"goal on an {GPU}", "figure", "measured", "verdict"]
-    text = table(head, (g.row(list(results.values())) for g in GOALS))
+    text = table(["goal", "figure", *GPUS], (g.row(list(results.values())) for g in GOALS))
     if all(r["machine"]["device"] == "cpu" for r in results.values()):
         text += (
-            "\n\nNo GPU was at hand yet: for one the kernels are compiled, and proven against a"
-            "\nfloat64 oracle in Triton's interpreter, not timed."
+            "\n\nNo result of a GPU has been committed yet; what was measured on one beside the"
+            "\nharness stands in [docs/benchmarks.md](../docs/benchmarks.md#on-a-gpu)."
         )
     return text
 
@@ -91,7 +90,7 @@ def mnist(results: Results) -> str:
                 f"{min(row['accuracy'] for row in own):.2%}", r["date"][:10],
             ])  # fmt: skip
     if not any(r["target"] == "cuda" for r in of_kind(results, "mnist99").values()):
-        rows.append([GPU, "-", "fp32", "192", "939", NOT_MEASURED, "-", "-", "-"])
+        rows.append([_GPU, "-", "fp32", "192", "939", NOT_MEASURED, "-", "-", "-"])
     head = ["machine", "way", "precision", "batch", "steps", "median s", "seeds at 99 %", "worst"]
     return table([*head, "date"], rows)
 
@@ -123,9 +122,51 @@ def tuning(results: Results) -> str:
             NOT_MEASURED if value is None else f"{value:.2f} over {keys} keys",
         ])  # fmt: skip
     if not rows:
-        rows.append(["-", GPU, "-", "-", "-", NOT_MEASURED])
+        rows.append(["-", _GPU, "-", "-", "-", NOT_MEASURED])
     head = ["run", "machine", "configurations", "timed", "wrong", "rank correlation"]
     return table(head, rows)
+
+
+def steps(results: Results) -> str:
+    """One line for each run of benchmarks/steps.py on a GPU."""
+    rows = []
+    for stem, r in of_kind(results, "steps").items():
+        if r["machine"]["device"] == "cpu":
+            continue
+        rows += [_run(stem, machine(r), run) for run in r["runs"]]
+    if not rows:
+        rows.append(["-", "-", "-", _GPU, NOT_MEASURED, *["-"] * 6])
+    head = ["model", "batch", "precision", "machine", "replay ms", "call ms", "eager / ours",
+            "launches", "their sum ms", "floor ms", "date"]  # fmt: skip
+    return table(head, rows)
+
+
+def _run(stem: str, where: str, run: Mapping[str, Any]) -> list[str]:
+    ways, launches = run["ways"], run["launches"] or []
+    ms = [f"{ways[n]['ms']['median']:.4g}" if n in ways else "-" for n in ("replay", "graphnet")]
+    eager = next((span(w["ratio"], 2) for n, w in ways.items() if n.startswith("eager")), "-")
+    sums = [f"{sum(row[k] or 0.0 for row in launches) / 1e3:.4g}" for k in ("us", "floor_us")]
+    return [
+        _link(stem, run["model"]), str(run["batch"]), run["precision"], where, *ms, eager,
+        *([str(len(launches)), *sums] if launches else ["-"] * 3),
+        run["failure"] or run["date"][:10],
+    ]  # fmt: skip
+
+
+def jax(results: Results) -> str:
+    """One line for each row of benchmarks/jax_peer.py on a GPU."""
+    rows = []
+    for stem, r in of_kind(results, "jax").items():
+        if r["machine"]["device"] == "cpu":
+            continue
+        for row in r["rows"]:
+            scan = f"{row['scan']} steps a call" if row["scan"] > 1 else "a call"
+            ms = row["failure"] or f"{row['ms']:.4g}"
+            rows.append([_link(stem, row["model"]), str(row["batch"]), row["precision"], scan,
+                         machine(r), ms, r["date"][:10]])  # fmt: skip
+    if not rows:
+        rows.append(["-", "-", "-", "-", _GPU, NOT_MEASURED, "-"])
+    return table(["model", "batch", "precision", "way", "machine", "ms a step", "date"], rows)
 
 
 def pictures(stems: Iterable[str]) -> str:
@@ -188,8 +229,8 @@ def sections(results: Results) -> dict[str, str]:
 
     return {
         "results": benches(results), "goals": goals(results), "mnist": mnist(results),
-        "tuning": tuning(results), "plots": pictures(wanted(results)),
-        "history": history(results),
+        "tuning": tuning(results), "steps": steps(results), "jax": jax(results),
+        "plots": pictures(wanted(results)), "history": history(results),
     }  # fmt: skip
 
 

@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     device = jax.devices()[0]
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     result: dict[str, Any] = {
-        "schema": 2, "kind": "jax", "date": now, "device": device.device_kind,
+        "schema": 2, "kind": "jax", "date": now,
+        "machine": {"device": device.device_kind},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}, "rows": [],
         "complete": False,
     }  # fmt: skip
