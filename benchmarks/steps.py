@@ -144,11 +144,13 @@ def launch_rows(program: Any, feed: tuple[torch.Tensor, ...], alone: bool) -> li
 def chosen(part: Any) -> dict[str, Any]:
     """The variant and the configuration of a launch, as far as it has any."""
     if not isinstance(part, Launch):
-        return {"variant": "", "config": {}}
-    sizes = {k: v for k, v in part.constants if k.startswith(("B", "SPLIT")) and type(v) is int}
-    variant = getattr(part, "variant", "") or part.kernel
-    config = sizes | {"num_warps": part.num_warps, "num_stages": part.num_stages}
-    return {"variant": str(variant), "config": config, "grid": list(part.grid)}
+        return {"variant": "", "config": {}, "source": "", "grid": []}
+    options = {"num_warps": part.num_warps, "num_stages": part.num_stages}
+    found = {"variant": "", "config": options, "source": "", "grid": list(part.grid)}
+    if (c := part.choice) is not None:
+        config = c.config.as_dict() | options
+        found |= {"variant": c.variant.name, "config": config, "source": c.origin or c.source}
+    return found
 
 
 def alone_us(call: Any) -> float:

@@ -28,8 +28,9 @@ def test_every_variant_is_the_oracle(row, dtype, variant):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-def test_every_configuration_of_alexnet(precision):
-    net = gn.models.alexnet()
+@pytest.mark.parametrize("model", ["alexnet", "lenet5"])
+def test_every_variant_and_every_likely_configuration(model, precision):
+    net = gn.models.get(model)
     hold(net, (128, *net.input_shape), precision, "cuda", KEEP)
 
 

@@ -18,6 +18,8 @@ from benchmarks.published import WORKLOADS
 from graphnet.bench import bench, facts
 from graphnet.bench.result import table
 from graphnet.cli import main
+from graphnet.lowering.launch.config import Config
+from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.tune import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,12 +163,10 @@ def test_the_goal_of_ten_seeds_takes_ten_that_arrive():
     assert verdicts(both)[what] == "10 ms, stretch reached"
 
 
-def tuned(*pairs, shape=(1, 2), verdict="right", **more):
-    return [
-        {"kernel": "conv2d_taps", "layers": ["conv1"], "shape": list(shape), "config": {},
-         "predicted_us": p, "median_us": m, "verdict": verdict, **more}
-        for p, m in pairs
-    ]  # fmt: skip
+def tuned(*pairs, **more):
+    row = {"kernel": "conv2d", "layers": ["conv1"], "shape": [1, 2], "config": {}}
+    row |= {"precision": "bf16", "verdict": "right", **more}
+    return [row | {"predicted_us": p, "median_us": m} for p, m in pairs]
 
 
 def of_tuner(rows, gpu="NVIDIA H200"):
@@ -176,7 +176,7 @@ def of_tuner(rows, gpu="NVIDIA H200"):
 
 def test_rank_correlation_within_each_key():
     same = tuned((1, 10), (2, 20), (3, 90), (4, 91))
-    opposite = tuned((1, 9), (2, 8), (3, 7), (4, 6), shape=(3, 4))
+    opposite = tuned((1, 9), (2, 8), (3, 7), (4, 6), shape=[3, 4])
     assert index.order(same) == (1.0, 1) and index.order(opposite) == (-1.0, 1)
     assert index.order(same + opposite) == (0.0, 2)
     wrong = tuned((5, None), verdict="wrong")
@@ -186,15 +186,19 @@ def test_rank_correlation_within_each_key():
     assert "not measured" in index.tuning({"interpreter": of_tuner(same, "cpu")})
 
 
-def test_a_wrong_configuration_of_the_shipped_table_shows():
+def test_a_wrong_configuration_of_the_shipped_table_shows(monkeypatch):
     what = "wrong results among the shipped configurations"
-    entry = tables.shipped("h200")[0].as_dict()
-    key = {n: entry[n] for n in ("shape", "precision", "config")} | {"kernel": entry["kind"]}
-    right, wrong = (tuned((1, 2), verdict=v, **key) for v in ("right", "wrong"))
+    problem, config = Problem("linear", (128, 400, 120), "bf16"), Config(64, 64, 64)
+    entry = tables.Entry("matmul", problem, config, 10.0, "graphnet", "h200", "2026-11-26")
+    monkeypatch.setattr(tables, "shipped", lambda gpu: [entry] if gpu == "h200" else [])
+    key = {"kernel": "linear", "shape": [128, 400, 120], "precision": "bf16", "variant": "matmul",
+           "config": config.as_dict()}  # fmt: skip
+    right, wrong = (tuned((1, 2), **key | {"verdict": v}) for v in ("right", "wrong"))
     elsewhere = tuned((1, 2), verdict="wrong")
     assert verdicts(of_tuner(right + elsewhere))[what] == "0, reached"
     assert verdicts(of_tuner(wrong))[what] == "1, **missed**"
     assert verdicts(of_tuner(elsewhere))[what] == "not measured"
+    assert verdicts(of_tuner(wrong), gpu="H100")[what] == "not measured"
 
 
 def owt(measured):
