@@ -6,7 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,7 +144,8 @@ def tune(low: Lowered, seconds: float = 60.0, **options: Any) -> Any:
         kept = len(found.entries)
         told(found)
 
-    return search.search(low.plan, low.kernels, gpu=gpu, seconds=seconds, each=each, **options)
+    kernels = replace(low.kernels, table=tables.table_for(gpu))
+    return search.search(low.plan, kernels, gpu=gpu, seconds=seconds, each=each, **options)
 
 
 def compile(
