@@ -60,12 +60,12 @@ def lower(
     nonfinite: str | None = None,
     apply: bool = True,
     augment: Any = None,
-    gpu: str | None = None,
+    kernels: Kernels | None = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
-    Of the two programs that accumulate, `apply` chooses the one that ends in the update. `gpu`
-    names the GPU whose measurements decide between kernels, where it is not the one at hand.
+    Of the two programs that accumulate, `apply` chooses the one that ends in the update. `kernels`
+    decide between variants, where those of the target and the GPU at hand are not meant.
     """
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
@@ -79,7 +79,7 @@ def lower(
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
     if training and not keys:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
-    kernels = kernels_of(target, gpu)
+    kernels = kernels or kernels_of(target)
     stages = pipeline.run(
         traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
         trainable=keys,
@@ -91,23 +91,33 @@ def lower(
     return Lowered(stages, plan, target, precision, keys, kernels)
 
 
-def kernels_of(target: str, gpu: str | None = None) -> Kernels | None:
+def kernels_of(target: str, gpu: str | None = None, arch: int | None = None) -> Kernels | None:
     """What decides between kernels on a target, None where there are none of ours.
 
-    gpu  whose measurements decide: the one at hand by default, H100's where there is none. The
-         interpreter's tiles are part of tests: only who asks for tuned ones gets them
+    gpu   whose measurements decide: the one at hand by default, H100's where there is none, and
+          nobody's for "". The interpreter's tiles are part of tests: only who asks for tuned ones
+          gets them
+    arch  90 for sm_90; that of the GPU at hand by default
     """
     from graphnet.lowering.launch.registry import kernels_for
     from graphnet.lowering.tune.tables import table_for
 
     if target == "cpu":
         return None
-    known = table_for(gpu or tuned_as(target)) if target == "cuda" or config.tune() else {}
-    arch = 90
-    if target == "cuda" and torch.cuda.is_available():
+    name = tuned_as(target) if gpu is None else gpu or None
+    known = table_for(name) if target == "cuda" or config.tune() else {}
+    if arch is None and target == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
-    return kernels_for(target, arch=arch, table=known)
+    return kernels_for(target, arch=arch or 90, table=known)
+
+
+def settle(low: Lowered, on_gpu: bool, *net: Any, **how: Any) -> tuple[Lowered, set[str]]:
+    """(what was lowered, with choices that hold; keys of what was compiled for that). See
+    `graphnet.lowering.tune.proof`. `net` and `how` are what `lower` was given."""
+    from graphnet.lowering.tune.proof import settled
+
+    return settled(low, lambda kernels: lower(*net, **{**how, "kernels": kernels}), on_gpu)
 
 
 def tuned_as(target: str) -> str | None:
@@ -200,6 +210,9 @@ def compile(
     if config.tune() and low.plan.launches:
         tune(low)
         low = lower(net, shape, **how)
+    if low.target == "cuda":
+        low, _ = settle(low, True, net, shape, **how)
+        how |= {"kernels": low.kernels}
     common: dict[str, Any] = {
         "stages": low.stages, "plan": low.plan, "prepare": module.prepare, "seed": seed,
         "state": state, "target": low.target, "precision": precision,
@@ -234,15 +247,20 @@ def build(
 
     `out` is a folder that receives the binaries and the generated files.
     """
-    from graphnet.lowering.build.build import build_plan
+    from graphnet.lowering.build.build import arch_number, build_plan
 
     start = time.perf_counter()
-    low = lower(
-        net, shape, target="cuda", precision=precision, loss=loss, optimizer=optimizer,
-        grads=grads, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite,
-        augment=augment,
+    number = arch_number(arch)
+    how: dict[str, Any] = {
+        "target": "cuda", "precision": precision, "loss": loss, "optimizer": optimizer,
+        "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
+        "augment": augment,
+        "kernels": kernels_of("cuda", BUILT_FOR if number == 90 else "", number),
+    }  # fmt: skip
+    low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)
+    return build_plan(
+        low.plan, arch=arch, precision=precision, out=out, start=start, before=fresh
     )  # fmt: skip
-    return build_plan(low.plan, arch=arch, precision=precision, out=out, start=start)
 
 
 def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads: bool) -> None:

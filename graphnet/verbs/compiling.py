@@ -53,7 +53,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """The graph or the plan: one line per kernel with FLOPs, bytes, floor and bound."""
-    from graphnet.api import lower
+    from graphnet.api import kernels_of, lower
     from graphnet.report import check_choices, inspect_data, inspect_text, why_text
 
     check_choices(stage, gpu)
@@ -62,7 +62,8 @@ def inspect(
     wanted = training(
         train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
-    low = lower(net, shape, target=target, precision=precision, gpu=gpu, **wanted)
+    kernels = None if target == "cpu" else kernels_of(target, gpu if target == "cuda" else None)
+    low = lower(net, shape, target=target, precision=precision, kernels=kernels, **wanted)
     facts = {
         "model": model, "batch": batch, "train": train, "precision": precision,
         "target": target, "gpu": gpu, "stage": stage,

@@ -66,8 +66,8 @@ def choice(op, n, c, layout=NHWC, groups=1, stride=1, arch=90, k=64):
     [
         (("conv2d", 128, 256), "boxes", "taps", "the rules prefer boxes"),
         (("conv2d", 2, 256), "taps", "boxes", "62 of 64 rows would be empty"),
-        (("conv2d", 128, 48, NHWC, 6), "taps", "boxes", "of a group (8) are no multiple"),
-        (("conv2d", 128, 48, NHWC, 8), "flat", "taps", "of a group (6) are no multiple"),
+        (("conv2d", 128, 48, NHWC, 6, 1, 90, 48), "taps", "boxes", "group (8) are no multiple"),
+        (("conv2d", 128, 48, NHWC, 8, 1, 90, 48), "flat", "taps", "group (6) are no multiple"),
         (("conv2d", 128, 256, ROW), "flat", "boxes", "row-major"),
         (("conv2d", 128, 3, Layout("row", None, 4), 1, 4), "taps", "boxes", "blocks of 4 x 4"),
         (("conv2d_dgrad", 128, 64, NHWC, 1, 2), "flat", "taps", "2 x 2th tap"),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -319,7 +319,7 @@ class _Pool:
         process.wait()
 
 
-def _answers(
+def answers(
     launches: Sequence[Launch], arch: int
 ) -> tuple[list[tuple[str, dict[str, Any]]], set[str]]:
     """((key, what is known of the binary, or its "error") per launch, keys compiled now)."""
@@ -342,7 +342,7 @@ def compile_launches(
     launches: Sequence[Launch], arch: int = 90
 ) -> tuple[list[tuple[str, dict[str, Any]]], set[str]]:
     """((key, what is known of the binary) per launch, keys that were compiled now)."""
-    found, fresh = _answers(launches, arch)
+    found, fresh = answers(launches, arch)
     for s, (_, about) in zip(launches, found, strict=True):
         if "error" in about:
             raise CompileError(
@@ -354,7 +354,7 @@ def compile_launches(
 
 def try_launches(launches: Sequence[Launch], arch: int = 90) -> list[dict[str, Any]]:
     """What is known of each launch's binary; one that does not compile says so in "error"."""
-    return [about for _, about in _answers(launches, arch)[0]]
+    return [about for _, about in answers(launches, arch)[0]]
 
 
 def build_plan(
@@ -364,15 +364,18 @@ def build_plan(
     precision: str = "fp32",
     out: Any = None,
     start: float | None = None,
+    before: Set[str] = frozenset(),
 ) -> Report:
     """Compiles the plan's launches; `out` receives binaries, PTX and generated files.
 
-    The report's seconds count from `start`, a reading of `time.perf_counter`.
+    The report's seconds count from `start`, a reading of `time.perf_counter`; `before` are keys
+    that were compiled since.
     """
     start = time.perf_counter() if start is None else start
     number = arch_number(arch)
     into = _receiving(out) if out is not None else None
-    found, fresh = compile_launches(plan.launches, number)
+    found, compiled = compile_launches(plan.launches, number)
+    fresh = compiled | before
     folder = private_dir("binaries")
     rows = []
     for s, (key, about) in zip(plan.launches, found, strict=True):

@@ -15,7 +15,7 @@ from graphnet.lowering.build.build import key_of, key_parts, request
 from graphnet.lowering.launch.codegen import private_dir
 from graphnet.lowering.launch.steps import Launch
 
-COMPILED = ("binaries", "generated", "triton")
+COMPILED = ("binaries", "generated", "triton", "proven")
 KINDS = (*COMPILED, "tuning", "images")
 
 

@@ -6,7 +6,8 @@ What a tuner tries must neither read what another kernel left nor leave anything
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -19,6 +20,18 @@ from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import disagreement, oracle
 
 Buffer = Callable[[Ref], torch.Tensor]
+
+
+@contextmanager
+def mode(target: str) -> Iterator[None]:
+    """What launches of a target have to be called in."""
+    if target == "interpret":
+        from graphnet.lowering.targets.interpret import interpreted
+
+        with interpreted():
+            yield
+    else:
+        yield
 
 
 class Alone:
@@ -107,7 +120,7 @@ class _Operands:
 
     def __init__(self, graph: Graph, device: torch.device, seed: int) -> None:
         self.graph, self.device = graph, device
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator(device).manual_seed(seed)
         self.producers = graph.producers()
         self.roles = {i.value: i.role for i in graph.inputs}
         self.made: dict[Value, torch.Tensor] = {}
@@ -127,7 +140,7 @@ class _Operands:
                     self.made[r] = value.to(r.type.dtype.torch)
             return
         if dtype.is_floating_point:
-            value = torch.randn(shape, generator=self.random)
+            value = torch.randn(shape, generator=self.random, device=self.device)
             if shape == ():
                 value = torch.tensor(0.1)  # a rate
             elif self.roles.get(v) in ("param", "derived") and len(shape) > 1:
@@ -137,7 +150,8 @@ class _Operands:
         elif shape == ():
             value = torch.tensor(self.graph.input("x").value.type.shape[0])  # live rows, counters
         else:
-            value = torch.randint(0, self._classes(v), shape, generator=self.random)
+            classes = self._classes(v)
+            value = torch.randint(0, classes, shape, generator=self.random, device=self.device)
         self.made[v] = value.to(dtype).to(self.device)
 
     def _classes(self, labels: Value) -> int:

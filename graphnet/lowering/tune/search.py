@@ -13,7 +13,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work, take_apart
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.tune import tables
-from graphnet.lowering.tune.alone import Alone
+from graphnet.lowering.tune.alone import Alone, mode
 from graphnet.lowering.tune.model import predict_us, rank_correlation
 from graphnet.lowering.watch import clock
 
@@ -102,17 +101,6 @@ class Found:
 
 
 # ---- the search ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _mode(target: str) -> Iterator[None]:
-    if target == "interpret":
-        from graphnet.lowering.targets.interpret import interpreted
-
-        with interpreted():
-            yield
-    else:
-        yield
 
 
 def _launches(work: Work, variant: Variant, config: Config) -> list[Launch]:
@@ -248,7 +236,7 @@ def _try(
         made = _build(made, kernels.arch, trial)
     alone = [Alone(plan.graph, w.eqn, plan.target) for w in works]
     right: list[tuple[Candidate, list[Callable[[], None]]]] = []
-    with torch.no_grad(), _mode(plan.target):
+    with torch.no_grad(), mode(plan.target):
         for k, c in enumerate(made):
             if k and time.perf_counter() - began > seconds:
                 trial(c, "skipped", "the time was up")

@@ -1,0 +1,150 @@
+"""What a choice has to show before it runs: a binary without spills, and on a GPU the right result.
+
+A measured row is advice. Its binary is refused where it spills or does not compile, and then the
+rules decide. On a GPU an equation whose binaries have not been proven there is run once, alone,
+over operands of its own and results full of NaN, against the float64 reference on the device. A
+wrong measured choice is replaced by the rules', loudly; if the rules' own is wrong, too, that is an
+error. What was right is remembered by everything that decides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphnet.errors import NumericsError
+from graphnet.ir.graph import Eqn
+from graphnet.lowering.build.build import answers, key_of, request
+from graphnet.lowering.launch.choice import Choice, Kernels
+from graphnet.lowering.launch.codegen import private_dir, write_whole
+from graphnet.lowering.launch.equation import launches
+from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.steps import Launch
+from graphnet.lowering.plan.plan import Plan
+from graphnet.lowering.tune.alone import Alone, mode
+from graphnet.lowering.tune.tables import TuningWarning
+
+Lower = Callable[[Kernels], Any]
+
+
+def settled(low: Any, lower: Lower, on_gpu: bool) -> tuple[Any, set[str]]:
+    """(a lowered net whose choices hold, keys of the binaries that were compiled for that): the one
+    given, or one with the rules in place of rows that do not hold.
+
+    lower   lowers the same net again with other kernels
+    on_gpu  results are compared, too, not only binaries
+    """
+    fresh: set[str] = set()
+    while bad := _unfit(low.plan, low.kernels.arch, fresh) or (_wrong(low) if on_gpu else {}):
+        for choice, why in bad.items():
+            warnings.warn(
+                f"{choice.problem}: {choice.variant.name} {choice.config} ({choice.origin}) {why};"
+                " the rules' choice is taken",
+                TuningWarning, stacklevel=3,
+            )  # fmt: skip
+        low = lower(without(low.kernels, list(bad)))
+    return low, fresh
+
+
+def without(kernels: Kernels, choices: Sequence[Choice]) -> Kernels:
+    """The kernels with these choices' rows left out."""
+    bad = {(c.problem, c.variant.name, c.config) for c in choices}
+    table = {
+        p: [r for r in rows if (p, r.variant, r.config) not in bad]
+        for p, rows in kernels.table.items()
+    }
+    return replace(kernels, table=table)
+
+
+def _unfit(plan: Plan, arch: int, fresh: set[str]) -> dict[Choice, str]:
+    """Measured choices whose binaries spill or do not compile, and what they do. All of the plan is
+    compiled together; `fresh` gets the keys of what was."""
+    found, compiled = answers(plan.launches, arch)
+    fresh |= compiled
+    out: dict[Choice, str] = {}
+    for s, (_, about) in zip(plan.launches, found, strict=True):
+        if s.choice is None or s.choice.source != "measured":
+            continue
+        if "error" in about:
+            out[s.choice] = f"does not compile: {about['error'].splitlines()[-1][:200]}"
+        elif about["spill_bytes"]:
+            out[s.choice] = f"spills {about['spill_bytes']} bytes in {s.kernel}"
+    return out
+
+
+# ---- on a GPU --------------------------------------------------------------------------------
+
+
+def computed(low: Any) -> Iterator[tuple[Eqn, list[Launch]]]:
+    """Every equation that a variant computes, with its launches alone: buffers carry the names of
+    the equation's own values."""
+    for e in low.plan.graph.eqns:
+        steps = [] if is_view(e) else launches(e, lambda v: v.name, low.kernels)
+        own = [s for s in steps if isinstance(s, Launch)]
+        if own and own[0].choice is not None:
+            yield e, own
+
+
+def name_of(steps: Sequence[Launch], arch: int) -> str:
+    """What names a computation: the code of its launches, their grids and tables."""
+    about = [
+        [key_of(request(s, arch)), s.grid, [t.values for t in s.tables]] for s in steps
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _wrong(low: Any) -> dict[Choice, str]:
+    """Measured choices that are wrong here; NumericsError where a choice of the rules is."""
+    gpu, out = torch.cuda.get_device_name(), {}
+    for e, steps in computed(low):
+        name, choice = name_of(steps, low.kernels.arch), steps[0].choice
+        assert choice is not None
+        if choice in out or _proven(gpu, name):
+            continue
+        why = _checked(low.plan, e, steps)
+        if why is None:
+            _remember(gpu, name, choice)
+        elif choice.source == "measured":
+            out[choice] = f"is wrong on this GPU: {why}"
+        else:
+            raise NumericsError(
+                f"{choice.variant.name} of {choice.problem}: {why}",
+                layer=", ".join(e.where.layers) or None, where=e.where.place or None,
+                help="no other choice computes it rightly on this GPU; target='cpu' runs without "
+                "our kernels, GRAPHNET_DUMP=folder leaves them for a report",
+            )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def _checked(plan: Plan, e: Eqn, steps: Sequence[Launch]) -> str | None:
+    """How the launches of an equation differ from its reference; None where they do not."""
+    alone = Alone(plan.graph, e, plan.target)
+    run, tensor = alone.prepare(steps)
+    with mode(plan.target):
+        return alone.verdict(run, tensor)
+
+
+def _file(gpu: str, name: str) -> Path:
+    digest = hashlib.sha256(f"{gpu} {name}".encode()).hexdigest()
+    return private_dir("proven") / f"{digest[:32]}.json"
+
+
+def _proven(gpu: str, name: str) -> bool:
+    try:
+        about = json.loads(_file(gpu, name).read_text())
+        return (about["gpu"], about["computation"]) == (gpu, name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remember(gpu: str, name: str, choice: Choice) -> None:
+    about = {"gpu": gpu, "computation": name, "what": f"{choice.problem}: {choice}"}
+    write_whole(_file(gpu, name), json.dumps(about, indent=1).encode())
