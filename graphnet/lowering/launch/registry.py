@@ -5,8 +5,6 @@ Adding a variant is its class, in the file of its kernel family, and one row her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from graphnet.lowering.launch.augment import Augmentation
 from graphnet.lowering.launch.choice import Kernels, Table
 from graphnet.lowering.launch.conv_boxes import Boxes, BoxesWgrad
@@ -35,10 +33,10 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 
-def by_op(variants: Sequence[Variant] = VARIANTS) -> dict[str, tuple[Variant, ...]]:
+def by_op() -> dict[str, tuple[Variant, ...]]:
     """The variants of each op, in the order of the rows."""
-    ops = dict.fromkeys(op for v in variants for op in v.ops)
-    return {op: tuple(v for v in variants if op in v.ops) for op in ops}
+    ops = dict.fromkeys(op for v in VARIANTS for op in v.ops)
+    return {op: tuple(v for v in VARIANTS if op in v.ops) for op in ops}
 
 
 def kernels_for(target: str, *, arch: int = 90, table: Table | None = None) -> Kernels:
