@@ -94,6 +94,7 @@ def test_momentum_that_is_not_kept_is_no_parity():
             return loss
 
     found = parity.check(work(), Forgets, 1)
+    assert found.steps == parity.MORE
     assert named(found)[LAST].ours == pytest.approx(1.0)
 
 
@@ -134,6 +135,19 @@ def test_an_error_a_little_above_torchs_own_is_no_parity(precision, mode, name):
             math.hypot(share, named(clean)[name].ours), rel=0.25
         )
         assert all(e.ok for e in found.errors if e.name != name)
+
+
+@pytest.mark.parametrize("bad, ok", [(3, True), (11, False)])
+def test_bad_luck_in_a_few_batches_is_followed_by_more(bad, ok):
+    """Of 5 and then 20 batches the first ones are bad; the median decides."""
+    batches = iter(range(20))
+
+    def program(work):
+        good, wrong = spoilt(0.0)(work), spoilt(0.1)(work)
+        return lambda *feed: (wrong if next(batches) < bad else good)(*feed)
+
+    found = parity.check(work("grads"), program)
+    assert found.steps == 20 and found.ok is ok
 
 
 def test_no_number_is_no_parity():
