@@ -127,7 +127,7 @@ correctness() {
         [[ " ${first[*]} " == *" $file "* ]] || rest+=("$file")
     done
     ((DRY)) || { has xdist && parallel=(-n 12); }
-    OMP_NUM_THREADS=2 step 150 "gpu tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
+    OMP_NUM_THREADS=2 step 200 "gpu tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
         -p benchmarks.record --record "$OUT" ${parallel[@]+"${parallel[@]}"} \
         "${first[@]}" ${rest[@]+"${rest[@]}"}
 }

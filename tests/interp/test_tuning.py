@@ -167,6 +167,20 @@ def test_the_time_budget_holds_and_what_was_not_reached_says_so():
     assert all(t.median_us is None for t in found.trials if t.verdict == "skipped")
 
 
+def test_what_has_most_to_gain_comes_first():
+    low = plan()
+    order = lambda found: list(dict.fromkeys(t.problem for t in found.trials))
+    first, *_, last = order(found_by(low, seconds=0.0))
+    (work,) = search._jobs(low.plan)[last]
+    rule = low.kernels.choose(work)
+    slow = tables.Entry(
+        rule.variant.name, last, rule.config, 1e9, "graphnet", "interpreter", "2026-11-26"
+    )
+    kernels = search.replace(low.kernels, table=tables.as_table([slow]))
+    again = search.search(low.plan, kernels, gpu="interpreter", seconds=0.0, again=True)
+    assert order(again)[:2] == [last, first]
+
+
 def test_every_variant_that_can_gets_a_chance():
     """A convolution whose images fill channels: taps, boxes and flat are all tried."""
     net = gn.Sequential(

@@ -22,7 +22,7 @@ from graphnet.errors import GraphnetError
 from graphnet.lowering.build.build import try_launches
 from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.config import Config
-from graphnet.lowering.launch.cost import CEILINGS, with_costs
+from graphnet.lowering.launch.cost import CEILINGS, floor_us, with_costs
 from graphnet.lowering.launch.steps import Launch
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work, take_apart
@@ -135,7 +135,7 @@ def search(
     each: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """Tries candidates for every problem of a plan, those with most to gain first, until the time
-    is up.
+    is up; what is far from its floor gets more of it.
 
     kernels  what may compute the plan's equations; problems that have a row of ours are left alone
              unless `again`
@@ -146,19 +146,13 @@ def search(
     model = gpu if gpu in CEILINGS else MODEL_GPU
     known = {p for p, rows in kernels.table.items() if any(r.source == "graphnet" for r in rows)}
     jobs = {p: works for p, works in _jobs(plan).items() if again or p not in known}
-    cost: dict[Problem, float] = {}
-    for p, works in jobs.items():
-        now = (kernels.choose(w) for w in works)
-        cost[p] = sum(
-            predict_us(_launches(w, c.variant, c.config), model)
-            for w, c in zip(works, now, strict=True)
-        )
+    gain = {p: sum(_to_gain_us(w, kernels, model) for w in works) for p, works in jobs.items()}
     found = Found(gpu, keys=len(jobs))
-    rest = sum(cost.values())
-    for p in sorted(jobs, key=lambda p: -cost[p]):
+    rest = sum(gain.values())
+    for p in sorted(jobs, key=lambda p: -gain[p]):
         left = seconds - (time.perf_counter() - began)
-        share = max(left * cost[p] / rest, 0.0) if rest else 0.0
-        rest -= cost[p]
+        share = max(left * gain[p] / rest, 0.0) if rest else 0.0
+        rest -= gain[p]
         trials, rule = _try(p, jobs[p], plan, kernels, model, keep, share)
         entries = _decide(trials, rule, gpu)
         best = min(entries, key=lambda e: e.us, default=None)
@@ -171,6 +165,15 @@ def search(
         say(_line(p, trials, best, rule))
         each(found)
     return found
+
+
+def _to_gain_us(work: Work, kernels: Kernels, model: str) -> float:
+    """What today's choice takes, as measured or else predicted, beyond the least that is possible.
+    At least a little, so that nothing is left out."""
+    now = kernels.choose(work)
+    steps = _launches(work, now.variant, now.config)
+    least = sum(floor_us(s.flops, s.bytes, s.math, model) for s in steps)
+    return max((now.us or predict_us(steps, model)) - least, 0.1)
 
 
 Rule = tuple[str, Config]
