@@ -32,11 +32,16 @@ class DType:
         return self.name
 
     @property
+    def torch_name(self) -> str:
+        """The name of the torch dtype of the same meaning."""
+        return _TORCH_NAMES[self.name]
+
+    @property
     def torch(self) -> torch.dtype:
         """The torch dtype of the same meaning."""
         import torch
 
-        return getattr(torch, _TORCH_NAMES[self.name])
+        return getattr(torch, self.torch_name)
 
 
 _TORCH_NAMES = {

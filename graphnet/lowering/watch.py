@@ -21,8 +21,9 @@ import torch
 from graphnet import config
 from graphnet.errors import NumericsError
 from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.lowering.launch.codegen import Ref, materialise
+from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.cost import CEILINGS, floor_us
+from graphnet.lowering.launch.files import materialise
 from graphnet.lowering.launch.moves import is_view
 from graphnet.lowering.launch.steps import Launch, Step
 from graphnet.lowering.plan.plan import Plan

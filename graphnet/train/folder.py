@@ -142,7 +142,7 @@ class Folder:
         return digest.hexdigest()[:32]
 
     def _open_cache(self) -> RowStore | None:
-        from graphnet.lowering.launch.codegen import private_dir
+        from graphnet.lowering.launch.files import private_dir
 
         size = int(np.prod(self.stored))
         about = {"of": str(self.root), "stored": list(self.stored)}

@@ -33,7 +33,7 @@ def tune(
     from graphnet import api
     from graphnet.bench import facts
     from graphnet.bench.result import SCHEMA
-    from graphnet.lowering.launch.codegen import write_whole
+    from graphnet.lowering.launch.files import write_whole
     from graphnet.lowering.tune import tables
 
     net = load_model(model)

@@ -13,8 +13,8 @@ from graphnet.errors import CompileError
 from graphnet.ir.text import parse
 from graphnet.lowering.build import build
 from graphnet.lowering.build.build import build_plan, key_of, ptxas, request
-from graphnet.lowering.launch.codegen import Source
 from graphnet.lowering.launch.config import SHARED_BYTES
+from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.signature import signature_of
 from graphnet.lowering.plan.plan import make_plan
 from tests.cases import CASES
@@ -69,7 +69,7 @@ def test_a_warm_build_starts_no_worker_and_a_damaged_binary_is_made_again(monkey
     plan = plan_of()
     cold = build_plan(plan)
     with monkeypatch.context() as m:
-        m.setattr(build, "_Pool", None)
+        m.setattr(build, "Pool", None)
         warm = build_plan(plan)
         assert all(r.cached for r in warm.rows) and warm.seconds < 0.5
     assert [r.sha256 for r in warm.rows] == [r.sha256 for r in cold.rows]

@@ -1,6 +1,7 @@
 """Fused graphs through plan, generated code and the interpreter, against the oracle."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import graphnet.ops  # noqa: F401  (fills the registry)
 from graphnet import config
 from graphnet.ir.text import parse
 from graphnet.lowering.launch.choice import forced
-from graphnet.lowering.launch.codegen import Source, load, materialise
+from graphnet.lowering.launch.files import Source, load, materialise
 from graphnet.lowering.launch.steps import Copy, Fill
 from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.targets import interpret
@@ -206,6 +207,21 @@ def test_the_mode_is_scoped(monkeypatch):
     check(CONV.replace("@", ""))
     assert tl.sum is before and not triton.knobs.runtime.interpret
     assert "TRITON_INTERPRET" not in os.environ
+
+
+def test_bytecode_beside_a_generated_file_does_not_run():
+    from importlib import _bootstrap_external
+    from importlib.util import cache_from_source
+
+    source = Source("def epilogue():\n    return 'ours'\n")
+    path = materialise(source)
+    planted = compile("def epilogue():\n    return 'planted'\n", str(path), "exec")
+    stat = path.stat()
+    data = _bootstrap_external._code_to_timestamp_pyc(planted, int(stat.st_mtime), stat.st_size)
+    cached = Path(cache_from_source(str(path)))
+    cached.parent.mkdir()
+    cached.write_bytes(data)
+    assert load(source)() == "ours"
 
 
 def test_a_damaged_generated_file_is_written_again():

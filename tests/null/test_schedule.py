@@ -132,8 +132,10 @@ def test_whole_schedules_recompile_nothing(target, monkeypatch):
         optimizer=gn.SGD(0.1, momentum=0.9),
     )  # fmt: skip
     built = []
-    for name in ("lowering.plan.plan.make_plan", "lowering.launch.codegen.load",
-                 "passes.pipeline.run", f"lowering.targets.{target}.prepare"):  # fmt: skip
+    for name in (
+        "lowering.plan.plan.make_plan", "lowering.launch.files.load", "passes.pipeline.run",
+        f"lowering.targets.{target}.prepare",
+    ):  # fmt: skip
         monkeypatch.setattr(f"graphnet.{name}", lambda *a, name=name, **k: built.append(name))
     x, y = (t[:4] for t in data())
     total, rates = 4 if target == "interpret" else 40, set()

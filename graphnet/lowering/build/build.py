@@ -9,32 +9,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from graphnet.errors import CompileError, ConfigError
-from graphnet.lowering.launch.codegen import Source, materialise, private_dir, write_whole
+from graphnet.lowering.build.pool import Pool
+from graphnet.lowering.build.tools import arch_number, kernels_hash, ptxas
 from graphnet.lowering.launch.cost import floor_us
+from graphnet.lowering.launch.files import Source, materialise, private_dir, write_whole
 from graphnet.lowering.launch.steps import Arg, Box, Launch, Table, bind
 from graphnet.lowering.plan.plan import Plan
 
 _COUNTS = (
     "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma", "cp_async",
-    "float_atomics", "compile_s", "name", "sha256",
+    "float_atomics", "compile_s", "name",
 )  # fmt: skip
+_FILES = ("cubin", "ptx", "meta")  # the binary, its text, and what Triton's launcher must know
 
-ARCHES = (80, 86, 89, 90, 100, 120)
 _REPORTED = (
     "binary", "config", "registers", "spill_bytes", "shared_bytes", "wgmma", "tma", "cp_async",
     "float_atomics",
@@ -130,53 +126,6 @@ class Report:
         return "\n".join([head, *lines])
 
 
-# ---- tools ----------------------------------------------------------------------------------
-
-
-@cache
-def _package(name: str) -> Path:
-    """Folder of a package, which is not imported."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise CompileError(f"{name} is not installed", help=f"pip install {name}")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-@cache
-def ptxas() -> tuple[Path, str]:
-    """(path, version) of the assembler: what the user pinned, torch's own, else Triton's."""
-    pinned = os.environ.get("TRITON_PTXAS_PATH")
-    own = _package("torch") / "bin" / "ptxas"
-    bundled = _package("triton") / "backends" / "nvidia" / "bin" / "ptxas"
-    path = Path(pinned) if pinned else own if own.exists() else bundled
-    try:
-        text = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CompileError(f"the assembler {path} does not run: {error}") from error
-    found = re.search(r"V(\d+\.\d+\.\d+)", text)
-    return path, found[1] if found else "unknown"
-
-
-@cache
-def kernels_hash() -> str:
-    """SHA-256 over the text of all templates."""
-    digest = hashlib.sha256()
-    for path in sorted(_package("graphnet.kernels").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def arch_number(text: str) -> int:
-    """90 for "sm_90" or "sm_90a"; ConfigError for what Triton compiles nothing for."""
-    found = re.fullmatch(r"sm_(\d+)a?", text)
-    if not found or int(found[1]) not in ARCHES:
-        known = ", ".join(f"sm_{n}" for n in ARCHES)
-        raise ConfigError(f"unknown architecture {text!r}", help=f"one of {known}")
-    return int(found[1])
-
-
 # ---- one launch -----------------------------------------------------------------------------
 
 
@@ -230,13 +179,21 @@ def key_of(work: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key_parts(work), sort_keys=True).encode()).hexdigest()
 
 
+def _seal(about: dict[str, Any]) -> str:
+    """SHA-256 of an index entry, without the seal itself."""
+    rest = {k: v for k, v in about.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _cached(folder: Path, key: str) -> dict[str, Any] | None:
-    """The index entry of a key whose binary is whole."""
-    entry, binary = folder / f"{key}.json", folder / f"{key}.cubin"
+    """The index entry of a key, if it is whole and so are the files that it vouches for."""
     try:
-        about = json.loads(entry.read_text())
-        whole = hashlib.sha256(binary.read_bytes()).hexdigest() == about["sha256"]
-        return about if whole and all(c in about for c in _COUNTS) else None
+        about = json.loads((folder / f"{key}.json").read_text())
+        whole = about["seal"] == _seal(about) and all(
+            hashlib.sha256((folder / f"{key}.{f}").read_bytes()).hexdigest() == about["files"][f]
+            for f in _FILES
+        )
+        return about if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -244,79 +201,24 @@ def _cached(folder: Path, key: str) -> dict[str, Any] | None:
 def _keep(
     folder: Path, key: str, answer: dict[str, Any], work: dict[str, Any]
 ) -> dict[str, Any]:
-    write_whole(folder / f"{key}.cubin", base64.b64decode(answer["cubin"]))
-    write_whole(folder / f"{key}.ptx", answer["ptx"].encode())
-    about = {**{c: answer[c] for c in _COUNTS}, "parts": key_parts(work)}
-    # The entry comes last: it vouches for the binary.
+    """Files what a worker has made; the index entry comes last, since it vouches for the rest.
+
+    sha256   of the binary: what a proof on a GPU is about
+    source   of what it was compiled: a launch that asks for anything else does not get it
+    """
+    texts = (answer["ptx"].encode(), answer["metadata"].encode())
+    made = dict(zip(_FILES, (base64.b64decode(answer["cubin"]), *texts), strict=True))
+    files = {f: hashlib.sha256(data).hexdigest() for f, data in made.items()}
+    for f, data in made.items():
+        write_whole(folder / f"{key}.{f}", data)
+    about = {
+        **{c: answer[c] for c in _COUNTS}, "sha256": files["cubin"], "source": answer["source"],
+        "files": files, "parts": key_parts(work),
+    }  # fmt: skip
+    about = json.loads(json.dumps({**about, "seal": ""}))  # as it will be read
+    about["seal"] = _seal(about)
     write_whole(folder / f"{key}.json", json.dumps(about, indent=1).encode())
     return about
-
-
-# ---- workers --------------------------------------------------------------------------------
-
-
-def _environment() -> dict[str, str]:
-    """The worker's: not interpreted, the assembler pinned, this package importable."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(_package("graphnet").parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    env["TRITON_PTXAS_PATH"] = str(ptxas()[0])
-    env["TRITON_CACHE_DIR"] = str(private_dir("triton"))
-    env["GRAPHNET_CACHE_DIR"] = str(private_dir("triton").parent)
-    env["TRITON_ALWAYS_COMPILE"] = "1"  # this cache is the one that verifies
-    return env
-
-
-class _Pool:
-    """Workers that take the next request when they have answered the last."""
-
-    def __init__(self, todo: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        self.todo = list(todo)
-        self.answers: dict[str, dict[str, Any]] = {}
-        self.failures: list[str] = []
-        self.lock = threading.Lock()
-
-    def run(self) -> dict[str, dict[str, Any]]:
-        count = min(os.cpu_count() or 1, len(self.todo))
-        threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        if self.failures:
-            raise CompileError(f"a compile worker ended early: {self.failures[0]}")
-        return self.answers
-
-    def _next(self) -> tuple[str, dict[str, Any]] | None:
-        with self.lock:
-            return self.todo.pop(0) if self.todo else None
-
-    def _serve(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "graphnet.lowering.build.worker"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(),
-        )  # fmt: skip
-        assert process.stdin and process.stdout and process.stderr
-        said: list[str] = []
-        # Drained all along: a full pipe would stop the worker.
-        errors = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
-        errors.start()
-        while (work := self._next()) is not None:
-            key, body = work
-            try:
-                process.stdin.write(json.dumps({"id": key, **body}) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except OSError:
-                line = ""
-            if not line:
-                process.wait()
-                errors.join(1)
-                self.failures.append("".join(said[-20:]) or f"exit code {process.returncode}")
-                return
-            self.answers[key] = json.loads(line)
-        process.stdin.close()
-        process.wait()
 
 
 def answers(
@@ -330,11 +232,12 @@ def answers(
     missing = {k: w for k, w in zip(keys, work, strict=True) if known[k] is None}
     # The longest compiles first: products, whose loops take the time.
     heavy = lambda p: 0 if p[1]["kernel"].startswith(("conv", "matmul", "linear")) else 1
+
+    def answered(key: str, answer: dict[str, Any]) -> None:  # at once: a stop loses what is open
+        known[key] = answer if "error" in answer else _keep(folder, key, answer, missing[key])
+
     if missing:
-        answers = _Pool(sorted(missing.items(), key=heavy)).run()
-        known |= {
-            k: a if "error" in a else _keep(folder, k, a, missing[k]) for k, a in answers.items()
-        }
+        Pool(sorted(missing.items(), key=heavy), answered).run()
     return [(k, known[k] or {}) for k in keys], set(missing)
 
 
@@ -383,7 +286,7 @@ def build_plan(
             Row(
                 s.kernel, s.where.layers, key, _config(s), s.grid, s.num_warps, s.num_stages,
                 s.flops, s.bytes, floor_us(s.flops, s.bytes, s.math),
-                **{c: about[c] for c in _COUNTS},
+                **{c: about[c] for c in (*_COUNTS, "sha256")},
                 cached=key not in fresh, path=str(folder / f"{key}.cubin"),
             )
         )  # fmt: skip

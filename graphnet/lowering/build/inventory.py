@@ -12,7 +12,7 @@ from typing import Any
 
 from graphnet import config
 from graphnet.lowering.build.build import key_of, key_parts, request
-from graphnet.lowering.launch.codegen import private_dir
+from graphnet.lowering.launch.files import private_dir
 from graphnet.lowering.launch.steps import Launch
 
 COMPILED = ("binaries", "generated", "triton", "proven")

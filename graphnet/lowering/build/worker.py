@@ -1,8 +1,9 @@
-"""Compiles kernels without a device: `python -m graphnet.lowering.build.worker`.
+"""Compiles kernels without a device: `python -m graphnet.lowering.build.worker LAUNCHERS`.
 
 Requests come as JSON lines on stdin, answers leave as JSON lines on stdout. Triton's own path is
 used, `JITFunction.warmup` under a driver that only names the target, so that specialisation
-(alignment, integers equal to 1) is exactly that of a launch.
+(alignment, integers equal to 1) is exactly that of a launch. torch is left out: importing it
+takes as long as compiling four kernels, so templates are to do without it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,26 @@ class _Driver:
         return None
 
 
+class _Type:
+    """Stands for torch's element type: Triton reads its name and its size."""
+
+    def __init__(self, name: str) -> None:
+        from graphnet.ir.types import DTYPES
+
+        self.name, self.itemsize = f"torch.{DTYPES[name].torch_name}", DTYPES[name].itemsize
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_type = cache(_Type)  # one object for each: Triton remembers types by identity
+
+
 class Pointer:
     """Stands for a tensor: an element type and the arena's 256-byte alignment."""
 
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str) -> None:
+        self.dtype = _type(dtype)
 
     def data_ptr(self) -> int:
         return 256
@@ -59,20 +76,17 @@ class Pointer:
 
 
 def _argument(a: Any) -> Any:
-    from graphnet.ir.types import DTYPES
-
     if isinstance(a, list):
         return tuple(_argument(v) for v in a)
     if isinstance(a, dict):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        base = Pointer(DTYPES[a["dtype"]].torch)
-        return TensorDescriptor(base, a["size"], a["strides"], a["block"])
-    return None if a is None else Pointer(DTYPES[a].torch)
+        return TensorDescriptor(Pointer(a["dtype"]), a["size"], a["strides"], a["block"])
+    return None if a is None else Pointer(a)
 
 
 def _constant(value: Any) -> Any:
-    from graphnet.lowering.launch.codegen import Source, load
+    from graphnet.lowering.launch.files import Source, load
 
     return load(Source(value["epilogue"])) if isinstance(value, dict) else value
 
@@ -85,17 +99,25 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request: binary, text and counts."""
     from triton.runtime.driver import driver
 
+    from graphnet.lowering.build.loading import specialised
+
     driver.set_active(_Driver(request["arch"]))
     kernel = _kernel(request)
     args = [_argument(a) for a in request["args"]]
     constants = {k: _constant(v) for k, v in request["constants"].items()}
     start = time.perf_counter()
     compiled = kernel.warmup(*args, grid=tuple(request["grid"]), **constants, **request["options"])
+    _build_launcher(compiled)
     seconds = time.perf_counter() - start
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    group = compiled.metadata_group.items()
+    described = next(Path(path) for name, path in group if name.endswith(".json"))
+    metadata = described.read_text()
     return {
         "cubin": base64.b64encode(cubin).decode(),
         "ptx": ptx,
+        "metadata": metadata,
+        "source": specialised(compiled.src),
         "name": compiled.metadata.name,
         "shared_bytes": compiled.metadata.shared,
         "compile_s": round(seconds, 4),
@@ -103,6 +125,35 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
         **resources(cubin),
         **counts(ptx),
     }
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Where Triton launches each signature through C code of its own (3.6), compiles that, too.
+
+    It is linked against the driver's library, so there must be one here. It goes where the process
+    that launches looks for it, the folder that the command line names.
+    """
+    import triton
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        return
+    try:
+        driver.library_dirs()
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        return
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = sys.argv[1]
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _spare_the_key() -> None:
+    """Our own key names a binary. Triton's reads its library of 460 MB first."""
+    import triton
+    from triton.runtime import cache as files
+
+    if hasattr(files, "triton_key"):
+        files.triton_key = lambda: triton.__version__
 
 
 def counts(ptx: str) -> dict[str, int]:
@@ -153,6 +204,8 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Triton prints must not mix with answers
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Triton does without
+    _spare_the_key()
     for line in sys.stdin:
         request = json.loads(line)
         try:

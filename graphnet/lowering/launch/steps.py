@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import CompileError
 from graphnet.ir.graph import NOWHERE, Where
-from graphnet.lowering.launch.codegen import Epilogue, Ref, Source
+from graphnet.lowering.launch.codegen import Epilogue, Ref
+from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.signature import signature_of
 
 if TYPE_CHECKING:

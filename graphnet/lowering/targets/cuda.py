@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from graphnet.errors import BackendUnavailableError, CompileError, OutOfMemoryPlanError
-from graphnet.lowering.build.build import ptxas
-from graphnet.lowering.launch import codegen
-from graphnet.lowering.launch.codegen import Ref, Source
+from graphnet.lowering.build.build import compile_launches
+from graphnet.lowering.build.loading import loaded
+from graphnet.lowering.build.pool import launchers
+from graphnet.lowering.build.tools import ptxas
+from graphnet.lowering.launch.codegen import Ref
+from graphnet.lowering.launch.files import Source, load
 from graphnet.lowering.launch.steps import Copy, Fill, Launch, Step, bind
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.targets.interpret import Storage, buffers, contiguous, operands
@@ -59,18 +62,32 @@ def require(plan: Plan, beside: int = 0, again: Callable[[int], Plan] | None = N
         )
 
 
-def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
-    """A launch as a call. Compiles it and loads its module now: capture must do neither."""
+def compile_together(plans: Sequence[Plan]) -> None:
+    """Compiles what several programs launch, all in one go, into the cache that `prepare` reads."""
+    compile_launches([s for plan in plans for s in plan.launches], _arch())
+
+
+def _arch() -> int:
+    """90 for sm_90, of the device at hand."""
+    from triton.runtime.driver import driver
+
+    return driver.active.get_current_target().arch
+
+
+def _loaded(
+    step: Launch, tensor: Callable[[Ref], torch.Tensor], key: str, about: Mapping[str, Any]
+) -> Call:
+    """A launch as a call. Its binary is loaded now, since capture must not do that."""
     args, constants, options = bind(step)
     real = operands(args, tensor)
-    values = {k: codegen.load(v) if isinstance(v, Source) else v for k, v in constants.items()}
+    values = {k: load(v) if isinstance(v, Source) else v for k, v in constants.items()}
     kernel = getattr(importlib.import_module(step.module), step.kernel)
     try:
-        binary = kernel.warmup(*real, grid=step.grid, **values, **options)
+        binary = loaded(kernel, step.grid, real, {**values, **options}, key, about)
         binary._init_handles()
     except Exception as error:
         raise CompileError(
-            f"{step.kernel} does not compile or load: {type(error).__name__}: {error}",
+            f"{step.kernel} does not load: {type(error).__name__}: {error}",
             layer=", ".join(step.where.layers) or None,
             where=step.where.place or None,
         ) from error
@@ -79,7 +96,8 @@ def _compiled(step: Launch, tensor: Callable[[Ref], torch.Tensor]) -> Call:
 
 
 def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
-    """The plan's steps as calls, compiled and loaded."""
+    """The plan's steps as calls, compiled by the workers where need be, and loaded."""
+    found = iter(compile_launches(plan.launches, _arch())[0])
     out: list[Call] = []
     ref = lambda name: Ref(name, plan.types[name][0])
     for step in plan.steps:
@@ -90,7 +108,7 @@ def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
             a, b = tensor(ref(step.source)), tensor(ref(step.target))
             out.append(partial(b.copy_, a, non_blocking=True))
         else:
-            out.append(_compiled(step, tensor))
+            out.append(_loaded(step, tensor, *next(found)))
     return out
 
 
@@ -133,7 +151,7 @@ def _pin_assembler() -> None:
 
     os.environ["TRITON_PTXAS_PATH"] = str(ptxas()[0])
     if "TRITON_CACHE_DIR" not in os.environ:
-        triton.knobs.cache.dir = str(codegen.private_dir("triton"))
+        triton.knobs.cache.dir = launchers()
 
 
 def prepare(

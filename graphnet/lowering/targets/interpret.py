@@ -22,8 +22,9 @@ import torch
 
 from graphnet.errors import BackendUnavailableError
 from graphnet.ir.types import DTYPES
-from graphnet.lowering.launch import codegen
-from graphnet.lowering.launch.codegen import Ref, Source
+from graphnet.lowering.launch import files
+from graphnet.lowering.launch.codegen import Ref
+from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.steps import Arg, Box, Copy, Fill, Step, Table, bind
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import watched
@@ -201,7 +202,7 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
     real = operands(args, tensor)
     with _as_kernels():
         values = {
-            k: codegen.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
+            k: files.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
             for k, v in constants.items()
         }
         kernel = getattr(_kernels(step.module), step.kernel)

@@ -23,8 +23,8 @@ from graphnet.errors import NumericsError
 from graphnet.ir.graph import Eqn
 from graphnet.lowering.build.build import answers, key_of, request
 from graphnet.lowering.launch.choice import Choice, Kernels
-from graphnet.lowering.launch.codegen import private_dir, write_whole
 from graphnet.lowering.launch.equation import launches
+from graphnet.lowering.launch.files import private_dir, write_whole
 from graphnet.lowering.launch.moves import is_view
 from graphnet.lowering.launch.steps import Launch
 from graphnet.lowering.plan.plan import Plan

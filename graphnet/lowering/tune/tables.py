@@ -25,8 +25,8 @@ from typing import Any
 from graphnet.errors import CompileError, ConfigError
 from graphnet.lowering.build.build import ptxas
 from graphnet.lowering.launch.choice import Measured
-from graphnet.lowering.launch.codegen import private_dir, write_whole
 from graphnet.lowering.launch.config import Config
+from graphnet.lowering.launch.files import private_dir, write_whole
 from graphnet.lowering.launch.registry import by_op
 from graphnet.lowering.launch.variants import Problem
 

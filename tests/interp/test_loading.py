@@ -1,0 +1,164 @@
+"""Binaries of the workers in Triton's launcher, up to the point where a device would be needed.
+
+Each test runs a process of its own: the driver that stands in for a GPU is Triton's for good.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A whole training step over the real state of a net. What would be loaded onto the device is kept
+# in `loads`, what Triton compiles itself in `compiled`, and what the workers are asked in `asked`.
+HEAD = """
+import hashlib, importlib, sys
+from pathlib import Path
+import torch, triton
+import triton.compiler
+from triton.runtime.driver import driver
+import graphnet as gn
+from graphnet import config
+from graphnet.api import lower
+from graphnet.lowering.build import build
+from graphnet.lowering.build.worker import _Driver
+from graphnet.lowering.targets import cuda
+from graphnet.lowering.targets.interpret import buffers
+from graphnet.runtime.program import TrainStep
+from graphnet.runtime.state import state_of
+
+driver.set_active(_Driver(90))
+loads, compiled, asked = [], [], []
+triton.compiler.CompiledKernel._init_handles = lambda self: loads.append(self)
+own = triton.compiler.compile
+triton.compiler.compile = lambda src, **k: compiled.append(src.name) or own(src, **k)
+Pool = build.Pool
+build.Pool = lambda todo, answered: asked.extend(todo) or Pool(todo, answered)
+binaries = Path(config.cache_dir()) / "binaries"
+
+def prepare(plan, storage):
+    arena = torch.empty(plan.arena_bytes + 256, dtype=torch.uint8)
+    arena = arena[-arena.data_ptr() % 256:]  # as a device's allocator aligns it
+    cuda.calls(plan, buffers(plan, storage, arena))
+
+def step(net, shape=(4, 1, 8, 8)):
+    low = lower(net, shape, target="cuda", loss=gn.CrossEntropyLoss(),
+                optimizer=gn.SGD(0.1, momentum=0.9))
+    TrainStep(stages=low.stages, plan=low.plan, prepare=prepare, target="cuda",
+              precision="fp32", state=state_of(net, torch.device("cpu")),
+              optimizer=gn.SGD(0.1, momentum=0.9))
+    return low.plan
+
+def net():
+    return gn.Sequential(gn.Conv2d(1, 8, 3), gn.ReLU(), gn.AvgPool2d(2), gn.Flatten(),
+                         gn.Linear(72, 5))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(cache, text, **env):
+    known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {**known, "PYTHONPATH": str(ROOT), "GRAPHNET_CACHE_DIR": str(cache), **env}
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + text], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_the_workers_made_is_loaded_and_nothing_compiled(cache):
+    cold = """
+plan = step(net())
+assert len(loads) == len(plan.launches) and not compiled
+assert {k for k, _ in asked} == {p.stem for p in binaries.glob("*.cubin")}
+"""
+    warm = """
+plan = step(net())
+assert not asked and not compiled and len(loads) == len(plan.launches) > 8
+for launch, kernel in zip(plan.launches, loads):
+    key = build.key_of(build.request(launch, 90))
+    assert kernel.asm["cubin"] == (binaries / f"{key}.cubin").read_bytes()
+    assert kernel.metadata.num_warps == launch.num_warps and kernel.metadata.shared >= 0
+    assert kernel.metadata.name == launch.kernel
+"""
+    run(cache, cold)
+    run(cache, warm)
+
+
+@pytest.mark.parametrize("file", ["cubin", "ptx", "meta", "json"])
+def test_a_flipped_byte_is_compiled_again(cache, file):
+    text = f"""
+plan = step(net())
+asked.clear()
+key = build.key_of(build.request(plan.launches[0], 90))
+victim = binaries / f"{{key}}.{file}"
+whole = victim.read_bytes()
+at = len(whole) // 2
+victim.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+step(net())
+assert [k for k, _ in asked] == [key] and not compiled
+if {file!r} in ("cubin", "ptx"):
+    assert victim.read_bytes() == whole
+"""
+    run(cache, text)
+
+
+def test_damage_behind_the_first_look_is_not_loaded(cache):
+    text = """
+def damaged(launches, arch):
+    found = build.compile_launches(launches, arch)
+    key = found[0][0][0]
+    (binaries / f"{key}.cubin").write_bytes(b"no binary")
+    return found
+cuda.compile_launches = damaged
+plan = step(net())
+assert len(compiled) == 1 and len(loads) == len(plan.launches)
+assert all(k.asm["cubin"] != b"no binary" for k in loads)
+"""
+    run(cache, text)
+
+
+def test_a_tensor_that_is_not_aligned_gets_a_kernel_of_its_own(cache):
+    text = """
+real = buffers
+def buffers(plan, storage, arena):
+    tensor = real(plan, storage, arena)
+    moved = torch.zeros(storage["x"].numel() + 1)[1:]
+    return lambda ref: moved if ref.name == "x" else tensor(ref)
+plan = step(net())
+readers = [s.kernel for s in plan.launches if "x" in s.reads]
+assert readers and compiled == readers and len(loads) == len(plan.launches)
+"""
+    run(cache, text)
+
+
+def test_an_option_of_the_environment_is_seen(cache):
+    """Triton's debug mode adds checks to a kernel: what was built without them is not it."""
+    text = """
+triton.knobs.runtime.debug = True
+plan = step(net())
+assert len(compiled) == len({build.key_of(build.request(s, 90)) for s in plan.launches})
+"""
+    run(cache, text)
+
+
+def test_the_programs_of_a_run_are_compiled_together(tmp_path):
+    text = """
+pools = []
+build.Pool = lambda todo, answered: pools.append(len(todo)) or Pool(todo, answered)
+how = {"loss": gn.CrossEntropyLoss(), "target": "cuda"}
+one, other = net(), net()
+plans = [lower(one, (4, 1, 8, 8), **how).plan,
+         lower(one, (4, 1, 8, 8), optimizer=gn.SGD(0.1), **how).plan]
+cuda.compile_together(plans)
+assert len(pools) == 1 and pools[0] > max(len(p.launches) for p in plans) - 1
+cuda.compile_together(plans)
+assert len(pools) == 1
+"""
+    run(tmp_path, text)
