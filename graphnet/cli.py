@@ -1,14 +1,19 @@
 """The command line: how it ends. The verbs stand in `graphnet/verbs/`.
 
-Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input. One clear line on stderr; a
-traceback only at GRAPHNET_DEBUG >= 1.
+Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, 130 and 143 stopped by SIGINT and
+SIGTERM. One clear line on stderr; a traceback only at GRAPHNET_DEBUG >= 1.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -22,6 +27,7 @@ from graphnet.errors import (
     GraphnetError,
     NumericsError,
     OutOfMemoryPlanError,
+    Stopped,
 )
 
 # They register themselves.
@@ -36,10 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with warnings.catch_warnings():
+        with stoppable(), warnings.catch_warnings():
             warnings.showwarning = _warn
             code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
+    except Stopped as stop:
+        typer.echo(f"graphnet: stopped by {signal.Signals(stop.number).name}", err=True)
+        sys.exit(128 + stop.number)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
         sys.exit(1)
@@ -53,6 +62,28 @@ def main(argv: list[str] | None = None) -> None:
             typer.echo(f"graphnet: {text}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         sys.exit(2 if bad_input else 1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM unwind what runs, so that it takes its child processes along.
+
+    A verb may handle them in its own way; what the parent process has ignored stays ignored.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(one) is not signal.SIG_IGN:
+                before[one] = signal.signal(one, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _showwarning = warnings.showwarning

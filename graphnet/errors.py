@@ -7,6 +7,17 @@ from typing import Any
 LARGEST = 3.4028234663852886e38  # of fp32, which the device computes in
 
 
+class Stopped(BaseException):
+    """A signal ends what runs. It is no error, so whoever handles errors lets it pass.
+
+    number  of the signal
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
 class GraphnetError(Exception):
     """Base of everything that graphnet raises on purpose.
 

@@ -65,7 +65,9 @@ def run_training(
         parts = _build(settings, out if resume else None)
         trainer, batches, tests = parts.trainer, parts.batches, parts.tests
         signals.watch(trainer)
-        check_classes(parts.train, trainer.compile(parts.shape).classes)
+        with signals.at_once():
+            step = trainer.compile(parts.shape)
+        check_classes(parts.train, step.classes)
         if found is not None:
             restore(trainer, found)
         elif not resume:

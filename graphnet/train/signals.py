@@ -6,8 +6,11 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from graphnet.errors import Stopped
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -26,12 +29,15 @@ class StopSignals:
     The handler sets a flag and says so: the step that runs is finished, and whoever owns the run
     saves.
     Elsewhere than in the main thread, where Python allows no handlers, it does nothing.
+
+    `at_once` is for work that leaves nothing to save: inside, a signal raises Stopped.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self._trainer: Any = None
         self._before: dict[int, Any] = {}
+        self._at_once = False
 
     def watch(self, trainer: Any) -> None:
         """From now on a signal, also one that came before, sets `trainer.stop`."""
@@ -45,10 +51,20 @@ class StopSignals:
                 _say("\x1b[?25h\n")  # a progress bar has hidden the cursor
             os._exit(128 + number)
         self.received = number
+        if self._at_once:
+            raise Stopped(number)
         name = signal.Signals(number).name
         _say(f"\ngraphnet: {name}: saves after this step; a second signal ends the run at once\n")
         if self._trainer is not None:
             self._trainer.stop = True
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

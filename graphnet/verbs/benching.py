@@ -55,18 +55,19 @@ def bench(
     )  # fmt: skip
     number = signal.SIGINT
 
-    def stop(received: int, frame: object) -> None:  # SIGTERM ends it as an interrupt does
+    def stop(received: int, frame: object) -> None:
         nonlocal number
         number = signal.Signals(received)
         raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+    both = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {n: signal.signal(n, stop) for n in both}
     try:
         run_bench(settings, json_file, typer.echo)
     except KeyboardInterrupt:
         typer.echo("graphnet: interrupted; what was measured is kept", err=True)
         raise typer.Exit(128 + number) from None
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)

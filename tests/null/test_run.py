@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import graphnet as gn
-from graphnet.errors import ConfigError, NumericsError, RunExistsError
+from graphnet.errors import ConfigError, NumericsError, RunExistsError, Stopped
 from graphnet.train import checkpoint
 from graphnet.train.callbacks import Checkpoints, restore
 from graphnet.train.data import Batches, Dataset
@@ -198,3 +198,12 @@ def test_mnist_reaches_one_percent(tmp_path):
         )  # fmt: skip
         errors.append(run_training(config, tmp_path / str(seed), quiet=True)["top1_error"])
     assert sum(errors) / 3 <= 1.0, errors
+
+
+def test_a_signal_while_there_is_nothing_to_save_ends_the_work_at_once():
+    with StopSignals() as signals:
+        with pytest.raises(Stopped) as stop, signals.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert stop.value.number == signal.SIGTERM == signals.received
+    assert not isinstance(stop.value, Exception)  # nobody who handles errors catches it

@@ -13,11 +13,15 @@ import hashlib
 import importlib
 import json
 import os
+import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -199,6 +203,27 @@ def _explained(error: BaseException) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+_busy = threading.Event()
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    """What comes on stdin. Where that ends while a request is being answered, whoever has asked is
+    gone: then so are we, with the assembler."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            _busy.set()
+            lines.put(line)
+        if _busy.is_set() and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (line := lines.get()) is not None:
+        yield json.loads(line)
+
+
 def main() -> int:
     """Serves requests until stdin ends. A failed one answers with `error`."""
     os.environ.pop("TRITON_INTERPRET", None)
@@ -206,12 +231,12 @@ def main() -> int:
     os.dup2(2, 1)  # what Triton prints must not mix with answers
     sys.modules["torch"] = None  # type: ignore[assignment]  # Triton does without
     _spare_the_key()
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request in _requests():
         try:
             answer = compile_one(request)
         except Exception as error:  # the parent raises it, with the launch's provenance
             answer = {"error": _explained(error)}
+        _busy.clear()
         answers.write(json.dumps({"id": request["id"], **answer}) + "\n")
         answers.flush()
     return 0
