@@ -75,9 +75,7 @@ class Pool:
     def run(self) -> None:
         """Until all is answered; CompileError where a worker ended without an answer."""
         count = min(processors(), len(self.todo))
-        with tempfile.TemporaryDirectory(
-            prefix="graphnet-", ignore_cleanup_errors=True
-        ) as scratch:
+        with tempfile.TemporaryDirectory(prefix="graphnet-", ignore_cleanup_errors=True) as scratch:
             serve = lambda: self._serve(_environment(scratch))
             threads = [threading.Thread(target=serve, daemon=True) for _ in range(count)]
             atexit.register(self.stop)

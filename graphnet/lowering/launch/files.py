@@ -91,9 +91,7 @@ class _Loader(SourceFileLoader):
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def load(
-    source: Source, package: str = "graphnet_generated", function: str = "epilogue"
-) -> Any:
+def load(source: Source, package: str = "graphnet_generated", function: str = "epilogue") -> Any:
     """A jit function of a source; `package` keeps copies for different modes apart."""
     key = (package, source.sha)
     if key not in _loaded:
