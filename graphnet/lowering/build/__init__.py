@@ -1,1 +1,1 @@
-"""From launches to binaries: workers that compile, a cache that verifies, and the report."""
+"""Binaries without a device: workers that compile, and the cache that verifies."""
