@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 
-from benchmarks import index, mnist99, nets, plots, run
+from benchmarks import index, mnist99, nets, plots, run, steps
 from benchmarks.goals import GOALS
 from benchmarks.published import WORKLOADS
 from graphnet.bench import bench, facts
@@ -291,6 +291,32 @@ def test_to_99_percent_runs_on_any_data_of_that_shape(tmp_path, capsys):
     assert 0.1 < found["rows"][0]["accuracy"] < 0.99
 
 
+def test_steps_and_their_launches_of_several_processes_share_a_file(tmp_path, capsys):
+    plain = ["--precision", "fp32", "--target", "cpu", "--seconds", "0.1", "--json", str(tmp_path)]
+    assert steps.main(["lenet5", "--batch", "2,3", *plain, "--no-launches", "--beside"]) == 0
+    assert steps.main(["lenet5", "--batch", "3", *plain]) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert path.name.startswith("cpu-steps-") and [r["batch"] for r in found["runs"]] == [2, 3]
+    two, three = found["runs"]
+    assert list(two["ways"]) == [
+        "replay", "graphnet", "graphnet bind/run", "eager channels_last fused"
+    ]  # fmt: skip
+    assert two["launches"] is None and list(three["ways"]) == list(two["ways"])[:3]
+    assert {"conv1", "fc3", "loss"} <= {n for row in three["launches"] for n in row["layers"]}
+    text = capsys.readouterr().out
+    assert f"{len(three['launches'])} in all" in text and "linear_wgrad" in text
+
+
+def test_a_step_that_cannot_be_measured_says_why(tmp_path, capsys):
+    asked = ["lenet5", "--mode", "infer", "--batch", "0,2", "--precision", "fp32", "--target"]
+    path = tmp_path / "f.json"
+    assert steps.main([*asked, "cpu", "--seconds", "0.1", "--json", str(path)]) == 1
+    bad, good = json.loads(path.read_text())["runs"]
+    assert bad["failure"] and bad["failure"] in capsys.readouterr().out and not good["failure"]
+
+
 def test_the_recorder_keeps_what_each_test_did(tmp_path):
     (tmp_path / "test_x.py").write_text(
         "import os, pytest\n"
@@ -324,7 +350,7 @@ class Blocked:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
-import graphnet, tests.gpu, benchmarks.record, benchmarks.mnist99
+import graphnet, tests.gpu, benchmarks.record, benchmarks.mnist99, benchmarks.steps
 for package in (graphnet, tests.gpu):
     for m in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if m.name != "graphnet.__main__":
