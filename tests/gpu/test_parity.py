@@ -14,6 +14,7 @@ from graphnet.bench.peers import Work, torch_flags
 # The tensor cores cut off the low bits of a TF32 operand, torch rounds them: measured on an H100 we
 # are up to 7 times as far off. `graphnet bench` refuses that; here it must not become more.
 MARGIN = {"fp32": FACTOR, "bf16": FACTOR, "tf32": 8.0}
+FLIP = 1e-3  # in fp32 a single maximum among millions, which a rounding flips or not
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
@@ -45,7 +46,8 @@ def checked(model, batch, precision, mode="train", **wrong):
 def test_a_step_is_as_near_to_the_twin_as_torchs(model, batch, precision):
     found = checked(model, batch, precision)
     assert found.reference == ("float64" if precision == "fp32" else "float32")
-    limit = lambda e: max(e.allowed, MARGIN[precision] * e.torch + SLACK)
+    least = FLIP if precision == "fp32" else 0.0
+    limit = lambda e: max(e.allowed, MARGIN[precision] * e.torch + SLACK, least)
     bad = [e.name for e in found.errors if not e.ours <= limit(e)]
     assert not bad, f"{', '.join(bad)} in\n{found.table()}"
 
