@@ -80,6 +80,16 @@ def tanh(x):
 
 
 @triton.jit
+def below(i, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """i < SIZE for the numbers of a block; no comparison where blocks fill SIZE exactly."""
+    if SIZE % BLOCK == 0:
+        ok = tl.full(i.shape, True, tl.int1)
+    else:
+        ok = i < SIZE
+    return ok
+
+
+@triton.jit
 def elements(TOTAL: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """Numbers of this program's BLOCK of elements out of TOTAL.
 

@@ -3,6 +3,9 @@
 The file is named by the SHA-256 of its text and holds one function at a fixed line, because
 Triton's cache key contains the line number. Names in it are `v0, v1, ...`: nothing that a user
 named enters the source.
+
+A kernel that waits for memory at its end can ask for the epilogue's operands before its loop: then
+the loads stand in a second function, the preload, whose tuple the epilogue takes as `aux`.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from graphnet.kernels.random import dropout_keep  # noqa: F401
 
 
 @triton.jit
-def epilogue(acc, aux, i0, i1, i2, i3, mask, args):
 """
+_EPILOGUE = "def epilogue(acc, aux, i0, i1, i2, i3, mask, args):"
+_PRELOAD = "def preload(i0, i1, i2, i3, mask, args):"
 _HELPERS = ("cast_store", "maximum_nan", "tanh", "dropout_keep")
 _WIDE = 1 << 31
 
@@ -45,6 +49,8 @@ class Epilogue:
     """A generated function with its pointers, in the order of its `args`.
 
     inplace  (operand, result) pairs read and written at one index: they may share memory
+    preload  loads the operands, in the order in which the epilogue finds them in `aux`; None where
+             the epilogue loads them itself, or there are none
     """
 
     source: Source
@@ -52,6 +58,7 @@ class Epilogue:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     inplace: tuple[tuple[str, str], ...]
+    preload: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class Writer:
     index: Index
     name: Mapping[Value, str]
     widen: bool = False  # the index lacks columns (a bias gradient): broadcast it over the tile
+    ahead: bool = False  # operands are loaded by a preload
+    early: list[str] = field(default_factory=list)  # the preload's loads
     lines: list[str] = field(default_factory=list)
     args: list[Ref] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
@@ -145,6 +154,9 @@ class Writer:
             raise UnsupportedOpError(
                 f"operand {v}: {type} does not fit the index {list(self.index.shape)}"
             )
+        if self.ahead:
+            self.early.append(text)
+            text = f"aux[{len(self.early) - 1}]"
         self.env[v] = self.let(self._typed(text, type))
         return self.env[v]
 
@@ -175,13 +187,23 @@ class Writer:
     def finish(self, note: str, returns: str | None = None) -> Epilogue:
         if returns is not None:
             self.lines.append(f"return {returns}")
-        body = "\n".join(f"    {line}" for line in self.lines or ["pass"])
         notes = "\n".join(f"# {n}" for n in (note, *self.notes))
+        preload = None
+        if self.early:
+            names = [f"v{k}" for k in range(len(self.early))]
+            loads = [f"{v} = {text}" for v, text in zip(names, self.early, strict=True)]
+            preload = _written(_PRELOAD, [*loads, f"return ({', '.join(names)},)"], notes)
         return Epilogue(
-            Source(f"{_HEADER}{body}\n\n\n{notes}\n"),
-            tuple(self.args), tuple(dict.fromkeys(self.reads)), tuple(self.writes),
-            tuple(dict.fromkeys(self.inplace)),
+            _written(_EPILOGUE, self.lines or ["pass"], notes), tuple(self.args),
+            tuple(dict.fromkeys(self.reads)), tuple(self.writes),
+            tuple(dict.fromkeys(self.inplace)), preload,
         )  # fmt: skip
+
+
+def _written(signature: str, lines: Sequence[str], notes: str) -> Source:
+    """A file of one function, what it is for below it."""
+    body = "\n".join(f"    {line}" for line in lines)
+    return Source(f"{_HEADER}{signature}\n{body}\n\n\n{notes}\n")
 
 
 def write_epilogue(
@@ -194,6 +216,7 @@ def write_epilogue(
     note: str,
     bias: Value | None = None,
     widen: bool = False,
+    ahead: bool = False,
     returns: Value | None = None,
 ) -> Epilogue:
     """The composed epilogue of a kernel.
@@ -201,9 +224,12 @@ def write_epilogue(
     roots   anchor results and the expression that holds them ("acc", "aux")
     stores  (inner value, outer value): what is written, with the outer value's layout
     bias    vector over axis 1 that is added to the first root
+    ahead   operands come from a preload, which the kernel calls beforehand at the same index; then
+            no root is held in "aux", nor is the index widened
     returns  the value that the function gives back to the kernel (fp32), where it goes on
     """
-    w = Writer(index, name, widen)
+    assert not (ahead and (widen or "aux" in roots.values()))
+    w = Writer(index, name, widen, ahead)
     w.env.update(roots)
     if bias is not None:
         first = next(iter(roots))

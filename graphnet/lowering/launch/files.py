@@ -34,6 +34,11 @@ class Source:
     def name(self) -> str:
         return f"e_{self.sha[:16]}"
 
+    @property
+    def function(self) -> str:
+        """The name of its one function."""
+        return self.text.partition("\ndef ")[2].partition("(")[0]
+
 
 def private_dir(name: str) -> Path:
     """A folder of the cache, made with mode 0700; CompileError if it cannot be ours alone."""
@@ -91,8 +96,8 @@ class _Loader(SourceFileLoader):
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def load(source: Source, package: str = "graphnet_generated", function: str = "epilogue") -> Any:
-    """A jit function of a source; `package` keeps copies for different modes apart."""
+def load(source: Source, package: str = "graphnet_generated") -> Any:
+    """The jit function of a source; `package` keeps copies for different modes apart."""
     key = (package, source.sha)
     if key not in _loaded:
         name, path = f"{package}_{source.name}", materialise(source)
@@ -107,4 +112,4 @@ def load(source: Source, package: str = "graphnet_generated", function: str = "e
             del sys.modules[spec.name]
             raise
         _loaded[key] = module
-    return getattr(_loaded[key], function)
+    return getattr(_loaded[key], source.function)

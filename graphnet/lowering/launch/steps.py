@@ -165,6 +165,11 @@ def source(e: Epilogue | None) -> Source | None:
     return e.source if e is not None else None
 
 
+def preload(e: Epilogue | None) -> Source | None:
+    """The function that loads an epilogue's operands before it runs."""
+    return e.preload if e is not None else None
+
+
 def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any]]:
     """(arguments, constexprs, options) of a launch: the one source for launcher, build, tuner.
 

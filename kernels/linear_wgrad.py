@@ -1,0 +1,91 @@
+"""The weight gradient of fully connected layers, dw = dy^T x, and the update that follows it.
+
+The product is small beside the state it updates: for every weight a few tensors are read and
+written, so memory decides. PRELOAD asks for what the update reads of a tile before the product
+begins, which hides the product behind those loads (an H100 reaches 93 % of its bandwidth so).
+Neighbouring programs share rows of the weight. The bias gradient has programs of its own, one for
+each tile of rows, that sum dy and multiply nothing: no odd column disturbs 16-byte accesses.
+
+Tiles: 64x64x64 with 4 warps, 32 accumulators a thread beside 32 values of each tensor of the
+update; above that it spills. A reduction over many rows of a batch is cut into SPLIT parts, which
+`linear.add_parts` adds.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import INT32_MAX, below, dot
+from .linear import store_part
+
+
+def weight_gradient_grid(K, C, BM, BN, SPLIT, HAS_BIAS, **_):
+    """(column tiles with one for the bias, row tiles, parts)."""
+    return (triton.cdiv(C, BN) + int(HAS_BIAS), triton.cdiv(K, BM), SPLIT)
+
+
+@triton.jit
+def batch_tile(
+    x, at, first, n, live, cols,
+    S0: tl.constexpr, S1: tl.constexpr, N: tl.constexpr, BOXED: tl.constexpr,
+):  # fmt: skip
+    """Rows n (from `first`) of a batch by columns `at`; zeros beyond it."""
+    if BOXED:
+        tile = x.load([first, at])
+    else:
+        if N * S0 > INT32_MAX:
+            n = n.to(tl.int64)
+        p = x + ((n * S0)[:, None] + (at * S1)[None, :])
+        tile = tl.load(p, mask=live[:, None] & cols[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def weight_gradient(
+    x, dy, parts, args, args2,
+    N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    XS0: tl.constexpr, XS1: tl.constexpr, DS0: tl.constexpr, DS1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, PRELOAD: tl.constexpr,
+):  # fmt: skip
+    """Rows are the K outputs, columns the C inputs; the sum runs over the N rows of the batch.
+
+    With SPLIT a part goes to parts[SPLIT, K, C], the bias gradient is whole all the same.
+    BOXED: x and dy are descriptors of the matrices.
+    """
+    PER: tl.constexpr = ((N + BK - 1) // BK + SPLIT - 1) // SPLIT * BK
+    part = tl.program_id(2)
+    k0 = tl.program_id(1) * BM
+    k = k0 + tl.arange(0, BM)
+    rows = below(k, K, BM)
+    down = k0 if BOXED else k
+    if HAS_BIAS and tl.program_id(0) == (C + BN - 1) // BN:
+        sums = tl.zeros((BK, BM), tl.float32)  # reduced once, after the loop
+        for first in range(0, N if SPLIT == 1 else tl.where(part == 0, N, 0), BK):
+            n = first + tl.arange(0, BK)
+            live = below(n, N, BK)
+            sums += batch_tile(dy, down, first, n, live, rows, DS0, DS1, N, BOXED).to(tl.float32)
+        own = rows if SPLIT == 1 else rows & (part == 0)
+        EPILOGUE2(tl.sum(sums, 0)[:, None], 0, k[:, None], 0, 0, 0, own[:, None], args2)
+    else:
+        q0 = tl.program_id(0) * BN
+        q = q0 + tl.arange(0, BN)
+        cols = below(q, C, BN)
+        across = q0 if BOXED else q
+        mask = rows[:, None] & cols[None, :]
+        held = 0
+        if PRELOAD is not None:
+            held = PRELOAD(k[:, None], q[None, :], 0, 0, mask, args)
+        begin = part * PER if SPLIT > 1 else 0
+        stop = tl.minimum(begin + PER, N) if SPLIT > 1 else N
+        acc = tl.zeros((BM, BN), tl.float32)
+        for first in range(begin, stop, BK):
+            n = first + tl.arange(0, BK)
+            live = below(n, N, BK)
+            a = batch_tile(dy, down, first, n, live, rows, DS0, DS1, N, BOXED)
+            b = batch_tile(x, across, first, n, live, cols, XS0, XS1, N, BOXED)
+            acc = dot(a.T, b, acc, PRECISION)
+        if SPLIT > 1:
+            store_part(parts, acc, part, k, q, mask, K, C, SPLIT)
+        else:
+            EPILOGUE(acc, held, k[:, None], q[None, :], 0, 0, mask, args)
