@@ -14,13 +14,16 @@ args  a tuple of pointers, whose order only the generator knows
 
 It loads further operands, computes, rounds once and stores all results. So a template knows no
 output layout, no activation and no optimizer. Operands come with their strides, in elements, in
-logical order; shapes, strides and tile sizes are constexprs.
+logical order; shapes, strides and tile sizes are constexprs. A kernel that also takes a
+PRELOAD(i0, i1, i2, i3, mask, args) calls it before its loop: the tuple of operands that it returns
+is what EPILOGUE finds in `aux`.
 
 conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
 conv_taps.py    the same for channels-last images with many channels, tap by tap
 augment.py      crops, warps, colours and the normalization of stored images
 pack.py         space-to-depth
-gemm.py         the fully connected products
+linear.py       the fully connected products, and the ordered sum of their parts
+linear_wgrad.py the weight gradient of fully connected layers with its update
 lrn.py          local response normalization, alone and fused with a max-pool
 pool.py         max, average and adaptive pooling, gradients by gathering
 loss.py         softmax cross-entropy and multiclass hinge, with their gradients

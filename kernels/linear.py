@@ -19,7 +19,7 @@ import triton.language as tl
 from .common import INT32_MAX, below, dot
 
 
-def product_grid(M, N, BM, BN, SPLIT, **_):
+def linear_product_grid(M, N, BM, BN, SPLIT, **_):
     """(column tiles, parts, row tiles): neighbours share rows of a."""
     return (triton.cdiv(N, BN), SPLIT, triton.cdiv(M, BM))
 
@@ -29,7 +29,7 @@ def add_parts_grid(M, N, BM, BN, **_):
 
 
 @triton.jit
-def product(
+def linear_product(
     a, b, parts, args,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     AS0: tl.constexpr, AS1: tl.constexpr, BS0: tl.constexpr, BS1: tl.constexpr,

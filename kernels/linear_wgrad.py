@@ -18,7 +18,7 @@ from .common import INT32_MAX, below, dot
 from .linear import store_part
 
 
-def weight_gradient_grid(K, C, BM, BN, SPLIT, HAS_BIAS, **_):
+def linear_wgrad_grid(K, C, BM, BN, SPLIT, HAS_BIAS, **_):
     """(column tiles with one for the bias, row tiles, parts)."""
     return (triton.cdiv(C, BN) + int(HAS_BIAS), triton.cdiv(K, BM), SPLIT)
 
@@ -40,7 +40,7 @@ def batch_tile(
 
 
 @triton.jit
-def weight_gradient(
+def linear_wgrad(
     x, dy, parts, args, args2,
     N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, DS0: tl.constexpr, DS1: tl.constexpr,

@@ -37,7 +37,7 @@ def _rounded(attrs: LinearAttrs, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 class _Product(Op):
     attrs_type = LinearAttrs
-    kernel = "gemm"
+    kernel = "linear"
 
     def flops(
         self, attrs: LinearAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]

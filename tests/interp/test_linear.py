@@ -13,9 +13,9 @@ from graphnet.api import lower
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.text import parse
 from graphnet.lowering.build.build import compile_launches, key_of, private_dir, request
-from graphnet.lowering.launch import linear_products, linear_wgrad
 from graphnet.lowering.launch.codegen import Ref, Source, load
 from graphnet.lowering.launch.config import SHARED_BYTES, Config
+from graphnet.lowering.launch.registry import by_op
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import take_apart
 from graphnet.lowering.targets.interpret import interpreted
@@ -32,12 +32,11 @@ def own_cache(tmp_path_factory):
 
 
 def variant(op: str, name: str):
-    module = linear_wgrad if op == "linear_wgrad" else linear_products
-    return {"pointers": module.Pointers, "boxes": module.Boxes}[name]()
+    return next(v for v in by_op()[op] if v.name == name)
 
 
 def apart(eqn: Eqn):
-    return take_apart(eqn, lambda v: v.name, OPS)
+    return take_apart(eqn, lambda v: v.name)
 
 
 def step(rows: int, *sizes: int, precision="bf16", optimizer=SGD, target="cuda", dropout=True):
@@ -118,8 +117,8 @@ FROZEN = """%c: f32[24] = fused(%x, %dy, %b, %lr, %wd) {
 @pytest.mark.parametrize(
     "text, kernels",
     [
-        ("%g: f32[24,16], _ = linear_wgrad(%x, %dy)", ["weight_gradient"]),
-        ("%g: f32[24,16], %d: f32[24] = linear_wgrad(%x, %dy)", ["weight_gradient"]),
+        ("%g: f32[24,16], _ = linear_wgrad(%x, %dy)", ["linear_wgrad"]),
+        ("%g: f32[24,16], %d: f32[24] = linear_wgrad(%x, %dy)", ["linear_wgrad"]),
         (FROZEN, ["channel_sum"]),
     ],
     ids=["no bias", "no update", "frozen weight"],
@@ -142,13 +141,7 @@ def update(rows: int, inputs: int, outputs: int, **kw):
 
 
 def problem(eqn: Eqn) -> Problem:
-    a = apart(eqn).anchor
-    (n, first), second = (v.type.shape for v in a.inputs[:2])
-    sizes = {
-        "linear": (first, second[0]), "linear_dgrad": (second[1], first),
-        "linear_wgrad": (first, second[1]),
-    }  # fmt: skip
-    return Problem(a.op, (n, *sizes[a.op]), a.attrs.math)
+    return apart(eqn).problem
 
 
 def function(source: Source) -> str:
@@ -248,12 +241,12 @@ def places(text: str, pattern: str) -> list[int]:
     return [m.start() for m in re.finditer(pattern, text)]
 
 
-def binaries(eqns, name, **kw):
+def binaries(eqns, name):
     """(launch, what is known of its binary) of equations by the rule; none spills."""
     made = []
     for e in eqns:
         v = variant(problem(e).op, name)
-        made += v.launch(apart(e), replace(next(iter(v.configs(problem(e)))), **kw))
+        made += v.launch(apart(e), v.rule(problem(e)))
     found = [(s, about) for s, (_, about) in zip(made, compile_launches(made)[0], strict=True)]
     assert all(about["spill_bytes"] == 0 for _, about in found), found
     return found
@@ -289,9 +282,9 @@ def test_products_on_sm_90(name):
     found = binaries([e for e in eqns if problem(e).op != "linear_wgrad"][:1], name)
     _, eqns = step(128, 1024, 4096, 1000)
     found += binaries([e for e in eqns if problem(e) == BACKWARD], name)
-    assert [s.kernel for s, _ in found] == ["product", "add_parts", "product"]
+    assert [s.kernel for s, _ in found] == ["linear_product", "add_parts", "linear_product"]
     for s, about in found:
-        if s.kernel == "product":
+        if s.kernel == "linear_product":
             assert about["wgmma"] > 0 and (about["tma"] > 0) == (name == "boxes")
             assert (about["cp_async"] == 0) == (name == "boxes")
 

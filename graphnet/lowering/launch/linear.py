@@ -1,79 +1,173 @@
-"""Launches of fully connected layers, whose operands come by pointer."""
+"""Launches of fully connected layers forward and of their input gradients.
+
+At the batch of a training step such a product reads its weight once: what counts is that all
+processors read, each with many bytes on the way. Tiles of 128 rows, a deep pipeline, and where the
+tiles are few a reduction in parts that a second pass adds up, in order, and finishes.
+"""
 
 from __future__ import annotations
 
-from graphnet.lowering.launch.codegen import Index
-from graphnet.lowering.launch.config import Config, cdiv
-from graphnet.lowering.launch.products import (
-    Product,
-    Size,
-    blocks,
-    plain_product,
-    plain_wgrad,
-    product,
-    tiles,
-    weight_gradient,
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product as combinations
+
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import Layout
+from graphnet.lowering.launch.codegen import Epilogue, Index, Ref
+from graphnet.lowering.launch.config import (
+    PROCESSORS,
+    SHARED_BYTES,
+    Config,
+    cdiv,
+    next_power,
+    tile,
 )
-from graphnet.lowering.launch.steps import Launch, source
+from graphnet.lowering.launch.products import Product, Size, blocks, plain_product, tiles
+from graphnet.lowering.launch.steps import Arg, Box, Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem
-from graphnet.lowering.launch.work import Work, strides
+from graphnet.lowering.launch.work import Work
+
+LEAST_BLOCKS = 8  # of a part; a second pass takes about as long as so many blocks (measured)
+EPILOGUE_ACCUMULATORS = 32  # a thread
+DEEP_BLOCKS = 32  # from so many on eight stages are better than four (measured)
 
 
-class Matmul(Product):
-    """Forward and input gradient: one kernel, by strides alone."""
+class LinearPointers(Product):
+    """Operands by pointer: any size, masked where tiles do not divide it."""
 
-    name, ops = "pointers", ("linear", "linear_dgrad")
+    name, ops, split = "pointers", ("linear", "linear_dgrad"), True
+    boxed = False
 
     def size(self, p: Problem) -> Size:
         n, c, k = p.shape
         return (n, k, c, 1) if p.op == "linear" else (n, c, k, 1)
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
-        return plain_product(m, n, k, groups, p.dtype)
+        if p.dtype != "bf16" or few(m, n, k):
+            return plain_product(m, n, k, groups, p.dtype)
+        return Config(64, 64, 128, num_stages=5) if fills(p, m, n, k) else large_tile(m, n, k)
+
+    def _grid(self, p: Problem, first: Config) -> Iterator[Config]:
+        m, n, k, _ = self.size(p)
+        if p.dtype != "bf16" or few(m, n, k):
+            yield from super()._grid(p, first)
+            return
+        sizes = [(128, 64, 64, 4), (128, 64, 64, 8), (128, 128, 64, 8), (64, 64, 128, 4)]
+        sizes += [(64, 64, 64, 4), (128, 32, 64, 4), (64, 32, 64, 4), (128, 128, 128, 8)]
+        for (bm, bn, bk, warps), split, stages in combinations(sizes, (1, 2, 4, 8), (3, 4, 5, 8)):
+            c = Config(bm, bn, bk, SPLIT=split, num_warps=warps, num_stages=stages)
+            fits = c.shared_bytes(2) <= SHARED_BYTES and bm <= tile(m, 128, 64)
+            if fits and bn <= next_power(n) and split * stages * bk <= next_power(k):
+                yield c
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c = work.anchor, config
-        forward = e.op == "linear"
         m, n, k, _ = self.size(work.problem)
         bias = e.inputs[2] if len(e.inputs) > 2 else None
         epi = work.epilogue(e.out, Index((m, n)), bias=bias)
-        a, b = (work.type(v).strides for v in e.inputs[:2])
-        b = (b[1], b[0]) if forward else b
+        a, b = (work.ref(v) for v in e.inputs[:2])
+        sa, sb = (work.type(v).strides for v in e.inputs[:2])
+        operands: tuple[Arg, ...] = (a, b)
+        turned = e.op == "linear"  # the stored weight is [n, k]
+        if self.boxed:
+            block = (c.BN, c.BK) if turned else (c.BK, c.BN)
+            operands = Box(a, (m, k), (c.BM, c.BK)), Box(b, (n, k) if turned else (k, n), block)
+        if turned:
+            sb = sb[1], sb[0]
+        whole = c.SPLIT == 1
+        own, parts = (epi, None) if whole else (None, Ref(f".parts{work.eqn.results[0]}", "f32"))
         constants = {
-            "M": m, "N": n, "K": k, "AS0": a[0], "AS1": a[1], "BS0": b[0], "BS1": b[1], **tiles(c),
-            "PRECISION": work.problem.dtype, "EPILOGUE": source(epi),
+            "M": m, "N": n, "K": k, "AS0": sa[0], "AS1": sa[1], "BS0": sb[0], "BS1": sb[1],
+            **tiles(c), "SPLIT": c.SPLIT, "BOXED": self.boxed, "PRECISION": work.problem.dtype,
+            "EPILOGUE": source(own),
         }  # fmt: skip
-        return [
-            product(work, "matmul", "gemm", c, constants, (m, n, 1), epi, length=blocks(k, c.BK))
-        ]  # fmt: skip
+        grid = (cdiv(n, c.BN), c.SPLIT, cdiv(m, c.BM))
+        first = make(
+            "linear_product", "linear", (*operands, parts, arguments(own)), constants, grid,
+            reads=(a.name, b.name), writes=(parts.name,) if parts else (), epilogues=(own,),
+            scratch=((parts.name, 4 * c.SPLIT * m * n),) if parts else (),
+            num_warps=c.num_warps, num_stages=c.num_stages,
+            padded=2 * grid[0] * c.BN * grid[2] * c.BM * blocks(k, c.BK),
+        )  # fmt: skip
+        return [first, add_parts(parts, m, n, c.SPLIT, epi)] if parts else [first]
 
 
-class LinearWgrad(Product):
-    """The weight gradient, its update in the epilogue."""
+class LinearBoxes(LinearPointers):
+    """Operands through tensor descriptors: no address in the kernel, zeros beyond the edge."""
 
-    name, ops, split = "pointers", ("linear_wgrad",), True
+    name, boxed = "boxes", True
 
-    def size(self, p: Problem) -> Size:
-        n, c, k = p.shape
-        return k, c, n, 1
+    def accepts(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
+    ) -> str | None:
+        return unboxed(eqn, self.ops, dtype, arch)
+
+    def suits(self, problem: Problem) -> str | None:
+        m, n, k, _ = self.size(problem)
+        if fills(problem, m, n, k):
+            return "tiles of 64 x 64 fill the processors once and need no second pass"
+        return few(m, n, k)
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
-        return plain_wgrad(m, n + 1, k, groups, p.dtype, p.held)  # a column for the bias
+        c = large_tile(m, n, k)
+        deep = cdiv(cdiv(k, c.BK), c.SPLIT) >= DEEP_BLOCKS and programs(c, m, n) <= PROCESSORS
+        return replace(c, num_stages=8) if deep else c
 
-    def launch(self, work: Work, config: Config) -> list[Launch]:
-        x, dy = work.anchor.inputs
-        n, c, k = work.problem.shape
-        constants = {
-            "N": n, "C": c, "K": k, **strides("X", work.type(x)), **strides("D", work.type(dy)),
-        }  # fmt: skip
 
-        def shape(has_bias: bool) -> tuple[tuple[int, int], int, int]:
-            grid = cdiv(k, config.BM), cdiv(c + has_bias, config.BN)
-            alone = has_bias and c % config.BN == 0  # programs that multiply nothing
-            rows = blocks(cdiv(blocks(n, config.BK), config.SPLIT), config.BK)
-            count = grid[0] * (grid[1] - alone) * config.SPLIT
-            return grid, c + has_bias, 2 * count * config.BM * config.BN * rows
+# ---- rules ----------------------------------------------------------------------------------
 
-        return weight_gradient(
-            work, "linear_wgrad", "gemm", constants, (k, c), 1, config, shape
-        )  # fmt: skip
+
+def programs(c: Config, m: int, n: int) -> int:
+    return cdiv(m, c.BM) * cdiv(n, c.BN) * c.SPLIT
+
+
+def large_tile(m: int, n: int, k: int) -> Config:
+    """128 rows, 64 where there are no more, and as many parts as leave each processor a program."""
+    c = Config(tile(m, 128, 64), tile(n, 64), tile(k, 64), num_stages=4)
+    length = cdiv(k, c.BK)
+    parts = min(PROCESSORS // programs(c, m, n), length // LEAST_BLOCKS)
+    if parts < 2 or length <= 2 * LEAST_BLOCKS:
+        # An epilogue that draws dropout masks spills beside 64 accumulators a thread.
+        return replace(c, num_warps=8) if c.accumulators > EPILOGUE_ACCUMULATORS else c
+    return replace(c, SPLIT=1 << (parts.bit_length() - 1))
+
+
+def fills(p: Problem, m: int, n: int, k: int) -> bool:
+    """Whether tiles of 64 x 64 are about as many as the processors, both operands lying along the
+    reduction, so that blocks of 128 are runs of 256 bytes."""
+    count = cdiv(m, 64) * cdiv(n, 64)
+    return p.op == "linear" and k >= 1024 and 3 * PROCESSORS <= 4 * count <= 4 * PROCESSORS
+
+
+def few(m: int, n: int, k: int) -> str | None:
+    """Why large tiles leave most processors idle; None where they do not."""
+    count = programs(large_tile(m, n, k), m, n)
+    return f"large tiles make {count} programs" if 4 * count < PROCESSORS else None
+
+
+# ---- shared with the weight gradient ---------------------------------------------------------
+
+
+def unboxed(eqn: Eqn, ops: tuple[str, ...], dtype: str, arch: int) -> str | None:
+    """Why descriptors cannot fetch the operands of a product; None where they can."""
+    if arch < 90:
+        return f"sm_{arch} has no tensor descriptors"
+    if dtype != "bf16":
+        return f"boxes feed bf16 products, this one is {dtype}"
+    anchor = next(e for e in (eqn.body.eqns if eqn.body else (eqn,)) if e.op in ops)
+    for v in anchor.inputs[:2]:
+        row = v.type.shape[1] * v.type.dtype.itemsize
+        if row % 16:
+            return f"rows of {v.type} take {row} bytes, which is no multiple of 16"
+    return None
+
+
+def add_parts(parts: Ref, m: int, n: int, count: int, epi: Epilogue | None) -> Launch:
+    """The second pass: the sum of `count` parts of an [m, n] product, and its epilogue."""
+    bn = min(512, next_power(n))
+    bm = min(512 // bn, next_power(m))
+    constants = {"M": m, "N": n, "SPLIT": count, "BM": bm, "BN": bn, "EPILOGUE": source(epi)}
+    return make(
+        "add_parts", "linear", (parts, arguments(epi)), constants, (cdiv(n, bn), cdiv(m, bm)),
+        reads=(parts.name,), epilogues=(epi,),
+    )  # fmt: skip

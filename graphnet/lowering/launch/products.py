@@ -179,7 +179,7 @@ def weight_gradient(
     if db is not None:
         epi2 = work.epilogue(db, Index(db.type.shape), widen=True)
     if epi is None:  # the weight is frozen, its bias is not
-        return [_channel_sum(work, dy)]
+        return [channel_sum(work, dy)]
     has_bias = epi2 is not None
     grid, columns, padded = shape(has_bias)
     constants |= {**tiles(c), "SPLIT": c.SPLIT, "HAS_BIAS": has_bias}
@@ -217,7 +217,7 @@ def weight_gradient(
     return [first_pass, second]
 
 
-def _channel_sum(work: Work, dy: Ref) -> Launch:
+def channel_sum(work: Work, dy: Ref) -> Launch:
     """The bias gradient alone."""
     bias, type = work.anchor.outputs[1], work.type(work.anchor.inputs[1])
     assert bias is not None

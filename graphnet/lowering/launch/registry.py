@@ -10,7 +10,8 @@ from graphnet.lowering.launch.choice import Kernels, Table
 from graphnet.lowering.launch.conv_boxes import Boxes, BoxesWgrad
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
 from graphnet.lowering.launch.conv_taps import Taps, TapsWgrad
-from graphnet.lowering.launch.linear import LinearWgrad, Matmul
+from graphnet.lowering.launch.linear import LinearBoxes, LinearPointers
+from graphnet.lowering.launch.linear_wgrad import LinearWgradBoxes, LinearWgradPointers
 from graphnet.lowering.launch.loss import Losses
 from graphnet.lowering.launch.norm import Norm, PooledNorm
 from graphnet.lowering.launch.pool import Pools
@@ -23,8 +24,10 @@ VARIANTS: tuple[Variant, ...] = (
     TapsWgrad(),
     BoxesWgrad(),
     FlatWgrad(),
-    Matmul(),
-    LinearWgrad(),
+    LinearBoxes(),
+    LinearPointers(),
+    LinearWgradBoxes(),
+    LinearWgradPointers(),
     Pools(),
     Norm(),
     PooledNorm(),
