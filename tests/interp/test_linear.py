@@ -12,14 +12,17 @@ from graphnet import config
 from graphnet.api import lower
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.text import parse
-from graphnet.lowering.build.build import compile_launches, key_of, private_dir, request
-from graphnet.lowering.launch.codegen import Ref, Source, load
+from graphnet.lowering.build.build import compile_launches, key_of, request
+from graphnet.lowering.launch.choice import forced
+from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.config import SHARED_BYTES, Config
+from graphnet.lowering.launch.files import Source, load, private_dir
 from graphnet.lowering.launch.registry import by_op
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import take_apart
 from graphnet.lowering.targets.interpret import interpreted
 from graphnet.lowering.tune.alone import Alone
+from tests.twin import relative
 
 OPS = ("linear", "linear_dgrad", "linear_wgrad")
 SGD = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -130,6 +133,39 @@ def test_gradients_without_bias_update_or_weight(text, kernels):
         assert [s.kernel for s in steps] == kernels
 
 
+def trained(target: str, precision: str) -> tuple[list[float], dict, set[str]]:
+    """Losses, state and variants of three training steps of a small net."""
+    torch.manual_seed(3)
+    net = gn.Sequential(
+        gn.Conv2d(1, 8, 3), gn.ReLU(), gn.MaxPool2d(2), gn.Flatten(), gn.Linear(72, 40), gn.Tanh(),
+        gn.Linear(40, 24),
+    )  # fmt: skip
+    program = gn.compile(
+        net, (12, 1, 8, 8), target=target, precision=precision, loss=gn.CrossEntropyLoss(),
+        optimizer=SGD,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 1, 8, 8, generator=g), torch.randint(0, 24, (12,), generator=g)
+    losses = [float(program(x, y)) for _ in range(3)]
+    made = getattr(program.plan, "launches", ())
+    taken = {s.choice.variant.name for s in made if s.choice and s.choice.problem.op in OPS}
+    return losses, net.state_dict(), taken
+
+
+@pytest.mark.parametrize(
+    "name, precision, split", [("boxes", "bf16", 1), ("boxes", "bf16", 2), ("pointers", "fp32", 2)]
+)
+def test_a_net_trains_as_on_the_cpu(name, precision, split):
+    want, state, _ = trained("cpu", precision)
+    with forced(*OPS, variant=name, BM=16, BN=16, BK=16, SPLIT=split):
+        got, own, taken = trained("interpret", precision)
+    assert taken == {name}
+    close = 1e-5 if precision == "fp32" else 2e-2
+    assert got == pytest.approx(want, rel=close) and want[-1] < want[0]
+    for key, value in state.items():
+        assert relative(own[key], value.double()) <= close, key
+
+
 # ---- operands that are asked for beforehand --------------------------------------------------
 
 
@@ -221,7 +257,9 @@ def test_the_rules_say_why_boxes_are_left():
     p = Problem("linear", (128, 4096, 4096), "bf16")
     assert "fill the processors once" in products.suits(p)
     assert products.suits(replace(p, op="linear_dgrad")) is None
-    assert products.suits(replace(p, shape=(128, 400, 120))) == "large tiles make 2 programs"
+    assert (
+        products.suits(replace(p, shape=(128, 400, 120))) == "large tiles fill 2 of 132 processors"
+    )
     assert "need no masks" in wgrad.suits(replace(p, op="linear_wgrad"))
     assert wgrad.suits(Problem("linear_wgrad", (128, 4096, 1000), "bf16")) is None
 

@@ -142,7 +142,9 @@ def fills(p: Problem, m: int, n: int, k: int) -> bool:
 def few(m: int, n: int, k: int) -> str | None:
     """Why large tiles leave most processors idle; None where they do not."""
     count = programs(large_tile(m, n, k), m, n)
-    return f"large tiles make {count} programs" if 4 * count < PROCESSORS else None
+    return (
+        f"large tiles fill {count} of {PROCESSORS} processors" if 4 * count < PROCESSORS else None
+    )
 
 
 # ---- shared with the weight gradient ---------------------------------------------------------
