@@ -192,40 +192,82 @@ def compile(
     augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
                 its index in the data and the epoch: step(x, y, index, epoch)
     """
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed is an int, not {seed!r}")
-    device = _device(_resolve(target))
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
         "augment": augment,
     }  # fmt: skip
+    (program,) = compile_together(net, shape, [how], seed=seed)
+    return program
+
+
+def compile_together(
+    net: Module, shape: Sequence[int], ways: Sequence[dict[str, Any]], *, seed: int = 0
+) -> list[Program]:
+    """The programs that `compile` gives for each of these arguments. Where kernels have to be
+    compiled, those of all of them are, in one go."""
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed is an int, not {seed!r}")
+    lows = [_needed(net, shape, how) for how in ways]
+    if lows[0][0].target == "cuda" and not config.tune():
+        cuda = importlib.import_module("graphnet.lowering.targets.cuda")
+        cuda.compile_together([low.plan for needed in lows for low in needed])
+    return [
+        _program(net, shape, how, needed, seed)
+        for how, needed in zip(ways, lows, strict=True)
+    ]  # fmt: skip
+
+
+def _needed(net: Module, shape: Sequence[int], how: dict[str, Any]) -> list[Lowered]:
+    """What a program consists of: one lowered net, and that which only adds where it accumulates.
+    On a GPU there must be room for it."""
+    _device(_resolve(how.get("target", "auto")))
     low = lower(net, shape, **how)
-    module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
-    state = state_of(net, device)
+    _make_sure_of_room(net, shape, how, low)
+    more = [lower(net, shape, **how, apply=False)] if how.get("accumulate", 1) > 1 else []
+    return [low, *more]
+
+
+def _make_sure_of_room(
+    net: Module, shape: Sequence[int], how: dict[str, Any], low: Lowered
+) -> None:
+    """OutOfMemoryPlanError, with the batch that fits, where the GPU has too little memory."""
     if low.target == "cuda":
+        cuda = importlib.import_module("graphnet.lowering.targets.cuda")
         again = lambda batch: lower(net, (batch, *shape[1:]), **how).plan
-        missing = state.missing_bytes(low.plan.graph) + low.plan.io_bytes
-        module.require(low.plan, missing, again)
+        state = state_of(net, _device(low.target))
+        cuda.require(low.plan, state.missing_bytes(low.plan.graph) + low.plan.io_bytes, again)
+
+
+def _program(
+    net: Module, shape: Sequence[int], how: dict[str, Any], needed: list[Lowered], seed: int
+) -> Program:
+    """The program of what was lowered, once its choices hold."""
+    low, *adding = needed
+    _make_sure_of_room(net, shape, how, low)  # beside what the program before it has taken
     if config.tune() and low.plan.launches:
         tune(low)
         low = lower(net, shape, **how)
     if low.target == "cuda":
         low, _ = settle(low, True, net, shape, **how)
-        how |= {"kernels": low.kernels}
+    if adding and low is not needed[0]:
+        adding = [lower(net, shape, **{**how, "kernels": low.kernels}, apply=False)]
+    module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
     common: dict[str, Any] = {
         "stages": low.stages, "plan": low.plan, "prepare": module.prepare, "seed": seed,
-        "state": state, "target": low.target, "precision": precision,
+        "state": state_of(net, _device(low.target)), "target": low.target,
+        "precision": low.precision,
     }  # fmt: skip
-    if optimizer is not None:
-        common |= {"optimizer": optimizer, "knobs": {"clip_norm": clip_norm} if clip_norm else {}}
-        if accumulate == 1:
+    if how.get("optimizer") is not None:
+        clip_norm = how.get("clip_norm")
+        knobs = {"clip_norm": clip_norm} if clip_norm else {}
+        common |= {"optimizer": how["optimizer"], "knobs": knobs}
+        if not adding:
             return TrainStep(**common)
-        adding = lower(net, shape, **how, apply=False)
-        return Accumulated(every=accumulate, adding=adding, **common)
-    if grads:
+        return Accumulated(every=how["accumulate"], adding=adding[0], **common)
+    if how.get("grads"):
         return Gradients(keys=low.trainable, **common)
-    return Infer(**common) if loss is None else Evaluate(**common)
+    return Infer(**common) if how.get("loss") is None else Evaluate(**common)
 
 
 def build(

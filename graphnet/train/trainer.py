@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphnet.api import compile
+from graphnet.api import compile_together
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
@@ -122,11 +122,9 @@ class Trainer:
         call it before `load_state_dict` to resume."""
         if self.program is None or self._shape != tuple(shape):
             common = {"target": self.target, "precision": self.precision, "loss": self.loss}
-            step = compile(
-                self.net, shape, seed=self.seed, optimizer=self.optimizer, augment=self.augment,
-                **common, **self.handling,
-            )  # fmt: skip
-            evaluation = compile(self.net, shape, **common)
+            training = {"optimizer": self.optimizer, "augment": self.augment, **self.handling}
+            ways = [common | training, common]
+            step, evaluation = compile_together(self.net, shape, ways, seed=self.seed)
             assert isinstance(step, TrainStep) and isinstance(evaluation, Evaluate)
             self.program, self.evaluation, self._shape = step, evaluation, tuple(shape)
         return self.program

@@ -149,16 +149,21 @@ assert len(compiled) == len({build.key_of(build.request(s, 90)) for s in plan.la
 
 
 def test_the_programs_of_a_run_are_compiled_together(tmp_path):
+    """A trainer's three: one that sums up, one that applies, one that evaluates."""
     text = """
+from graphnet import api
+from graphnet.lowering.tune import proof
 pools = []
-build.Pool = lambda todo, answered: pools.append(len(todo)) or Pool(todo, answered)
-how = {"loss": gn.CrossEntropyLoss(), "target": "cuda"}
-one, other = net(), net()
-plans = [lower(one, (4, 1, 8, 8), **how).plan,
-         lower(one, (4, 1, 8, 8), optimizer=gn.SGD(0.1), **how).plan]
-cuda.compile_together(plans)
-assert len(pools) == 1 and pools[0] > max(len(p.launches) for p in plans) - 1
-cuda.compile_together(plans)
-assert len(pools) == 1
+build.Pool = lambda todo, answered: pools.append(dict(todo)) or Pool(todo, answered)
+api._resolve = lambda target: "cuda"
+api._device = lambda target: torch.device("cpu")
+cuda.require = lambda *a: None
+proof._wrong = lambda low: {}
+plans = []
+cuda.prepare = lambda plan, storage: plans.append(plan) or prepare(plan, storage)
+trainer = gn.Trainer(net(), gn.CrossEntropyLoss(), gn.SGD(0.1), accumulate=2, target="cuda")
+trainer.compile((4, 1, 8, 8))
+keys = {build.key_of(build.request(s, 90)) for p in plans for s in p.launches}
+assert len(plans) == 3 and len(pools) == 1 and set(pools[0]) == keys and not compiled
 """
     run(tmp_path, text)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from graphnet.errors import BackendUnavailableError, CompileError, OutOfMemoryPlanError
-from graphnet.lowering.build.build import compile_launches
+from graphnet.lowering.build.build import compile_launches, try_launches
 from graphnet.lowering.build.loading import loaded
 from graphnet.lowering.build.pool import launchers
 from graphnet.lowering.build.tools import ptxas
@@ -63,8 +63,9 @@ def require(plan: Plan, beside: int = 0, again: Callable[[int], Plan] | None = N
 
 
 def compile_together(plans: Sequence[Plan]) -> None:
-    """Compiles what several programs launch, all in one go, into the cache that `prepare` reads."""
-    compile_launches([s for plan in plans for s in plan.launches], _arch())
+    """Compiles what several programs launch, all in one go, into the cache that `prepare` reads.
+    What does not compile is an error only for the program that needs it."""
+    try_launches([s for plan in plans for s in plan.launches], _arch())
 
 
 def _arch() -> int:
