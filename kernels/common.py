@@ -128,3 +128,15 @@ def filter_position(q, CG: tl.constexpr, S: tl.constexpr, B: tl.constexpr = 1):
     sub = q // CG % (B * B)
     ACROSS: tl.constexpr = (S + B - 1) // B
     return q % CG, tap // ACROSS * B + sub // B, tap % ACROSS * B + sub % B
+
+
+@triton.jit
+def inside(start, STEP: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """(first, number) of the i below COUNT with 0 <= start + i STEP < SIZE."""
+    if STEP > 0:
+        first = tl.cdiv(tl.maximum(-start, 0), STEP)
+        end = tl.cdiv(tl.maximum(SIZE - start, 0), STEP)
+    else:
+        first = tl.cdiv(tl.maximum(start - SIZE + 1, 0), -STEP)
+        end = tl.cdiv(tl.maximum(start + 1, 0), -STEP)
+    return first, tl.maximum(tl.minimum(end, COUNT) - first, 0)

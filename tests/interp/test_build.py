@@ -93,7 +93,7 @@ def test_a_warm_build_imports_no_triton(cache, tmp_path):
         "assert all(r.cached for r in build_plan(plan).rows)\n"
         "assert 'triton' not in sys.modules\n"
     )
-    root = Path(build.__file__).parents[2]
+    root = Path(build.__file__).parents[3]
     env = {"PYTHONPATH": str(root), "GRAPHNET_CACHE_DIR": str(cache), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, script], env=env, check=True)
 

@@ -8,14 +8,14 @@ from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
 from graphnet.lowering.launch.choice import forced
-from tests.kinds import CONVS, WGRADS
+from tests.kinds import WGRADS, convs_of
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)
 NORMS = {"maxpool2d_lrn", "lrn_grad_maxpool2d_grad"}
 KERNELS = {
     "taps": {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS,
-    "boxes": {"conv2d_tma", "conv2d_wgrad_tma"} | NORMS,
+    "boxes": {"conv2d_taps", "conv2d_wgrad_tma"} | NORMS,
 }
 
 
@@ -52,7 +52,7 @@ def test_fp32_against_torch(groups, split, variant):
     for m in net.modules():
         if isinstance(m, gn.Dropout):
             m.p = 0.0
-    with forced(*WGRADS, SPLIT=split), forced(*CONVS, variant=variant):
+    with forced(*WGRADS, SPLIT=split), forced(*convs_of(variant), variant=variant):
         (loss, grads), kernels = gradients(net, "interpret", "fp32")
     assert kernels >= KERNELS[variant] and "space_to_depth" not in kernels
     twin, (x, y) = torch_twin(net).double(), batch()
@@ -78,7 +78,7 @@ def test_bf16_through_blocks_of_pixels(stride, kernel, groups, variant):
         gn.Conv2d(24, 48, 5, padding=2, groups=groups), gn.Tanh(), gn.AvgPool2d(3), gn.Flatten(),
         gn.Linear(48 * 9, 10),
     )  # fmt: skip
-    with forced(*CONVS, variant=variant):
+    with forced(*convs_of(variant), variant=variant):
         (loss, grads), kernels = gradients(net, "interpret", "bf16")
     assert kernels >= {"space_to_depth", "conv2d_taps", "conv2d_wgrad_taps"}
     assert ("conv2d_wgrad_tma" in kernels) == (variant == "boxes")

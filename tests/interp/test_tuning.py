@@ -182,7 +182,7 @@ def test_what_has_most_to_gain_comes_first():
 
 
 def test_every_variant_that_can_gets_a_chance():
-    """A convolution whose images fill channels: taps, boxes and flat are all tried."""
+    """A convolution whose images fill channels: taps and flat are both tried."""
     net = gn.Sequential(
         gn.Conv2d(8, 16, 3, padding=1), gn.ReLU(), gn.Conv2d(16, 8, 1), gn.Flatten(),
         gn.Linear(128, 2),
@@ -190,10 +190,8 @@ def test_every_variant_that_can_gets_a_chance():
     low = lower(net, (2, 8, 4, 4), target="interpret", loss=gn.CrossEntropyLoss(),
                 optimizer=gn.SGD(0.1))  # fmt: skip
     found = found_by(low, seconds=0.0, keep=6)
-    names = {v.name for v in low.kernels.variants("conv2d")}
     tried = {t.variant for t in found.trials if t.problem.op == "conv2d"}
-    able = {n for n in names if n in ("taps", "boxes", "flat")}
-    assert tried >= able
+    assert tried >= {"taps", "flat"}
 
 
 # ---- what decides ----------------------------------------------------------------------------

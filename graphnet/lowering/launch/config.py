@@ -25,6 +25,8 @@ class Config:
 
     BT is the width of a product's second accumulator, 0 for none.
 
+    LPT: 1 starts the programs with the longest sums first, 0 in the order of storage.
+
     Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
     """
 
@@ -34,6 +36,7 @@ class Config:
     BT: int = 0
     SPLIT: int = 1
     BLOCK: int = 0
+    LPT: int = 1
     num_warps: int = 4
     num_stages: int = 2
 

@@ -8,9 +8,12 @@ from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout, TensorType
+from graphnet.lowering.launch.variants import Problem
 from graphnet.passes.templates import anchors_of
 
 RUN = 8  # channels of a 16-byte copy in bf16
+ROWS = 64  # of a tile on wgmma
+FEW_COLUMNS = 32
 
 
 def geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], a: Any) -> dict[str, int]:
@@ -85,3 +88,13 @@ def not_in_blocks(eqn: Eqn, layouts: Mapping[Value, Layout], channels: int) -> s
     if e.op == "conv2d" and layouts[e.inputs[1]].s2d != block:
         return "the filters do not lie in the blocks of the image"
     return None
+
+
+def badly_filled(p: Problem, columns: int, rows: int = ROWS) -> str | None:
+    """Why tiles of `rows` images suit a problem badly: few images, or few columns of the result.
+    None where they do not."""
+    count = p.sizes["N"]
+    empty = -count % rows
+    if 8 * empty > count:
+        return f"{empty} of {count + empty} rows would be empty"
+    return f"it has {columns} columns, which are few" if columns < FEW_COLUMNS else None

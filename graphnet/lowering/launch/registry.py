@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from graphnet.lowering.launch.augment import Augmentation
 from graphnet.lowering.launch.choice import Kernels, Table
-from graphnet.lowering.launch.conv_boxes import Boxes, BoxesWgrad
+from graphnet.lowering.launch.conv_boxes import BoxesWgrad
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
+from graphnet.lowering.launch.conv_rows import Pairs, Rows
 from graphnet.lowering.launch.conv_taps import Taps, TapsWgrad
 from graphnet.lowering.launch.linear import LinearBoxes, LinearPointers
 from graphnet.lowering.launch.linear_wgrad import LinearWgradBoxes, LinearWgradPointers
@@ -18,7 +19,8 @@ from graphnet.lowering.launch.pool import Pools
 from graphnet.lowering.launch.variants import Variant
 
 VARIANTS: tuple[Variant, ...] = (
-    Boxes(),
+    Pairs(),
+    Rows(),
     Taps(),
     Flat(),
     TapsWgrad(),

@@ -1,0 +1,114 @@
+"""Convolution forward and its input gradient from boxes of images, channels-last, stride 1 taps.
+
+For one pixel of the result a convolution is a plain product, [images, taps and channels] times
+[taps and channels, K]: rows of a tile are images, and the copy engine (TMA) fetches both operands.
+Read as [H, images, W C], the pixels that one row of taps meets are one run of S C values; read as
+[taps, K, S C], so are the filters. So the forward sum goes along whole runs (SPAN), in blocks that
+may cross from tap to tap: 96 channels go in blocks of 64. What a block holds beyond its run is
+multiplied by the descriptor's zeros in the filters (a NaN in the neighbouring pixel would pass).
+Taps outside of the image are left out, rows past the last image are zeros.
+
+Each pixel has its own number of taps: `order` starts with the longest sums, so that the last
+programs to start are the short ones. Columns are fastest, neighbours in time share x in L2. Where
+the columns are few, two neighbouring pixels share every tile of the filters (PIXELS = 2): half as
+many bytes of filters for each product, a few more zeros at the border.
+
+Tiles, in bf16: 128x128x64 with 4 warps and 3 stages twice on a processor (96 KiB, 168 registers),
+128x256x64 with 8 warps and 4 stages once. BT is a second accumulator: 96 columns are 64 + 32.
+Limits: a batch that is no multiple of BM wastes rows; the gradient is for stride 1 alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import dot, inside
+
+
+@triton.jit
+def filter_box(
+    w, g, tap, k0, c0,
+    K: tl.constexpr, TURNED: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The tile of BK summed values from c0 by BN result channels from k0."""
+    if TURNED:
+        box = w.load([tap, g * K + k0, c0]).reshape(BN, BK).T
+    else:
+        box = w.load([g, c0, tap * K + k0]).reshape(BK, BN)
+    return box
+
+
+@triton.jit
+def conv2d_rows(
+    x, w, w2, order, args,
+    N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, OFFH: tl.constexpr, OFFW: tl.constexpr,
+    STEPH: tl.constexpr, STEPW: tl.constexpr, G: tl.constexpr,
+    SPAN: tl.constexpr, TURNED: tl.constexpr, PIXELS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """A program makes PIXELS neighbours of BM / PIXELS images, K channels of a group as columns.
+
+    Tap (r, s) of pixel (oh, ow) is pixel (oh SH + OFFH + r STEPH, ...) of x; C channels of one of
+    G groups are summed up. x is a descriptor of [H, N, W G C], of [H, W, N, C] for two pixels. w
+    holds the filters, and w2 those of the second accumulator's boxes: TURNED [rows of taps, G K,
+    S C] if SPAN, else [taps, G K, C]; not TURNED [G, C, taps K]. order has a number of each pixel
+    (of each pair), None for the order of storage. Grid: (column tiles, pixels, images; groups).
+    """
+    BI: tl.constexpr = BM // PIXELS
+    ACROSS: tl.constexpr = (OW + PIXELS - 1) // PIXELS
+    TILES: tl.constexpr = (K + BN + BT - 1) // (BN + BT)
+    BLOCKS: tl.constexpr = (C + BK - 1) // BK
+    g = tl.program_id(1)
+    k0 = tl.program_id(0) % TILES * (BN + BT)
+    pixel = tl.program_id(0) // TILES % (OH * ACROSS)
+    n0 = tl.program_id(0) // (TILES * OH * ACROSS) * BI
+    if order is not None:
+        pixel = tl.load(order + pixel)
+    oh = pixel // ACROSS
+    ow = pixel % ACROSS * PIXELS
+    h0 = oh * SH + OFFH
+    v0 = ow * SW + OFFW
+    r0, rows = inside(h0, STEPH, H, R)
+    # A tap counts for a pair if it meets the image from either pixel.
+    s0, cols = inside(v0 + (PIXELS - 1), STEPW, W + (PIXELS - 1), S)
+    if SPAN:
+        blocks = tl.cdiv(cols * C, BK)
+    else:
+        blocks = cols * BLOCKS
+    acc = tl.zeros((BM, BN), tl.float32)
+    if BT > 0:
+        acc2 = tl.zeros((BM, BT), tl.float32)
+    for it in range(rows * blocks):
+        r = r0 + it // blocks
+        h = h0 + r * STEPH
+        if SPAN:
+            tap = r
+            c = s0 * C + it % blocks * BK
+            a = x.load([h, n0, v0 * C + c])
+        else:
+            s = s0 + it % blocks // BLOCKS
+            tap = r * S + s
+            c = it % BLOCKS * BK
+            if PIXELS == 1:
+                a = x.load([h, n0, ((v0 + s * STEPW) * G + g) * C + c])
+            else:
+                a = x.load([h, v0 + s * STEPW, n0, c])
+        a = a.reshape(BM, BK)
+        acc = dot(a, filter_box(w, g, tap, k0, c, K, TURNED, BK, BN), acc, PRECISION)
+        if BT > 0:
+            b = filter_box(w2, g, tap, k0 + BN, c, K, TURNED, BK, BT)
+            acc2 = dot(a, b, acc2, PRECISION)
+    row = tl.arange(0, BM)[:, None]
+    n = n0 + row
+    live = n < N
+    if PIXELS > 1:
+        n = n0 + row % BI
+        ow += row // BI
+        live = (n < N) & (ow < OW)
+    k = k0 + tl.arange(0, BN)[None, :]
+    EPILOGUE(acc, 0, n, g * K + k, oh, ow, live & (k < K), args)
+    if BT > 0:
+        k = k0 + BN + tl.arange(0, BT)[None, :]
+        EPILOGUE(acc2, 0, n, g * K + k, oh, ow, live & (k < K), args)
