@@ -145,7 +145,9 @@ def maxpool2d_lrn(
     c = tl.arange(0, BC)[None, :]
     ok = live & (c < C)
     base = x + (n * XS0 + c * XS1)
-    best, place = window_max(base, oh, ow, ok, H, W, KH, KW, SH, SW, PT, PL, DH, DW, XS2, XS3)
+    best, place = window_max(
+        base, oh, ow, ok, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW, XS2, XS3
+    )
     EPILOGUE(best, place, n, c, oh, ow, ok, args)
     tl.debug_barrier()
     at = pooled + (n * PS0 + oh * PS2 + ow * PS3 + c * PS1)

@@ -20,24 +20,37 @@ def backward_grid(N, C, H, W, BLOCK, **_):
 @triton.jit
 def window_max(
     base, oh, ow, live,
-    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PT: tl.constexpr, PL: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    XS2: tl.constexpr, XS3: tl.constexpr,
 ):  # fmt: skip
     """(maximum, row-major place of the first one) of the windows of output pixels (oh, ow).
 
     `base` points at pixel (0, 0) of each element's image and channel. NaN wins.
     """
+    # Where no window leaves the image there is no tap to mask.
+    INSIDE: tl.constexpr = (
+        PT == 0 and PL == 0
+        and (OH - 1) * SH + (KH - 1) * DH < H and (OW - 1) * SW + (KW - 1) * DW < W
+    )  # fmt: skip
     best = tl.full(base.shape, float("-inf"), tl.float32)
     place = tl.zeros(base.shape, tl.int32)
+    top = oh * SH - PT
+    left = ow * SW - PL
+    corner = base + (top * XS2 + left * XS3)
     for r in tl.static_range(KH):
         for s in tl.static_range(KW):
-            ih = oh * SH - PT + r * DH
-            iw = ow * SW - PL + s * DW
-            ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+            ok = live
+            if not INSIDE:
+                ih = top + r * DH
+                iw = left + s * DW
+                ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
             # The interpreter has no bf16 constant but 0.
-            v = tl.load(base + (ih * XS2 + iw * XS3), mask=ok, other=0.0).to(tl.float32)
-            better = ok & ((v > best) | (v != v))
+            v = tl.load(corner + (r * DH * XS2 + s * DW * XS3), mask=ok, other=0.0).to(tl.float32)
+            better = (v > best) | (v != v)
+            if not INSIDE:
+                better = better & ok
             best = tl.where(better, v, best)
             place = tl.where(better, r * KW + s, place)
     return best, place
@@ -83,8 +96,9 @@ def maxpool2d(
     live = i < N * C * OH * OW
     n, c, oh, ow = unflatten(i, C, OH, OW, NHWC)
     best, place = window_max(
-        x + n * XS0 + c * XS1, oh, ow, live, H, W, KH, KW, SH, SW, PT, PL, DH, DW, XS2, XS3
-    )
+        x + n * XS0 + c * XS1, oh, ow, live,
+        H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW, XS2, XS3,
+    )  # fmt: skip
     EPILOGUE(best, place, n, c, oh, ow, live, args)
 
 

@@ -44,7 +44,7 @@ def large_tiles():
         stack.enter_context(forced(*PRODUCTS, BM=1024, BN=512, BK=512, SPLIT=1))
         stack.enter_context(forced(*WGRADS, BM=512, BN=1024, BK=2048, SPLIT=1))
         stack.enter_context(forced("linear", "linear_dgrad", BM=16, BN=512, BK=2048))
-        stack.enter_context(forced(*NORMS, BM=2048, BK=64, SPLIT=2))
+        stack.enter_context(forced(*NORMS, BM=2048, BK=64, SPLIT=2, BLOCK=1 << 14))
         stack.enter_context(forced("maxpool2d", "maxpool2d_grad", "elementwise", BLOCK=1 << 17))
         stack.enter_context(forced("split_reduce", BLOCK=1 << 17))
         yield

@@ -1,4 +1,5 @@
-"""Pool and normalization in one kernel: against the unfused graph and the float64 oracle."""
+"""Pool and normalization in one kernel of pixels by channels: against the unfused graph and the
+float64 oracle."""
 
 import pytest
 import torch
@@ -10,10 +11,18 @@ from graphnet.lowering.targets import interpret
 from graphnet.ops.evaluate import evaluate_step, to_double
 from tests.kinds import NORMS
 
+POOL_OPS = ("maxpool2d", "maxpool2d_grad")
 FUSED = {
     "pool,norm": ("maxpool2d_lrn", "lrn_grad_maxpool2d_grad"),
     "norm,pool": ("lrn_maxpool2d", "maxpool2d_grad_lrn_grad"),
 }
+
+
+@pytest.fixture(autouse=True)
+def these_kernels():
+    """They are those for layouts and windows that kernels of 8 channels a thread do not take."""
+    with forced(*NORMS, variant="pixels"), forced(*POOL_OPS, variant="elements"):
+        yield
 
 
 def net_of(order, size, pool, channels=8, groups=1, **norm):

@@ -12,7 +12,7 @@ from tests.kinds import WGRADS, convs_of
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)
-NORMS = {"maxpool2d_lrn", "lrn_grad_maxpool2d_grad"}
+NORMS = {"maxpool2d_lrn_chunks", "lrn_grad_chunks", "maxpool2d_grad_chunks"}
 KERNELS = {
     "taps": {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS,
     "boxes": {"conv2d_taps", "conv2d_wgrad_tma"} | NORMS,

@@ -156,7 +156,7 @@ def request(launch: Launch, arch: int) -> dict[str, Any]:
 
 
 # Sizes of tiles begin with B; beside them stands how the work is shared out.
-_TUNED = re.compile(r"B[A-Z]|BLOCK|SPLIT|PROGRAMS|ROWS")
+_TUNED = re.compile(r"B[A-Z]|BLOCK|SPLIT|PROGRAMS|ROWS|TILE|V")
 
 
 def _config(launch: Launch) -> dict[str, int]:

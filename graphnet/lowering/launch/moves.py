@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from graphnet.errors import UnsupportedOpError
@@ -16,6 +16,7 @@ from graphnet.lowering.launch.steps import Fill, Launch, Step, make
 from graphnet.lowering.launch.work import strides
 
 MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
+PACKED = 128  # vectors a program of space-to-depth writes, one a thread
 Name = Callable[[Value], str]
 
 
@@ -32,14 +33,16 @@ def _pack(eqn: Eqn, name: Name) -> Launch:
     (x,) = eqn.inputs
     out, layout = eqn.out.type, eqn.out.type.layout
     n, c, h, w = out.shape
-    total = layout.numel(out.shape)
-    block = adjusted("elementwise", by_block(total)).BLOCK
+    per_block = c * layout.s2d**2
+    wide = gcd(per_block, 16)  # elements a thread: 32 bytes of bf16
+    vectors = layout.numel(out.shape) // wide
     constants = {
-        "N": n, "C": c, "H": h, "W": w, **strides("X", x.type), "B": layout.s2d, "BLOCK": block
+        "N": n, "C": c, "H": h, "W": w, **strides("X", x.type), "B": layout.s2d, "V": wide,
+        "BLOCK": PACKED,
     }  # fmt: skip
     refs = (Ref(name(x), x.type.dtype.name), Ref(name(eqn.out), out.dtype.name))
     return make(
-        "space_to_depth", "pack", refs, constants, (-(-total // block),), reads=(refs[0].name,),
+        "space_to_depth", "pack", refs, constants, (-(-vectors // PACKED),), reads=(refs[0].name,),
         writes=(refs[1].name,), bytes=x.type.bytes + out.bytes, where=eqn.where,
     )  # fmt: skip
 

@@ -16,11 +16,11 @@ from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work, strides
 
 
-def _formula(a: Any) -> dict[str, Any]:
+def formula(a: Any) -> dict[str, Any]:
     return {"LOW": a.below, "HIGH": a.above, "K": a.k, "A": a.scale, "BETA": a.beta}
 
 
-def _image(v: Value) -> dict[str, int]:
+def image(v: Value) -> dict[str, int]:
     return dict(zip("NCHW", v.type.shape, strict=True))
 
 
@@ -54,10 +54,10 @@ class Norm(Norms):
         e, c = work.anchor, config
         n, channels, h, w = e.out.type.shape
         epi = work.epilogue(e.out, Index(e.out.type.shape))
-        constants: dict[str, Any] = _image(e.out)
+        constants: dict[str, Any] = image(e.out)
         for prefix, v in zip("XD", e.inputs, strict=False):
             constants |= strides(prefix, work.type(v))
-        constants |= {**_formula(e.attrs), "BP": c.BM, "BC": c.BN, "EPILOGUE": source(epi)}
+        constants |= {**formula(e.attrs), "BP": c.BM, "BC": c.BN, "EPILOGUE": source(epi)}
         refs = tuple(work.ref(v) for v in e.inputs)
         return [
             make(
@@ -81,15 +81,16 @@ class PooledNorm(Norms):
         return [replace(build(work, first, second, config), bytes=moved)]  # scratch stays in cache
 
 
-def shared(pool: Eqn, norm: Eqn, image: Value, small: Value) -> dict[str, Any]:
-    """Constexprs of all four kernels; `image` is the pool's input, `small` its output."""
+def shared(pool: Eqn, norm: Eqn, large: Value, small: Value) -> dict[str, Any]:
+    """Constexprs of all four kernels; `large` is the pool's input, `small` its output."""
     oh, ow = small.type.shape[2:]
-    return {**_image(image), "OH": oh, "OW": ow, **window(pool.attrs), **_formula(norm.attrs)}
+    return {**image(large), "OH": oh, "OW": ow, **window(pool.attrs), **formula(norm.attrs)}
 
 
 def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn, c: Config) -> Launch:
     x, out = pool.inputs[0], norm.out.type.shape
-    work, held, scratch = pooled_image(work, pool, norm)
+    # In inference nobody else keeps the pooled image.
+    work, held, scratch = work.keeping(pool.out, work.type(x).layout)
     first = work.epilogue(pool.out, Index(out), also=pool.outputs[1])
     second = work.epilogue(norm.out, Index(out))
     constants = {
@@ -105,20 +106,6 @@ def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn, c: Config) -> Launch:
         (cdiv(n * oh * ow, c.BM),), reads=(ref.name,), epilogues=(first, second),
         scratch=scratch, num_warps=c.num_warps,
     )  # fmt: skip
-
-
-def pooled_image(
-    work: Work, pool: Eqn, norm: Eqn
-) -> tuple[Work, Value, tuple[tuple[str, int], ...]]:
-    """(the work, the value that holds the pooled image, scratch for it). In inference nobody keeps
-    that image: then it is a workspace, which the work stores like a result."""
-    stores = dict(work.stores)
-    if pool.out in stores:
-        return work, stores[pool.out], ()
-    name = f".pooled{work.eqn.results[0]}"
-    held = Value(name, norm.out.type.with_layout(work.type(pool.inputs[0]).layout))
-    work = replace(work, stores=(*work.stores, (pool.out, held)), name={**work.name, held: name})
-    return work, held, ((name, held.type.bytes),)
 
 
 def _lrn_then_pool(work: Work, norm: Eqn, pool: Eqn, c: Config) -> Launch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from graphnet.lowering.launch.augment import Augmentation
 from graphnet.lowering.launch.choice import Kernels, Table
+from graphnet.lowering.launch.chunks import Chunks, PoolThenNorm, TwoPass
 from graphnet.lowering.launch.conv_boxes import BoxesWgrad
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
 from graphnet.lowering.launch.conv_rows import Pairs, Rows
@@ -16,6 +17,7 @@ from graphnet.lowering.launch.linear_wgrad import LinearWgradBoxes, LinearWgradP
 from graphnet.lowering.launch.loss import Losses
 from graphnet.lowering.launch.norm import Norm, PooledNorm
 from graphnet.lowering.launch.pool import Pools
+from graphnet.lowering.launch.pool_tiles import PoolGradTiles, PoolTiles
 from graphnet.lowering.launch.variants import Variant
 
 VARIANTS: tuple[Variant, ...] = (
@@ -30,6 +32,11 @@ VARIANTS: tuple[Variant, ...] = (
     LinearPointers(),
     LinearWgradBoxes(),
     LinearWgradPointers(),
+    Chunks(),
+    PoolThenNorm(),
+    TwoPass(),
+    PoolTiles(),
+    PoolGradTiles(),
     Pools(),
     Norm(),
     PooledNorm(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,19 @@ class Work:
 
     def ref(self, v: Value) -> Ref:
         return Ref(self.name[v], v.type.dtype.name)
+
+    def keeping(
+        self, inner: Value, layout: Layout
+    ) -> tuple[Work, Value, tuple[tuple[str, int], ...]]:
+        """(the work, the value outside that holds `inner`, scratch for it). What is no result goes
+        to a workspace of this layout, which the work stores like one."""
+        outer = dict(self.stores).get(inner)
+        if outer is not None:
+            return self, outer, ()
+        held = Value(f".kept{self.eqn.results[0]}", inner.type.with_layout(layout))
+        name = {**self.name, held: held.name}
+        work = replace(self, stores=(*self.stores, (inner, held)), name=name)
+        return work, held, ((held.name, held.type.bytes),)
 
     def epilogue(
         self, root: Value, index: Index, *, held: str = "acc", also: Value | None = None, **kw: Any

@@ -1,0 +1,275 @@
+"""Normalization and pools of channels-last images, 8 channels a thread (kernels/chunks.py).
+
+The backward pass of a pool and a normalization behind it is two launches: the normalization's
+gradient goes to a workspace as large as the pooled image, which the pool's gradient reads while it
+is in the second-level cache. On an H100 that is 15 % faster than the best single kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import NHWC, Layout
+from graphnet.lowering.launch.codegen import Index, Ref
+from graphnet.lowering.launch.config import Config, cdiv, next_power
+from graphnet.lowering.launch.norm import formula, image
+from graphnet.lowering.launch.pool import window
+from graphnet.lowering.launch.steps import Launch, arguments, make, source
+from graphnet.lowering.launch.variants import Problem, Variant
+from graphnet.lowering.launch.work import Work
+
+CHUNK = 8  # channels
+REACH = 4  # of a normalization's window to either side: a halo is half a chunk
+WINDOWS = 4  # of a pool that a thread holds for its block of pixels, as tiles of values and places
+PIXELS = 9  # of that block
+Layouts = Mapping[Value, Layout]
+
+
+def _power(n: int) -> int:
+    """A halo of n channels as it is loaded: a power of two, or nothing."""
+    return next_power(n) if n else 0
+
+
+def not_in_chunks(layouts: Layouts, *values: Value) -> str | None:
+    for v in values:
+        if layouts[v] != NHWC:
+            return (
+                f"{v} is {_named(layouts[v])}, a thread holds 8 channels of a channels-last image"
+            )
+    channels = values[0].type.shape[1]
+    if channels % CHUNK:
+        return f"{channels} channels are no multiple of {CHUNK}"
+    return None
+
+
+def not_row_major(layouts: Layouts, *values: Value) -> str | None:
+    for v in values:
+        if not layouts[v].is_default:
+            return f"{v} is {_named(layouts[v])}, not row-major"
+    return None
+
+
+def _named(layout: Layout) -> str:
+    if layout == NHWC:
+        return "channels-last"
+    return "row-major" if layout.is_default else f"stored as {layout}"
+
+
+def blocks(pool: Eqn) -> tuple[int, int]:
+    """Rows and columns of blocks, one stride's pixels each, that cover a max-pool's image."""
+    a: Any = pool.attrs
+    h, w = pool.out.type.shape[2:]
+    return cdiv(h + a.padding[0], a.stride[0]), cdiv(w + a.padding[2], a.stride[1])
+
+
+def _near(norm: Eqn) -> str | None:
+    a: Any = norm.attrs
+    if max(a.below, a.above) > REACH:
+        return f"the window of {a.size} channels reaches further than {REACH} to one side"
+    return None
+
+
+def beyond_blocks(pool: Eqn) -> str | None:
+    """Why the gradient of these windows is not gathered by blocks of pixels."""
+    a: Any = pool.attrs
+    (kh, kw), (sh, sw) = a.kernel, a.stride
+    if a.dilation != (1, 1):
+        return f"windows dilated by {a.dilation[0]} x {a.dilation[1]} leave pixels out"
+    windows, pixels = cdiv(kh, sh) * cdiv(kw, sw), sh * sw
+    if windows > WINDOWS or pixels > PIXELS:
+        return (
+            f"windows of {kh} x {kw} at stride {sh} x {sw}: {windows} of them reach a block of"
+            f" {pixels} pixels, a thread holds at most {WINDOWS} and {PIXELS}"
+        )
+    return None
+
+
+def anchors_of(eqn: Eqn, *ops: str) -> list[Eqn]:
+    plain = eqn.body.eqns if eqn.body is not None else (eqn,)
+    return [e for e in plain if e.op in ops]
+
+
+def results(eqn: Eqn, layouts: Layouts) -> dict[Value, Layout]:
+    """What the equation writes, with the layouts outside."""
+    return {v: layouts.get(v, v.type.layout) for v in eqn.results}
+
+
+def _configs() -> Iterator[Config]:
+    for block, warps in ((128, 4), (256, 8), (64, 2)):
+        yield Config(BLOCK=block, num_warps=warps)
+
+
+def flat(work: Work) -> bool:
+    """Whether one number counts the storage of all that the code around the anchors touches."""
+    read = {v for e in work.rest for v in e.inputs if v in work.name}
+    types = [work.type(v) for v in read] + [o.type for _, o in work.stores]
+    alike = all(t.layout == NHWC for t in types if len(t.shape) == 4)
+    return alike and not any(e.op == "dropout" for e in work.rest)
+
+
+# ---- one launch ------------------------------------------------------------------------------
+
+
+def lrn(work: Work, e: Eqn, config: Config) -> Launch:
+    """lrn or lrn_grad over the storage of its image."""
+    a: Any = e.attrs
+    out = e.out.type.shape
+    constants: dict[str, Any] = {**image(e.out), **formula(a)}
+    if e.op == "lrn":
+        constants |= {"BELOW": _power(a.below), "ABOVE": _power(a.above)}
+    else:
+        reach = a.below + a.above
+        constants |= {"XW": _power(reach), "DLOW": _power(a.above), "DHIGH": _power(a.below)}
+    alike = flat(work)
+    epi = work.epilogue(e.out, Index(out, alike))
+    constants |= {"BLOCK": config.BLOCK, "FLAT": alike, "EPILOGUE": source(epi)}
+    refs = tuple(work.ref(v) for v in e.inputs)
+    return make(
+        f"{e.op}_chunks", "chunks", (*refs, arguments(epi)), constants,
+        (cdiv(prod(out), CHUNK * config.BLOCK),), reads=tuple(r.name for r in refs),
+        epilogues=(epi,), num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def pool(work: Work, e: Eqn, config: Config) -> Launch:
+    """maxpool2d over the storage of the pooled image."""
+    out = e.out.type.shape
+    alike = flat(work)
+    epi = work.epilogue(e.out, Index(out, alike), also=e.outputs[1])
+    constants = {
+        **image(e.inputs[0]), "OH": out[2], "OW": out[3], **window(e.attrs),
+        "BLOCK": config.BLOCK, "FLAT": alike, "EPILOGUE": source(epi),
+    }  # fmt: skip
+    ref = work.ref(e.inputs[0])
+    return make(
+        "maxpool2d_chunks", "chunks", (ref, arguments(epi)), constants,
+        (cdiv(prod(out), CHUNK * config.BLOCK),), reads=(ref.name,), epilogues=(epi,),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def pool_grad(work: Work, e: Eqn, config: Config, dy: Ref | None = None) -> Launch:
+    """maxpool2d_grad, a block of one stride's pixels by 8 channels a thread. `dy` stands for the
+    operand."""
+    n, c, _, _ = e.out.type.shape
+    oh, ow = e.inputs[1].type.shape[2:]
+    alike = flat(work)
+    epi = work.epilogue(e.out, Index(e.out.type.shape, alike))
+    constants = {
+        **image(e.out), "OH": oh, "OW": ow, **window(e.attrs, dilated=False),
+        "BLOCK": config.BLOCK, "FLAT": alike, "EPILOGUE": source(epi),
+    }  # fmt: skip
+    refs = (dy or work.ref(e.inputs[0]), work.ref(e.inputs[1]))
+    return make(
+        "maxpool2d_grad_chunks", "chunks", (*refs, arguments(epi)), constants,
+        (cdiv(n * prod(blocks(e)) * (c // CHUNK), config.BLOCK),),
+        reads=tuple(r.name for r in refs), epilogues=(epi,), num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def moved(work: Work) -> int:
+    """Bytes of the operands and results outside; a workspace stays in the second-level cache."""
+    return sum(v.type.bytes for v in {*work.eqn.inputs, *work.eqn.results})
+
+
+# ---- variants --------------------------------------------------------------------------------
+
+
+class Chunks(Variant):
+    """One anchor: each thread holds 8 channels."""
+
+    name = "chunks"
+    ops = ("lrn", "lrn_grad", "maxpool2d", "maxpool2d_grad")
+
+    def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
+        (e,) = anchors_of(eqn, *self.ops)
+        if why := not_in_chunks(layouts, *e.inputs):
+            return why
+        if e.op.startswith("lrn"):
+            return _near(e)
+        if e.op == "maxpool2d_grad":
+            return beyond_blocks(e)
+        written = results(eqn, layouts)
+        return not_in_chunks(written, *written)
+
+    def configs(self, problem: Problem) -> Iterator[Config]:
+        yield from _configs()
+
+    def launch(self, work: Work, config: Config) -> list[Launch]:
+        e = work.anchor
+        write = pool if e.op == "maxpool2d" else pool_grad if e.op == "maxpool2d_grad" else lrn
+        return [write(work, e, config)]
+
+
+class PoolThenNorm(Variant):
+    """lrn(maxpool2d(x)) in one kernel; a program holds whole pixels."""
+
+    name = "chunks"
+    ops = ("maxpool2d+lrn",)
+
+    def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
+        pool, norm = anchors_of(eqn, "maxpool2d", "lrn")
+        assert eqn.body is not None
+        images = [pool.inputs[0], *(v for v in (pool.out,) if v in eqn.body.returns)]
+        return not_in_chunks(layouts, *images) or _near(norm)
+
+    def configs(self, problem: Problem) -> Iterator[Config]:
+        yield from _configs()
+
+    def launch(self, work: Work, config: Config) -> list[Launch]:
+        pool, norm = work.anchors
+        a: Any = norm.attrs
+        x, (n, c, oh, ow) = pool.inputs[0], norm.out.type.shape
+        bytes = moved(work)
+        work, held, scratch = work.keeping(pool.out, NHWC)
+        block = max(config.BLOCK, next_power(c // CHUNK))
+        tile = block // (c // CHUNK)
+        index = Index(norm.out.type.shape, flat(work))
+        first = work.epilogue(pool.out, index, also=pool.outputs[1])
+        second = work.epilogue(norm.out, index)
+        constants = {
+            **image(x), "OH": oh, "OW": ow, **window(pool.attrs), **formula(a),
+            "BELOW": _power(a.below), "ABOVE": _power(a.above), "TILE": tile, "BLOCK": block,
+            "FLAT": index.flat, "EPILOGUE": source(first), "EPILOGUE2": source(second),
+        }  # fmt: skip
+        refs = work.ref(x), Ref(work.name[held], held.type.dtype.name)
+        return [
+            make(
+                "maxpool2d_lrn_chunks", "chunks", (*refs, arguments(first), arguments(second)),
+                constants, (cdiv(n * oh * ow, tile),), reads=(refs[0].name,),
+                epilogues=(first, second), scratch=scratch, bytes=bytes,
+                num_warps=config.num_warps,
+            )
+        ]  # fmt: skip
+
+
+class TwoPass(Variant):
+    """maxpool2d_grad(lrn_grad(x, dy), index): one launch each."""
+
+    name = "two_pass"
+    ops = ("lrn_grad+maxpool2d_grad",)
+
+    def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
+        norm, pool = anchors_of(eqn, "lrn_grad", "maxpool2d_grad")
+        images = *norm.inputs, pool.inputs[1]
+        return not_in_chunks(layouts, *images) or _near(norm) or beyond_blocks(pool)
+
+    def configs(self, problem: Problem) -> Iterator[Config]:
+        yield from _configs()
+
+    def launch(self, work: Work, config: Config) -> list[Launch]:
+        norm, pool = work.anchors
+        total = moved(work)
+        work, held, scratch = work.keeping(pool.inputs[0], NHWC)
+        first = lrn(work, norm, config)
+        second = pool_grad(work, pool, config, work.ref(held))
+        sizes = {work.name[v]: v.type.bytes for v in work.eqn.inputs}
+        read = sum(sizes.get(b, 0) for b in first.reads)
+        return [
+            replace(first, scratch=scratch, bytes=read),
+            replace(second, bytes=total - read),
+        ]
