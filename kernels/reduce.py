@@ -86,6 +86,66 @@ def split_reduce(
 
 
 @triton.jit
+def segment_reduce(
+    work, first, args, args2,
+    K: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, COLS: tl.constexpr,
+    CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    KT: tl.constexpr, XT: tl.constexpr, SEGMENTS: tl.constexpr, CARRIER: tl.constexpr,
+    MOST: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, BIAS_BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
+):  # fmt: skip
+    """Adds the segments of each tile of wgrad_rows.py, first segment first.
+
+    Segments first[t] to first[t + 1], at most MOST, are tile t's, and work[SEGMENTS, KT, XT] holds
+    them. A program adds BLOCK elements, which lie in the workspace as in a filter stored (r, s, c):
+    16 bytes a thread on both sides. UNROLL segments are on their way at once. The programs behind
+    those of the tiles add the sums of dy, work[SEGMENTS, KT] behind the tiles.
+    """
+    NKT: tl.constexpr = (K + KT - 1) // KT
+    NXT: tl.constexpr = (COLS + XT - 1) // XT
+    TILES: tl.constexpr = NKT * NXT * UNITS * G
+    BLOCKS: tl.constexpr = KT * XT // BLOCK
+    p = tl.program_id(0)
+    if p < TILES * BLOCKS:
+        tile = p // BLOCKS
+        unit = tile // (NKT * NXT) % UNITS
+        e = p % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        k = tile % NKT * KT + e // XT
+        q = tile // NKT % NXT * XT + e % XT
+        if B == 1 and CG % 4 == 0 and XT % 4 == 0:
+            # Four neighbours lie in one tap, which the compiler cannot see; nor behind a call.
+            tap = tl.max_constancy((unit * COLS + q) // CG, 4)
+            r = tl.max_constancy(tap // S, 4)
+            s = tl.max_constancy(tap % S, 4)
+            c = tl.max_contiguous(tl.multiple_of(q % CG, 4), 4)
+        else:
+            c, r, s = filter_position(unit * COLS + q, CG, S, B)
+        there = (k < K) & (q < COLS)
+        start = tl.load(first + tile)
+        stop = tl.load(first + tile + 1)
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for more in range(0, MOST, UNROLL):
+            for u in tl.static_range(UNROLL):
+                z = start + more + u
+                acc += tl.load(work + z * (KT * XT) + e, mask=there & (z < stop), other=0.0)
+        row = tile // (NKT * NXT * UNITS) * K + k
+        # Not for B = 1, where it says nothing and costs the update its 16-byte accesses.
+        inner = there & (r < R) & (s < S) if B > 1 else there
+        EPILOGUE(acc, 0, row, c, r, s, inner, args)
+    elif CARRIER >= 0:
+        g = (p - TILES * BLOCKS) // NKT
+        block = (p - TILES * BLOCKS) % NKT
+        tile = (g * UNITS + CARRIER) * (NXT * NKT) + block
+        i = tl.arange(0, BIAS_BLOCK)
+        mine = (i < KT) & (block * KT + i < K)
+        at = work + SEGMENTS * (KT * XT) + i
+        sums = tl.zeros((BIAS_BLOCK,), tl.float32)
+        for z in range(tl.load(first + tile), tl.load(first + tile + 1)):
+            sums += tl.load(at + z * KT, mask=mine, other=0.0)
+        EPILOGUE2(sums, 0, g * K + block * KT + i, 0, 0, 0, mine, args2)
+
+
+@triton.jit
 def mean_reduce(work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """out = sum of work[COUNT] / live, by one program: a tree of fixed shape."""
     i = tl.arange(0, BLOCK)

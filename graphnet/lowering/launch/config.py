@@ -27,6 +27,9 @@ class Config:
 
     LPT: 1 starts the programs with the longest sums first, 0 in the order of storage.
 
+    SWAP and PROGRAMS are of weight gradients by filter rows: whether the rows of a tile are columns
+    of the filter, and for how many programs the sums are cut.
+
     Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
     """
 
@@ -39,6 +42,8 @@ class Config:
     LPT: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    SWAP: int = 0
+    PROGRAMS: int = 0
 
     @property
     def accumulators(self) -> int:

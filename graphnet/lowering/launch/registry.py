@@ -19,12 +19,14 @@ from graphnet.lowering.launch.norm import Norm, PooledNorm
 from graphnet.lowering.launch.pool import Pools
 from graphnet.lowering.launch.pool_tiles import PoolGradTiles, PoolTiles
 from graphnet.lowering.launch.variants import Variant
+from graphnet.lowering.launch.wgrad_rows import WgradRows
 
 VARIANTS: tuple[Variant, ...] = (
     Pairs(),
     Rows(),
     Taps(),
     Flat(),
+    WgradRows(),
     TapsWgrad(),
     BoxesWgrad(),
     FlatWgrad(),

@@ -1,0 +1,141 @@
+"""Weight gradient of a convolution of channels-last images: a filter row is one run of columns.
+
+For one pixel of the result, the taps of a filter row lie side by side in memory: S C values of the
+image row that start at pixel ow - PL. Seen as [H, N, W C], an image batch therefore holds a tile
+of BK images by some columns of a filter row as one box, and the copy engine fetches it by three
+numbers. What a tap reads beyond the border, above, below, left or right, is beyond the descriptor
+and comes as zeros; rows of pixels that a filter row does not reach are left out by the host.
+Where the taps do not lie side by side (a stride, a dilation, groups) a unit of columns is one tap.
+
+A tile is [K channels, columns of a unit], and its sum runs over the images within the pixels. The
+host cuts the sums into segments, one a program, so that all programs finish together; each writes
+an fp32 tile of its own, and `segment_reduce` (reduce.py) adds those of a tile in order.
+
+The rows of the accumulators are dy's channels, or with SWAP the columns of x, so that the wider
+side can be 256 or 256 + 128 wide. In bf16 wgmma reads both operands transposed from shared memory.
+The bias gradient is one more product, 16 columns wide, of the boxes of dy that the first column
+tiles of one unit fetch anyway: programs that only summed dy would fetch all of it once more.
+
+Tiles: 128x256x64 with 8 warps and 4 stages takes 192 KiB of shared memory and 166 registers,
+128x(256 + 128)x64 with 3 stages 192 KiB and 226. One program fills a processor.
+Limits: a batch that is no multiple of BK multiplies zeros; fp32 operands are turned in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import dot
+
+
+@triton.jit
+def wgrad_segment(
+    x, x2, dy, dy2, out, sums_out, first, count, dh, k0, c0, at0,
+    BLOCKS: tl.constexpr, OW: tl.constexpr, SH: tl.constexpr, SWC: tl.constexpr,
+    DK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    SWAP: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`count` steps of the sum from step `first`, into a tile at `out`; SUMS: those of dy too."""
+    XT: tl.constexpr = BM if SWAP else BN + BT
+    EXACT: tl.constexpr = "bf16" if PRECISION == "bf16" else "ieee"
+    acc = tl.zeros((BM, BN), tl.float32)
+    if BT > 0:
+        acc2 = tl.zeros((BM, BT), tl.float32)
+    if SUMS:
+        one = tl.where(tl.arange(0, 16)[None, :] == 0, 1.0, tl.zeros((BK, 16), tl.float32))
+        if PRECISION == "bf16":
+            one = one.to(tl.bfloat16)
+        sums = tl.zeros((BN if SWAP else BM, 16), tl.float32)
+        if SWAP and BT > 0:
+            sums2 = tl.zeros((BT, 16), tl.float32)
+    for it in range(first, first + count):
+        n = it % BLOCKS * BK
+        pixel = it // BLOCKS
+        h = pixel // OW * SH + dh
+        at = pixel % OW * SWC + at0
+        d = dy.load([n, pixel * DK + k0])
+        if SWAP:
+            a = x.load([h, n, at]).reshape(BK, BM).T
+            acc = dot(a, d, acc, PRECISION)
+            if BT > 0:
+                d2 = dy2.load([n, pixel * DK + k0 + BN])
+                acc2 = dot(a, d2, acc2, PRECISION)
+                if SUMS:
+                    sums2 = dot(d2.T, one, sums2, EXACT)
+        else:
+            acc = dot(d.T, x.load([h, n, at]).reshape(BK, BN), acc, PRECISION)
+            if BT > 0:
+                acc2 = dot(d.T, x2.load([h, n, at + BN]).reshape(BK, BT), acc2, PRECISION)
+        if SUMS:
+            sums = dot(d.T, one, sums, EXACT)
+    i = tl.arange(0, BM)[:, None]
+    j = tl.arange(0, BN)[None, :]
+    if SWAP:
+        tl.store(out + j * XT + i, acc)
+    else:
+        tl.store(out + i * XT + j, acc)
+    if BT > 0:
+        j2 = BN + tl.arange(0, BT)[None, :]
+        if SWAP:
+            tl.store(out + j2 * XT + i, acc2)
+        else:
+            tl.store(out + i * XT + j2, acc2)
+    if SUMS:
+        tl.store(sums_out + tl.arange(0, BN if SWAP else BM), tl.sum(sums, 1))
+        if SWAP and BT > 0:
+            tl.store(sums_out + BN + tl.arange(0, BT), tl.sum(sums2, 1))
+
+
+@triton.jit
+def conv2d_wgrad_rows(
+    x, x2, dy, dy2, work, segments,
+    N: tl.constexpr, C: tl.constexpr, XC: tl.constexpr, K: tl.constexpr, OW: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, COLS: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PT: tl.constexpr, PL: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    SWAP: tl.constexpr, SEGMENTS: tl.constexpr, CARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each program sums one segment, (slot, tile, first step, steps), into work[slot, KT, XT].
+
+    A tile is KT channels of dy by XT columns. A step is BK images at one pixel: images first, then
+    the pixels of the whole result, row by row. Tiles count, fastest first, blocks of K channels,
+    blocks of the COLS columns of a unit, units (R rows, or R S taps where S is not 1) and groups.
+    A group has C channels of the XC of a pixel and K of dy's. The first column tiles of unit
+    CARRIER, if it is not negative, leave the sums of dy behind all tiles, as work[SEGMENTS, KT].
+    x is a descriptor of [H, N, W XC], dy of [N, OH OW G K]; x2 or dy2 are the second
+    accumulator's boxes.
+    """
+    KT: tl.constexpr = BN + BT if SWAP else BM
+    XT: tl.constexpr = BM if SWAP else BN + BT
+    NKT: tl.constexpr = (K + KT - 1) // KT
+    NXT: tl.constexpr = (COLS + XT - 1) // XT
+    BLOCKS: tl.constexpr = (N + BK - 1) // BK
+    row = segments + 4 * tl.program_id(0)
+    slot = tl.load(row)
+    tile = tl.load(row + 1)
+    first = tl.load(row + 2)
+    count = tl.load(row + 3)
+    part = tile // NKT % NXT
+    unit = tile // (NKT * NXT) % (R * S)
+    g = tile // (NKT * NXT * R * S)
+    k0 = g * K + tile % NKT * KT
+    c0 = part * XT
+    dh = unit // S * DH - PT
+    at0 = (unit % S * DW - PL) * XC + g * C + c0
+    out = work + slot * (KT * XT)
+    sums = work + SEGMENTS * (KT * XT) + slot * KT
+    if CARRIER < 0:
+        wgrad_segment(
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
+        )  # fmt: skip
+    elif (unit == CARRIER) & (part == 0):
+        wgrad_segment(
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            G * K, BM, BN, BT, BK, SWAP, True, PRECISION,
+        )  # fmt: skip
+    else:
+        wgrad_segment(
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
+        )  # fmt: skip
