@@ -178,7 +178,13 @@ def _parts(work: list[tuple[int, float]], programs: int) -> list[int]:
 
 
 def _form(
-    rows: str, bm: int, bn: int, bt: int, stages: int, warps: int = 8, each: int = 1,
+    rows: str,
+    bm: int,
+    bn: int,
+    bt: int,
+    stages: int,
+    warps: int = 8,
+    each: int = 1,
     bk: int = STEP,
 ) -> Config:
     """rows  "d" for dy's channels, "x" for columns; each: programs on one processor"""
@@ -260,11 +266,12 @@ class WgradRows(Variant):
         (anchor,) = anchors_of(eqn)
         for v, what in zip(anchor.inputs, ("image", "gradient"), strict=True):
             layout = layouts[v]
-            channels = v.type.shape[1] * max(layout.s2d, 1) ** 2
+            groups = anchor.attrs.groups  # type: ignore[attr-defined]
+            channels = v.type.shape[1] * max(layout.s2d, 1) ** 2 // groups
             if not layout.s2d and layout.order != "nhwc":
                 return f"the {what} lies row-major"
             if channels * v.type.dtype.itemsize % 16:
-                return f"the {channels} channels of the {what} are no multiple of 16 bytes"
+                return f"{channels} channels of the {what} are no multiple of 16 bytes"
         return not_in_blocks(eqn, layouts, THIN)
 
     def suits(self, problem: Problem) -> str | None:
