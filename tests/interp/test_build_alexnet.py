@@ -44,7 +44,7 @@ def test_every_kernel_of_the_step(precision, cache, tmp_path):
     if precision == "bf16":
         assert all(r.wgmma > 0 for r in products), [r.kernel for r in products if not r.wgmma]
         for k, r in enumerate(report.rows):
-            if r in products:
+            if r in products and not r.tma:
                 ptx = (tmp_path / f"{k:02d}-{r.kernel}.ptx").read_text()
                 copies = re.findall(r"cp\.async\.c[ag]\.[^;]*?\], \[[^\]]*\], (0x)?(\w+)", ptx)
                 # conv1's second accumulator is 16 columns wide: 8 bytes a thread.
