@@ -59,7 +59,7 @@ def test_the_plan_against_the_budget():
     rows = low.plan.launches
     assert sum(s.bytes for s in rows) <= 1.2 * FLOOR_BYTES
     assert sum(s.flops for s in rows) == pytest.approx(FLOOR_FLOPS, rel=0.02)
-    assert low.plan.peak_bytes <= 0.58 * EAGER_BYTES
+    assert low.plan.peak_bytes <= 0.60 * EAGER_BYTES
 
 
 @pytest.mark.parametrize("model", ["alexnet_2012", "caffenet", "alexnet_owt"])
