@@ -64,15 +64,27 @@ def _assembler() -> Line:
     from graphnet.errors import GraphnetError
 
     try:
-        from graphnet.lowering.build.build import ptxas
+        from graphnet.lowering.build.tools import ptxas
 
         path, version = ptxas()
     except (GraphnetError, ImportError) as error:
         return "ptxas", _one_line(error), platform.system() == "Linux"
-    note = ""
-    if version.startswith("12.8."):
-        note = "; known to miscompile some kernels for Hopper: set TRITON_PTXAS_PATH to a newer one"
-    return "ptxas", f"{version}, {path}{note}", False
+    if not version.startswith("12.8."):
+        return "ptxas", f"{version}, {path}", False
+    note = f"{version}, {path}; known to miscompile some kernels for Hopper"
+    if _hopper():
+        return "ptxas", f"{note}, as this GPU is: set TRITON_PTXAS_PATH to a newer one", True
+    return "ptxas", f"{note}, but there is no such GPU here, so what it makes does not run", False
+
+
+def _hopper() -> bool:
+    """Whether the GPU at hand is one; a GPU that fails is a line of its own."""
+    try:
+        import torch
+
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    except Exception:
+        return False
 
 
 def _gpu() -> Line:

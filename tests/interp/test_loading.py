@@ -167,3 +167,36 @@ keys = {build.key_of(build.request(s, 90)) for p in plans for s in p.launches}
 assert len(plans) == 3 and len(pools) == 1 and set(pools[0]) == keys and not compiled
 """
     run(tmp_path, text)
+
+
+LIBCUDA = "".join(
+    f"int {name}() {{ return 0; }}\n"
+    for name in (
+        "cuCtxGetCurrent", "cuCtxSetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
+        "cuFuncSetAttribute", "cuGetErrorString", "cuPointerGetAttribute",
+    )
+)  # fmt: skip
+
+
+def test_the_c_code_that_launches_is_compiled_by_the_workers_too(tmp_path):
+    """Triton 3.6 compiles some for each signature, against the driver's library: here an empty
+    one."""
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        pytest.skip("this Triton launches every signature through one piece of code")
+    (tmp_path / "c.c").write_text(LIBCUDA)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "c.c"], check=True)
+    text = """
+import triton.runtime.build
+from triton.backends.nvidia.driver import CudaLauncher
+from graphnet.lowering.build.pool import launchers
+plan = step(net())
+def refused(*a): raise AssertionError("compiled here")
+triton.runtime.build._build = refused
+triton.knobs.cache.dir = launchers()
+for kernel in loads:
+    assert CudaLauncher(kernel.src, kernel.metadata).launch
+"""
+    run(tmp_path / "cache", text, LD_LIBRARY_PATH=str(tmp_path))

@@ -299,6 +299,20 @@ def test_doctor_is_well_here(run, monkeypatch):
     assert "cpu          works" in out
 
 
+@pytest.mark.parametrize("version", ["12.8.93", "13.0.88"])
+@pytest.mark.parametrize("hopper", [False, True])
+def test_doctor_says_of_the_assembler_what_is_true_here(version, hopper, monkeypatch):
+    from graphnet.lowering.build import tools
+
+    monkeypatch.setattr(tools, "ptxas", lambda: (Path("/bin/ptxas"), version))
+    monkeypatch.setattr(doctor, "_hopper", lambda: hopper)
+    what, finding, fault = doctor._assembler()
+    bad = version == "12.8.93"
+    assert what == "ptxas" and f"{version}, /bin/ptxas" in finding
+    assert fault == (bad and hopper) == ("set TRITON_PTXAS_PATH" in finding)
+    assert ("miscompile" in finding) == bad and ("does not run" in finding) == (bad and not hopper)
+
+
 def test_doctor_believes_no_target_that_computes_something_else(monkeypatch):
     real = doctor._step
     monkeypatch.setattr(doctor, "_build", lambda: [0.0])

@@ -98,6 +98,7 @@ def _loaded(
 
 def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
     """The plan's steps as calls, compiled by the workers where need be, and loaded."""
+    _pin_tools()
     found = iter(compile_launches(plan.launches, _arch())[0])
     out: list[Call] = []
     ref = lambda name: Ref(name, plan.types[name][0])
@@ -146,8 +147,9 @@ def _run(
         main.wait_stream(beside)
 
 
-def _pin_assembler() -> None:
-    """torch.compile changes the assembler inside a process; ours is chosen before we compile."""
+def _pin_tools() -> None:
+    """torch.compile changes the assembler inside a process; ours is chosen before we compile. What
+    Triton compiles to launch kernels is shared with the workers."""
     import triton
 
     os.environ["TRITON_PTXAS_PATH"] = str(ptxas()[0])
@@ -170,7 +172,6 @@ def prepare(
     Nothing runs before the first call: capture records, so that no state is touched.
     """
     require(plan)
-    _pin_assembler()
     device = next((t.device for t in storage.values()), torch.device("cuda"))
     with torch.cuda.device(device):
         arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
