@@ -9,8 +9,8 @@ from graphnet import config
 from graphnet.api import lower
 from graphnet.ir.text import parse
 from graphnet.lowering.build.build import compile_launches
-from graphnet.lowering.launch.codegen import private_dir
 from graphnet.lowering.launch.config import SHARED_BYTES
+from graphnet.lowering.launch.files import private_dir
 from graphnet.lowering.launch.wgrad_rows import WgradRows
 from graphnet.lowering.launch.work import take_apart
 
