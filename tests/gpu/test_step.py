@@ -1,5 +1,7 @@
 """LeNet-5's fused step on the GPU: right, captured as uncaptured, same seed same bits."""
 
+import gc
+
 import pytest
 import torch
 
@@ -64,3 +66,23 @@ def test_replay_does_no_work_on_the_host():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(torch.stack(losses)).tolist())
+
+
+def test_what_a_captured_step_reads_lives_as_long_as_it():
+    """Tables of a launch are memory of ours: freed with the launches, it would be someone else's."""
+    shape = (128, 64, 9, 9)
+    torch.manual_seed(0)
+    net = gn.Sequential(
+        gn.Conv2d(64, 64, 3, padding=1), gn.ReLU(), gn.Conv2d(64, 64, 3, padding=1), gn.Flatten(),
+        gn.Linear(64 * 81, 10),
+    )  # fmt: skip
+    step = gn.compile(
+        net, shape, target="cuda", precision="bf16", loss=gn.CrossEntropyLoss(),
+        optimizer=gn.SGD(lr=0.0),
+    )  # fmt: skip
+    assert step.plan.tables
+    x, y = torch.randn(shape, device="cuda"), torch.randint(0, 10, (128,), device="cuda")
+    first = float(step(x, y))
+    gc.collect()
+    held = [torch.full((n,), 2**30, dtype=torch.int32, device="cuda") for n in (64, 512, 4096) * 99]
+    assert float(step(x, y)) == first and len(held) == 297

@@ -207,7 +207,9 @@ def prepare(
             once()
         torch.cuda.current_stream().wait_stream(side)
 
-    def replay(_keep: tuple = (arena, held)) -> None:
+    # The graph holds addresses alone: what lies there must live as long as it does. The calls hold
+    # the tables that launches read, and their descriptors.
+    def replay(_keep: tuple = (arena, held, program)) -> None:
         graph.replay()
 
     return replay
