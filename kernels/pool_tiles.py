@@ -27,7 +27,9 @@ def maxpool2d_tiles(
     n = tl.program_id(0) // ACROSS
     if N * H * W * C > INT32_MAX:
         n = n.to(tl.int64)
-    p = tl.program_id(1) * BM + tl.arange(0, BM)[:, None]
+    p = tl.arange(0, BM)[:, None]
+    if OH * OW > BM:
+        p += tl.program_id(1) * BM
     c = tl.program_id(0) % ACROSS * BN + tl.arange(0, BN)[None, :]
     live = p < OH * OW
     if C % BN != 0:
