@@ -18,6 +18,7 @@ import torch
 
 from graphnet.errors import ConfigError, GraphnetError, ShapeError, StateDictError
 from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
+from graphnet.ir.types import layout_of_parameter
 from graphnet.runtime.state import Cell
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Parameter(Cell):
 
     data       the live tensor; assigning copies into it. After a program ran on the GPU it is
                there, and shared with the program. Copies that programs derive from it (bf16)
-               follow an assignment and `load_state_dict`, not in-place arithmetic on it.
+               follow an assignment and `load_state_dict`, not in-place arithmetic on it. Filters
+               have torch's shape (O, I, R, S) and channels-last strides.
     trainable  False freezes it in programs compiled from then on
     lr_mult, decay_mult  factors of the learning rate, and of weight decay and L1, in programs
                compiled from then on; see `Module.set_multipliers`
@@ -44,7 +46,9 @@ class Parameter(Cell):
     ) -> None:
         if not isinstance(data, torch.Tensor):
             raise ConfigError(f"a Parameter takes a torch tensor, not a {type(data).__name__}")
-        super().__init__(data.detach().to("cpu", torch.float32, copy=True).contiguous())
+        shape = tuple(data.shape)
+        super().__init__(layout_of_parameter(shape).zeros(shape, torch.float32))
+        self.live.copy_(data.detach())
         self.trainable = trainable
         self.lr_mult, self.decay_mult = lr_mult, decay_mult
 
@@ -212,8 +216,8 @@ class Module:
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """A snapshot of all parameters: fp32 tensors on the CPU under torch's keys."""
-        return OrderedDict((key, p.data.detach().to("cpu", copy=True)) for key, p in self._keys())
+        """A snapshot of all parameters: fp32 tensors on the CPU under torch's keys, in its layout."""
+        return OrderedDict((key, p.snapshot()) for key, p in self._keys())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Copies tensors in, by key; compiled programs see them at their next call.

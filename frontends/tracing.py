@@ -9,7 +9,7 @@ from graphnet.errors import ConfigError, GraphnetError, ShapeError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.symbolic import Symbol, Tracer
 from graphnet.ir.graph import Builder, Graph, Input, Value, Where
-from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64
+from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64, layout_of_parameter
 from graphnet.ops.augment import Augment
 
 _SPATIAL = ("conv2d", "maxpool2d", "avgpool2d", "adaptive_avgpool2d")
@@ -42,7 +42,8 @@ def trace(
         kind, stored = DTYPES[augment.source], augment.input_shape(shape)
     x = b.input("x", TensorType(kind, stored), "data")
     for key, p in net.named_parameters():
-        tracer.params[p] = b.input(key, TensorType(f32, p.shape), "param")
+        type = TensorType(f32, p.shape, layout_of_parameter(p.shape))
+        tracer.params[p] = b.input(key, type, "param")
     labels = b.input("labels", TensorType(i64, shape[:1]), "data")
     live = b.input("live", TensorType(i32, ()), "hyper")
     tracer.lazy = {

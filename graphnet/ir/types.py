@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import ParseError, ShapeError
 
@@ -158,6 +158,36 @@ class Layout:
     def bytes(self, shape: Shape, dtype: DType) -> int:
         return self.numel(shape) * dtype.itemsize
 
+    # ---- torch tensors -----------------------------------------------------------------------
+
+    @property
+    def packed(self) -> bool:
+        """Whether no strides say where elements lie: such a tensor is kept as flat storage."""
+        return bool(self.s2d) or self.flat is not None
+
+    def zeros(self, shape: Shape, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
+        """A tensor of `shape` that lies so, every stride as `strides` has it, those of sizes of 1
+        included; packed, its flat storage."""
+        import torch
+
+        if self.packed:
+            return torch.zeros(self.numel(shape), dtype=dtype, device=device)
+        return self._logical(torch.zeros(self.stored(shape), dtype=dtype, device=device))
+
+    def lies(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory is in the order of this layout, without gaps."""
+        return tensor.ndim == 1 if self.packed else self._ordered(tensor).is_contiguous()
+
+    def elements(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[numel] in the order of storage: a view where the tensor lies so, else a copy."""
+        return tensor if self.packed else self._ordered(tensor).reshape(-1)
+
+    def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(0, 2, 3, 1) if self.order == "nhwc" else tensor
+
+    def _logical(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.permute(0, 3, 1, 2) if self.order == "nhwc" else stored
+
     def write(self, source: torch.Tensor, storage: torch.Tensor) -> None:
         """Copies a tensor into flat storage that has this layout; pad positions are left alone."""
         for logical, stored in self._parts(source, storage):
@@ -192,6 +222,12 @@ class Layout:
 
 ROW = Layout()
 NHWC = Layout("nhwc")
+
+
+def layout_of_parameter(shape: Shape) -> Layout:
+    """How a parameter and its slots are stored: filters as (O, R, S, I), the order in which kernels
+    read them, all else row-major. Only `state_dict` and files have torch's order."""
+    return NHWC if len(shape) == 4 else ROW
 
 
 def parse_layout(text: str) -> Layout:

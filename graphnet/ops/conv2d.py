@@ -143,12 +143,25 @@ def _patches(x: torch.Tensor, attrs: ConvAttrs, kernel: tuple[int, int]) -> torc
     return out.reshape(n, attrs.groups, c // attrs.groups, kh, kw, oh, ow)
 
 
+def row_major(t: torch.Tensor) -> torch.Tensor:
+    """The tensor with the strides of a fresh one. `contiguous` leaves those of sizes of 1 as they
+    are, by which torch would take [O, 1, R, S] with a stride of 1 in front for channels-last."""
+    return t.contiguous().view(-1).view(t.shape)
+
+
+def _plain(attrs: ConvAttrs, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Operands as torch's convolution can have them: with a dilation row-major, since
+    channels-last it may end in a segmentation fault (torch 2.13)."""
+    return tensors if attrs.dilation == (1, 1) else tuple(map(row_major, tensors))
+
+
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, attrs: ConvAttrs, mask: list[bool]
 ) -> tuple[torch.Tensor, ...]:
     """torch's own convolution gradients; asymmetric padding is padded by hand first."""
     t, b, le, r = attrs.padding
     pad = [t, le]
+    dy, x, w = _plain(attrs, dy, x, w)
     if (t, le) != (b, r):
         x, pad = torch.nn.functional.pad(x, (le, r, t, b)), [0, 0]
     return torch.ops.aten.convolution_backward(
@@ -205,7 +218,7 @@ class Conv2d(Op):
         return (y + args[2].reshape(1, -1, 1, 1) if len(args) > 2 else y,)
 
     def cpu(self, attrs: ConvAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, w = args[:2]
+        x, w = _plain(attrs, *args[:2])
         bias = args[2].to(x.dtype) if len(args) > 2 else None
         t, b, le, r = attrs.padding
         pad = (t, le)

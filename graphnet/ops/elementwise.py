@@ -98,7 +98,7 @@ class Cast(Op):
     kernel = "elementwise"
 
     def infer(self, attrs: CastAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        return (TensorType(DTYPES[attrs.dtype], ins[0].shape),)
+        return (ins[0].with_dtype(DTYPES[attrs.dtype]),)
 
     def vjp(
         self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]

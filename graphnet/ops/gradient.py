@@ -54,6 +54,7 @@ class _OnGradient(Op):
     like = 0
     least = 2
     most = 2
+    as_operand = 0  # whose type the result has, its layout included
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
         if not self.least <= len(ins) <= self.most:
@@ -61,7 +62,7 @@ class _OnGradient(Op):
         for k, t in enumerate(ins[1:]):
             if t.shape != (ins[0].shape if k < self.like else ()):
                 raise ShapeError(f"{self.name}: operand {k + 2}, {t}, does not fit {ins[0]}")
-        return (ins[0].with_shape(ins[0].shape),)
+        return (ins[self.as_operand],)
 
 
 @register
@@ -128,6 +129,7 @@ class IfFinite(_OnGradient):
 
     name = "if_finite"
     like, least, most = 1, 3, 4
+    as_operand = 1  # new lies as old does
 
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         new, old, *flags = args

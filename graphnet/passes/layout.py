@@ -1,12 +1,13 @@
-"""The layout pass: the only writer of layouts.
+"""The layout pass: the only writer of layouts behind the inputs.
 
 Activations of the convolutional part go channels-last where the channels fill 16-byte loads;
-what a reshape reads or writes, what leaves the graph, and inputs stay row-major, so that a flatten
+what a reshape reads or writes, what is returned, and inputs stay as they are, so that a flatten
 is a view. Kernels address operands by stride, so no pair of layouts needs a relayout here.
 
-Derived copies of convolution weights have no reader outside and follow the images: channels
-innermost too. The first layer's image and its weight copy go space-to-depth where that makes a
-strided convolution of few channels one of stride 1 with many.
+Parameters come typed as they are stored: filters channels-last. What replaces one lies like it, a
+gradient that is written too, and elementwise code in between follows its operands. The first
+layer's image and its derived weight copy go space-to-depth where that makes a strided convolution
+of few channels one of stride 1 with many.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Protocol
 from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
 from graphnet.ir.op import get_op
 from graphnet.ir.types import NHWC, Layout
+from graphnet.passes.templates import is_pointwise
 
 CHANNELS = 8  # 16 bytes of bf16
 _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
@@ -31,11 +33,10 @@ class Kernels(Protocol):
 
 
 def _pinned(graph: Graph) -> set[Value]:
-    """Values that must be row-major."""
-    out = set(graph.input_values) | graph.escaping()
+    """Values whose layout is not to be chosen: that of an input, else row-major."""
+    out = {*graph.input_values, *graph.returns}
     for e in graph.eqns:
-        # A gradient that is written lies as its parameter does.
-        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad", "global_norm"):
+        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad"):
             out.update((*e.inputs, *e.results))
     return out
 
@@ -47,19 +48,16 @@ def layout(graph: Graph, kernels: Kernels | None) -> Graph:
         return graph
     graph, first = _first_layer(graph, kernels)
     pinned = _pinned(graph) - set(first)
-    chosen: dict[Value, Layout] = {}
+    chosen: dict[Value, Layout] = dict(first)
+    kept = {new: chosen.get(old, old.type.layout) for old, new in graph.commits}
     for e in graph.eqns:
         for v in e.results:
-            shape = v.type.shape
-            if len(shape) == 4 and shape[1] % CHANNELS == 0 and v not in pinned:
-                chosen[v] = NHWC
-    for i in graph.inputs:
-        if i.role == "derived" and len(i.value.type.shape) == 4:
-            chosen[i.value] = NHWC
-    chosen |= first
-    for old, new in graph.commits:  # a copy is written as it is kept
-        if old in chosen:
-            chosen[new] = chosen[old]
+            if v in pinned:
+                continue
+            if v in kept:  # state is written as it is stored
+                chosen[v] = kept[v]
+            elif len(v.type.shape) == 4 and _channels_last(e, v, chosen):
+                chosen.setdefault(v, NHWC)
     if not chosen:
         return graph
     env = {v: Value(v.name, v.type.with_layout(to)) for v, to in chosen.items()}
@@ -74,6 +72,16 @@ def layout(graph: Graph, kernels: Kernels | None) -> Graph:
         returns=tuple(map(swap, graph.returns)),
         commits=tuple((swap(old), swap(new)) for old, new in graph.commits),
     )
+
+
+def _channels_last(eqn: Eqn, v: Value, chosen: dict[Value, Layout]) -> bool:
+    """Whether a result that stays inside is stored with its channels innermost."""
+    inner = list(_plain(eqn))
+    if any(e.op == "conv2d_wgrad" for e in inner):  # as its parameter
+        return True
+    alike = [chosen.get(u, u.type.layout) for u in eqn.inputs if u.type.shape == v.type.shape]
+    follows = NHWC in alike and all(is_pointwise(e.op) for e in inner)
+    return follows or v.type.shape[1] % CHANNELS == 0
 
 
 def _plain(eqn: Eqn) -> Iterator[Eqn]:

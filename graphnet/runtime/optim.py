@@ -78,8 +78,8 @@ class Optimizer:
             )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU."""
-        out = {n: e.cell.live.detach().to("cpu", copy=True) for n, e in self._entries.items()}
+        """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU, row-major."""
+        out = {n: e.cell.snapshot() for n, e in self._entries.items()}
         out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
         for key, name in self._counts.items():
             out[key] = torch.tensor(getattr(self._state, name))

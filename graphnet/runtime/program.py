@@ -73,7 +73,7 @@ class Program:
         self._run = prepare(plan, self._storage)
 
     def _zeros(self, type: Any) -> torch.Tensor:
-        return torch.zeros(type.shape, dtype=type.dtype.torch, device=self.device)
+        return type.layout.zeros(type.shape, type.dtype.torch, self.device)
 
     def graph(self, stage: str) -> Graph:
         """The graph after a stage: "traced", "joint" or "fused"."""
@@ -186,9 +186,10 @@ class Program:
             self.state.stale = True  # copies that this program does not keep up
 
     def _result(self, index: int, rows: int | None = None) -> torch.Tensor:
-        """A fresh copy of a returned value, cut to the live rows."""
+        """A fresh copy of a returned value, row-major, cut to the live rows."""
         out = self._storage[self._returns[index]]
-        return (out if rows is None else out[:rows]).clone()
+        out = out if rows is None else out[:rows]
+        return out.clone(memory_format=torch.contiguous_format)
 
     def __repr__(self) -> str:
         name = self.stages.traced.name.split(".")[0]

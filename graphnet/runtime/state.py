@@ -26,6 +26,10 @@ class Cell:
         self.live = live
         self._watchers: weakref.WeakSet[State] = weakref.WeakSet()
 
+    def snapshot(self) -> torch.Tensor:
+        """A copy as torch would keep it: row-major, on the CPU."""
+        return torch.empty(self.live.shape, dtype=self.live.dtype).copy_(self.live.detach())
+
     def touched(self) -> None:
         """Says that the values changed outside a program: derived copies are rebuilt."""
         for state in self._watchers:
@@ -36,7 +40,7 @@ class Cell:
 class Entry:
     """A cell as one device sees it.
 
-    tensor        fixed storage on the device; flat where the layout is not row-major
+    tensor        fixed storage on the device, of the logical shape; flat where the layout is packed
     role, of      as in the graph; `of` is the parameter that a slot or copy belongs to
     global_shape  the logical shape over all ranks; `shard` is None where a rank holds all of it
     """
@@ -71,7 +75,8 @@ _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
 def _key(i: Input) -> str:
     """Programs may keep a derived copy in layouts of their own."""
     layout = i.value.type.layout
-    return i.value.name if layout.is_default else f"{i.value.name}{{{layout}}}"
+    own = i.role == "derived" and not layout.is_default
+    return f"{i.value.name}{{{layout}}}" if own else i.value.name
 
 
 def state_of(net: Any, device: torch.device) -> State:
@@ -151,7 +156,7 @@ class State:
         have = self.entries.get(key)
         if have is not None and have.cell is cell and have.global_shape == shape:
             return have
-        if layout.is_default and tuple(cell.live.shape) != shape:
+        if not layout.packed and tuple(cell.live.shape) != shape:
             raise GraphError(
                 f"state {name} has shape {list(cell.live.shape)}, the graph wants {list(shape)}"
             )
@@ -173,8 +178,7 @@ class State:
             if name not in self.params:
                 raise GraphError(f"the net has no parameter {name}")
             return self.params[name]
-        stored = type.shape if type.layout.is_default else (type.layout.numel(type.shape),)
-        zeros = lambda: torch.zeros(stored, dtype=type.dtype.torch, device=self.device)
+        zeros = lambda: type.layout.zeros(type.shape, type.dtype.torch, self.device)
         if i.role == "derived":  # belongs to the device: rebuilt there, never moved
             have = self.entries.get(_key(i))
             same = have is not None and have.global_shape == tuple(type.shape)
@@ -197,8 +201,8 @@ class State:
     def rebuild(self) -> None:
         """Derives the low-precision copies from the parameters again."""
         for e in self.derived:
-            if e.source is not None and e.layout.is_default:
-                e.tensor.copy_(e.source.live)
-            elif e.source is not None:
+            if e.source is not None and e.layout.packed:
                 e.layout.write(e.source.live, e.tensor)
+            elif e.source is not None:
+                e.tensor.copy_(e.source.live)
         self.stale = False

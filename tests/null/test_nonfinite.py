@@ -64,7 +64,7 @@ def trainer(model, policy, watch, **options):
 
 
 def put(tensor, value, at=0):
-    changed = tensor.clone()
+    changed = tensor.clone(memory_format=torch.contiguous_format)
     changed.view(-1)[at] = value
     return changed
 

@@ -16,7 +16,7 @@ from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.ir.types import DTYPES, TensorType
 from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.equation import launches
-from graphnet.lowering.launch.moves import is_view
+from graphnet.lowering.launch.moves import is_view, run_move
 from graphnet.lowering.launch.registry import kernels_for
 from graphnet.lowering.launch.steps import Copy, Launch, Step, Table
 from graphnet.lowering.plan.memory import Life, Slot, assign, overlaid, reachability
@@ -113,7 +113,7 @@ class _Planner:
         self.place: dict[str, str] = {}  # buffer to the state buffer that it is written over
         self.inputs = {i.value.name for i in graph.inputs}
         for i in graph.inputs:
-            if not i.value.type.layout.is_default and i.role != "derived":
+            if i.role == "data" and not i.value.type.layout.is_default:
                 raise GraphError(f"input {i.value}: {i.value.type} is not row-major")
             self.types[i.value.name] = i.value.type
         for e in graph.eqns:
@@ -158,6 +158,8 @@ class _Planner:
             root = self.root(new)
             if root == old.name:
                 continue
+            if self.types[root].layout != old.type.layout:
+                root = self._relaid(root, old)
             if root in committed:  # state that another commit replaces: keep the old value
                 kept = f".old.{root}.{old.name}"
                 self.types[kept] = new.type
@@ -179,6 +181,13 @@ class _Planner:
         a, b = self.types[root], v.type
         alike = a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
         return alike and (a.dtype, a.numel) == (b.dtype, b.numel)
+
+    def _relaid(self, root: str, state: Value) -> str:
+        """A buffer with the value of another, in the layout of the state that it will replace."""
+        source, laid = Value(root, self.types[root]), Value(f".laid.{state.name}", state.type)
+        self.types[laid.name] = laid.type
+        self.steps += run_move(Eqn("relayout", (source,), (laid,)), lambda v: v.name)
+        return laid.name
 
     def _moved(self, root: str, name: str) -> list[Step]:
         if not self.types[root].layout.is_default:

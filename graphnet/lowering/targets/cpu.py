@@ -165,7 +165,7 @@ class _Schedule:
         return all(
             targets.get(v) == old
             and v not in self.graph.returns
-            and self.storage[old.name].is_contiguous()
+            and old.type.layout.lies(self.storage[old.name])
             for v, old in pairs
         )
 

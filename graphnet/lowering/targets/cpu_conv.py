@@ -23,7 +23,7 @@ import torch
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task, only_f32, symmetric
-from graphnet.ops.conv2d import ConvAttrs
+from graphnet.ops.conv2d import ConvAttrs, row_major
 from graphnet.ops.pool import PoolAttrs
 
 _FEW = 16  # input channels below which dgrad runs row-major
@@ -40,7 +40,7 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
 
 def form_of(attrs: Any) -> Form:
     """The layout that a convolution's operands get."""
-    return channels_last if attrs.dilation == (1, 1) else torch.Tensor.contiguous
+    return channels_last if attrs.dilation == (1, 1) else row_major
 
 
 def relay(v: Value, to: Value, form: Form) -> Task:
@@ -106,7 +106,7 @@ def conv_dgrad(eqn: Eqn) -> Task:
         idy, iw, at = slot(dy), slot(w), slot(eqn.out)
 
         def call(env: Env) -> None:
-            env[at] = backward(env[idy].contiguous(), like, env[iw])[0].to(dtype)
+            env[at] = backward(row_major(env[idy]), like, row_major(env[iw]))[0].to(dtype)
 
         return call
 

@@ -1,7 +1,7 @@
 """Updates of the cpu target, in place at the end of the step.
 
-Plain SGD of one kind is one call of torch's; every other update runs its op's formula over blocks
-that stay in cache. The gradient of a wide linear layer is never whole: some rows
+Updates walk the memory of the state in its own order. Plain SGD of one kind is one call of
+torch's; every other update runs its op's formula over blocks that stay in cache. The gradient of a wide linear layer is never whole: some rows
 of it are made in a buffer that stays, and used up at once. (A fresh buffer of AlexNet's fc6,
 151 MB, costs 100 ms of page faults at every step; rows and update together take 19 ms.)
 """
@@ -16,6 +16,7 @@ import torch
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
+from graphnet.ir.types import Layout
 from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
 
 Storage = dict[str, torch.Tensor]
@@ -34,7 +35,8 @@ def scalars_of(update: Eqn) -> tuple[Value, ...]:
     return update.inputs[1 + len(update.results) :]
 
 
-# (state tensors of each parameter, gradients, scalars): the updates, in place
+# (state tensors of each parameter, gradients, scalars): the updates, in place. What belongs
+# together lies alike, without gaps.
 Apply = Callable[[list[list[torch.Tensor]], list[torch.Tensor], list[torch.Tensor]], None]
 
 
@@ -50,8 +52,7 @@ def _applied(update: Eqn) -> Apply:
         states: list[list[torch.Tensor]], grads: list[torch.Tensor], scalars: list[torch.Tensor]
     ) -> None:
         for state, g in zip(states, grads, strict=True):
-            flat = [t.view(-1) for t in state]
-            g = g.contiguous().view(-1)
+            flat, g = [t.view(-1) for t in state], g.view(-1)
             for start in range(0, g.numel(), _BLOCK):
                 w, *slots = parts = [t[start : start + _BLOCK] for t in flat]
                 new = formula(attrs, w, g[start : start + _BLOCK], *slots, *scalars)
@@ -68,8 +69,7 @@ def _fused_sgd(attrs: Any) -> Apply:
         lr, *momentum, decay = map(float, scalars)
         torch._fused_sgd_(
             [s[0] for s in states],
-            # The kernel walks storage: a gradient must lie as its parameter does.
-            [g.contiguous() for g in grads],
+            grads,
             [s[1] for s in states] if momentum else [],
             weight_decay=decay * attrs.decay_mult, momentum=momentum[0] if momentum else 0.0,
             lr=lr * attrs.lr_mult, dampening=0.0, nesterov=attrs.nesterov, maximize=attrs.maximize,
@@ -117,6 +117,11 @@ class Update:
         ]
 
 
+def _in_order_of(layout: Layout) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor without gaps whose memory is in the order of the layout: a view, or a copy."""
+    return torch.Tensor.contiguous if layout.is_default else layout.elements
+
+
 def _finite(env: Env, flags: Sequence[int]) -> bool:
     return all(bool(torch.isfinite(env[i])) for i in flags)
 
@@ -125,7 +130,11 @@ def updated(updates: Sequence[Update], storage: Storage) -> Task:
     """All updates of one kind in one call, in place on the state."""
     first = updates[0]
     scalars, apply = scalars_of(first.eqn), _applied(first.eqn)
-    states = [u.state(storage) for u in updates]
+    ordered = [_in_order_of(u.eqn.inputs[0].type.layout) for u in updates]
+    states = [
+        [as_stored(t) for t in u.state(storage)]
+        for u, as_stored in zip(updates, ordered, strict=True)
+    ]
     grads = [u.eqn.inputs[1] for u in updates]
 
     def make(slot: Slot) -> Call:
@@ -135,7 +144,9 @@ def updated(updates: Sequence[Update], storage: Storage) -> Task:
 
         def call(env: Env) -> None:
             if _finite(env, flags):
-                apply(states, [env[i] for i in ig], [env[i] for i in numbers])
+                # Mostly no copy: the gradient was made as its parameter lies.
+                gradients = [as_stored(env[i]) for as_stored, i in zip(ordered, ig, strict=True)]
+                apply(states, gradients, [env[i] for i in numbers])
             for at, t in out:
                 env[at] = t
 

@@ -23,7 +23,7 @@ from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source, load
 from graphnet.lowering.launch.steps import Copy, Fill, Launch, Step, bind
 from graphnet.lowering.plan.plan import Plan
-from graphnet.lowering.targets.interpret import Storage, buffers, contiguous, operands
+from graphnet.lowering.targets.interpret import Storage, buffers, laid, operands
 from graphnet.lowering.watch import wanted, watched
 
 Call = Callable[[], Any]
@@ -175,7 +175,7 @@ def prepare(
     device = next((t.device for t in storage.values()), torch.device("cuda"))
     with torch.cuda.device(device):
         arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
-        held, moved = contiguous(plan, storage)
+        held, moved = laid(plan, storage)
         tensor = buffers(plan, held, arena)
         program = watched(plan, calls(plan, tensor), tensor)
         program = [around(step, call) for step, call in zip(plan.steps, program, strict=True)]

@@ -147,7 +147,7 @@ def _as_kernels() -> Iterator[None]:
 
 
 def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref], torch.Tensor]:
-    """Each buffer as a flat tensor: a view of the arena, of what the caller stores, or a table."""
+    """Each buffer as a flat tensor: a view of the arena, what is stored (by `laid`), or a table."""
     tables = {
         t.ref.name: torch.tensor(t.values, dtype=torch.int32, device=arena.device)
         for t in plan.tables
@@ -158,7 +158,7 @@ def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref]
             return tables[ref.name]
         dtype, count = plan.types[ref.name]
         if ref.name in plan.storage:
-            return storage[plan.storage[ref.name]].view(-1)
+            return storage[plan.storage[ref.name]]
         slot = plan.arena[ref.name]
         bytes = DTYPES[dtype].itemsize * count
         return arena[slot.offset : slot.offset + bytes].view(DTYPES[dtype].torch)
@@ -182,11 +182,21 @@ def operands(args: tuple[Arg, ...], tensor: Callable[[Ref], torch.Tensor]) -> li
     return [real(a) for a in args]
 
 
-def contiguous(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, ...]]]:
-    """Storage with contiguous twins where a tensor is not, and (tensor, twin) of those."""
-    names = set(plan.storage.values())
-    twins = {n: storage[n].contiguous() for n in names if not storage[n].is_contiguous()}
-    return {**storage, **twins}, [(storage[n], t) for n, t in twins.items()]
+def laid(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, ...]]]:
+    """The elements of what is stored, in the order that its type says; (tensor, twin) where a
+    tensor does not lie so."""
+    graph = plan.graph
+    types = {v.name: v.type for v in (*graph.returns, *graph.input_values)}
+    held: Storage = {}
+    twins = []
+    for name in sorted(set(plan.storage.values())):
+        tensor, type = storage[name], types[name]
+        if not type.layout.lies(tensor):
+            twin = type.layout.zeros(type.shape, tensor.dtype, tensor.device)
+            twins.append((tensor, twin.copy_(tensor)))
+            tensor = twin
+        held[name] = type.layout.elements(tensor)
+    return held, twins
 
 
 def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Callable[[], Any]:
@@ -240,7 +250,7 @@ def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[
     poison  fills every buffer with NaN bits before its first write, for tests
     """
     arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
-    held, moved = contiguous(plan, storage)
+    held, moved = laid(plan, storage)
     tensor = buffers(plan, held, arena)
     program = watched(plan, calls(plan, tensor), tensor)
     fills = _poison(plan, arena) if poison else []
