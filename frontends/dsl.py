@@ -216,7 +216,7 @@ class Module:
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """A snapshot of all parameters: fp32 tensors on the CPU under torch's keys, in its layout."""
+        """A snapshot of all parameters: fp32 on the CPU, torch's keys and layout."""
         return OrderedDict((key, p.snapshot()) for key, p in self._keys())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:

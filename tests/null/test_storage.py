@@ -285,7 +285,6 @@ def test_passes_keep_the_types_of_state():
     net = small_net()
     traced = trace(net, SHAPE, loss=LOSS, training=True)
     graph = run_passes(
-        traced, optimizer=gn.Adam(0.01), trainable=list(net.state_dict()), target="interpret",
-        disabled=["layout"],
-    ).fused  # fmt: skip
+        traced, optimizer=gn.Adam(0.01), trainable=list(net.state_dict()), disabled=["layout"]
+    ).fused
     assert all(old.type == new.type for old, new in graph.commits)

@@ -1,9 +1,10 @@
 """Updates of the cpu target, in place at the end of the step.
 
-Updates walk the memory of the state in its own order. Plain SGD of one kind is one call of
-torch's; every other update runs its op's formula over blocks that stay in cache. The gradient of a wide linear layer is never whole: some rows
-of it are made in a buffer that stays, and used up at once. (A fresh buffer of AlexNet's fc6,
-151 MB, costs 100 ms of page faults at every step; rows and update together take 19 ms.)
+They walk the memory of the state in its own order. Plain SGD of one kind is one call of torch's;
+every other update runs its op's formula over blocks that stay in cache. The gradient of a wide
+linear layer is never whole: some rows of it are made in a buffer that stays, and used up at once.
+(A fresh buffer of AlexNet's fc6, 151 MB, costs 100 ms of page faults at every step; rows and update
+together take 19 ms.)
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def operands(args: tuple[Arg, ...], tensor: Callable[[Ref], torch.Tensor]) -> li
     return [real(a) for a in args]
 
 
-def laid(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, ...]]]:
+def laid(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor, torch.Tensor]]]:
     """The elements of what is stored, in the order that its type says; (tensor, twin) where a
     tensor does not lie so."""
     graph = plan.graph
