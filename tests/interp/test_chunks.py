@@ -158,6 +158,29 @@ def test_regions(pool):
     assert first.bytes + second.bytes == moved  # the workspace stays in cache
 
 
+@pytest.mark.parametrize("pool", BUILT[1:4:2], ids=lambda p: "-".join(map(str, p.values())))
+def test_a_normalization_in_front_of_the_pool(pool):
+    graph = step(gn.ReLU(), gn.LocalResponseNorm(5, **NORM), gn.MaxPool2d(**pool))
+    backward = region(graph, TWO.ops[1])
+    first, second = hold(graph, backward, TWO)
+    assert first.kernel == "maxpool2d_grad_chunks" and second.kernel == "lrn_grad_chunks"
+
+
+def test_a_workspace_beyond_the_cache_is_traffic():
+    net = gn.Sequential(
+        gn.Conv2d(8, 64, 1), gn.MaxPool2d(2), gn.LocalResponseNorm(5), gn.Conv2d(64, 8, 1),
+        gn.AdaptiveAvgPool2d(1), gn.Flatten(),
+    )  # fmt: skip
+    counted = {}
+    for n in (64, 16384):
+        plan = lower(net, (n, 8, 14, 14), target="cuda", precision="bf16",
+                     loss=gn.CrossEntropyLoss(), grads=True).plan  # fmt: skip
+        first = next(s for s in plan.launches if s.kernel == "lrn_grad_chunks")
+        ((_, held),) = first.scratch
+        counted[n] = first.bytes / held
+    assert counted[16384] == counted[64] + 1
+
+
 @pytest.mark.parametrize("channels, block", [(8, 16), (96, 16), (96, 8), (256, 64)])
 def test_programs_of_whole_pixels(channels, block):
     """Also where a pixel has more chunks than a program was to hold."""
