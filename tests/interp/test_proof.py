@@ -60,7 +60,7 @@ def answers(monkeypatch, about):
 
 
 @pytest.mark.parametrize(
-    "bad, why", [({"spill_bytes": 8}, "spills 8 bytes in matmul"),
+    "bad, why", [({"spill_bytes": 8}, "spills 8 bytes in linear_product"),
                  ({"error": "E\nout of resources"}, "does not compile: out of resources")],
 )  # fmt: skip
 def test_a_row_that_does_not_compile_cleanly_is_refused_and_the_next_one_taken(

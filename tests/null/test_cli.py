@@ -203,7 +203,7 @@ def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
         assert {"BM", "BN", "BK", "num_warps", "num_stages"} <= set(k["config"])
         assert k["compile_s"] > 0
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == cold
-    assert (tmp_path / "out" / "00-matmul.cubin").stat().st_size > 0
+    assert (tmp_path / "out" / "00-linear_product.cubin").stat().st_size > 0
     monkeypatch.setattr(build, "Pool", None)  # a worker would fail
     warm = json.loads(run(*argv)[1])
     assert warm["cache_hits"] == 3 and warm["total_s"] < 0.5

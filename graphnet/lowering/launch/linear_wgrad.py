@@ -42,7 +42,9 @@ class LinearWgradPointers(Product):
         rows, columns, n, _ = self.size(work.problem)
         x, dy = (work.ref(v) for v in e.inputs)
         whole = c.SPLIT == 1
-        epi = work.epilogue(e.out, Index((rows, columns)), ahead=whole)
+        # An ieee product holds its operands' tiles in registers: no room for those of the update.
+        ahead = whole and work.problem.dtype != "ieee"
+        epi = work.epilogue(e.out, Index((rows, columns)), ahead=ahead)
         db = e.outputs[1]
         epi2 = None
         if db is not None:
