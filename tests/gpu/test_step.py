@@ -69,7 +69,7 @@ def test_replay_does_no_work_on_the_host():
 
 
 def test_what_a_captured_step_reads_lives_as_long_as_it():
-    """Tables of a launch are memory of ours: freed with the launches, it would be someone else's."""
+    """Tables of a launch are memory of ours: freed with the calls, it would be someone else's."""
     shape = (128, 64, 9, 9)
     torch.manual_seed(0)
     net = gn.Sequential(
