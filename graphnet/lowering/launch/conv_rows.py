@@ -21,6 +21,7 @@ from graphnet.lowering.launch.config import (
     SHARED_BYTES,
     Config,
     cdiv,
+    distinct,
     next_power,
     tile,
 )
@@ -243,14 +244,9 @@ class Rows(_Images):
         tiles = [_tile(g, bm, *width, dtype) for bm in heights for width in _columns(g.K)]
         held = [c for c in tiles if c.accumulators <= MOST[dtype]]
         first, *others = sorted(held, key=lambda c: _cost(g, c))
-        yield first
-        yield replace(first, LPT=0)
-        yield from others[:4]
-        # Twice as many blocks of half the depth; a stage more or less.
-        changed = [replace(first, num_stages=first.num_stages + more) for more in (-1, 1)]
-        if first.BK >= 32:
-            changed.append(replace(first, BK=first.BK // 2, num_stages=2 * first.num_stages - 1))
-        yield from (c for c in changed if c.shared_bytes(ITEMSIZE[dtype]) <= ROOM)
+        yield from distinct(
+            [first, *_changed(g, first, dtype), *others[:3], *(c for c in held if c.BN == 256)]
+        )  # fmt: skip
 
 
 class Pairs(_Images):
@@ -291,12 +287,18 @@ class Pairs(_Images):
         tiles = [Config(bm, bn, BT=bt) for bn, bt in ((128, 0), (64, 32), (64, 0))]
         tiles = [replace(c, BK=_depth(g, dtype), num_warps=8, num_stages=4) for c in tiles]
         first, *others = [c for c in tiles if c.accumulators <= MOST[dtype]]
-        yield first
-        yield replace(first, LPT=0)
-        yield replace(first, num_stages=3)
-        if first.BK >= 32:
-            yield replace(first, BK=first.BK // 2, num_stages=6)
-        yield from others
+        yield from distinct([first, *_changed(g, first, dtype), *others])
+
+
+def _changed(g: Geometry, c: Config, dtype: str) -> Iterator[Config]:
+    """The pixels in the order of storage; a stage more or less; twice as many blocks of half the
+    depth; twice as many warps."""
+    more = [replace(c, LPT=0)] if order(g) else []
+    more += [replace(c, num_stages=c.num_stages + step) for step in (-1, 1)]
+    if c.BK >= 32:
+        more.append(replace(c, BK=c.BK // 2, num_stages=2 * c.num_stages - 1))
+    more.append(replace(c, num_warps=8, num_stages=4))
+    yield from (c for c in more if c.shared_bytes(ITEMSIZE[dtype]) <= ROOM)
 
 
 def _columns(k: int) -> list[tuple[int, int]]:
