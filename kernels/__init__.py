@@ -21,7 +21,6 @@ is what EPILOGUE finds in `aux`.
 conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
 conv_taps.py    the same for channels-last images with many channels, tap by tap
 conv_rows.py    forward and input gradient, tiles of images by the copy engine
-conv_tma.py     weight gradient, the same
 augment.py      crops, warps, colours and the normalization of stored images
 pack.py         space-to-depth
 linear.py       the fully connected products, and the ordered sum of their parts

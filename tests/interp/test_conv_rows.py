@@ -46,7 +46,7 @@ def own_cache(tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_every_boundary_is_the_oracle(variant, row):
     """Forward with its bias, and the input gradient."""
-    for op in row.ops(variant.name):
+    for op in set(OPS) & set(row.ops(variant.name)):
         assert hold(op, row, f32, variant.name, BM=16 * variant.pixels) == variant.name
 
 
@@ -183,8 +183,8 @@ def hold_binaries(found):
         # All tiles come by the copy engine: a prologue and the loop fetch each operand.
         boxes = 3 if c.BT else 2
         assert binary["tma"] == boxes * c.num_stages and binary["cp_async"] == 0, (s, c)
-        # 64 rows and 16 values an instruction; each half of 8 warps has its own rows.
-        tiles = c.BM // 64 // (c.num_warps // 4) * (c.BK // 16) * (2 if c.BT else 1)
+        # 64 rows and 16 values an instruction; each half of 8 warps has rows or columns of its own.
+        tiles = max(1, c.BM // 64 // (c.num_warps // 4)) * (c.BK // 16) * (2 if c.BT else 1)
         assert binary["wgmma"] == tiles, (s, c)
 
 

@@ -8,15 +8,12 @@ from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
 from graphnet.lowering.launch.choice import forced
-from tests.kinds import WGRADS, convs_of
+from tests.kinds import CONVS, WGRADS
 from tests.twin import relative
 
 SHAPE = (3, 3, 47, 47)
 NORMS = {"maxpool2d_lrn_chunks", "lrn_grad_chunks", "maxpool2d_grad_chunks"}
-KERNELS = {
-    "taps": {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS,
-    "boxes": {"conv2d_taps", "conv2d_wgrad_tma"} | NORMS,
-}
+KERNELS = {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS
 
 
 def small(groups=1, stride=4, kernel=11):
@@ -42,19 +39,16 @@ def gradients(net, target, precision):
     return program(x, y), {s.kernel for s in program.plan.launches}
 
 
-@pytest.mark.parametrize(
-    "groups, split, variant",
-    [(1, 1, "taps"), (3, 1, "taps"), (1, 4, "taps"), (3, 4, "taps"), (3, 4, "boxes")],
-)
-def test_fp32_against_torch(groups, split, variant):
+@pytest.mark.parametrize("groups, split", [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_fp32_against_torch(groups, split):
     torch.manual_seed(0)
     net = small(groups)
     for m in net.modules():
         if isinstance(m, gn.Dropout):
             m.p = 0.0
-    with forced(*WGRADS, SPLIT=split), forced(*convs_of(variant), variant=variant):
+    with forced(*WGRADS, SPLIT=split), forced(*CONVS, variant="taps"):
         (loss, grads), kernels = gradients(net, "interpret", "fp32")
-    assert kernels >= KERNELS[variant] and "space_to_depth" not in kernels
+    assert kernels >= KERNELS and "space_to_depth" not in kernels
     twin, (x, y) = torch_twin(net).double(), batch()
     want = torch.nn.functional.cross_entropy(twin(x.double()), y)
     want.backward()
@@ -63,14 +57,8 @@ def test_fp32_against_torch(groups, split, variant):
         assert relative(grads[key], p.grad) <= 2e-6, key
 
 
-@pytest.mark.parametrize(
-    "stride, kernel, groups, variant",
-    [
-        (4, 11, 1, "taps"), (4, 5, 3, "taps"), (4, 8, 1, "taps"),
-        pytest.param(4, 8, 1, "boxes", marks=pytest.mark.slow),
-    ],
-)
-def test_bf16_through_blocks_of_pixels(stride, kernel, groups, variant):
+@pytest.mark.parametrize("stride, kernel, groups", [(4, 11, 1), (4, 5, 3), (4, 8, 1)])
+def test_bf16_through_blocks_of_pixels(stride, kernel, groups):
     """bf16 rounds differently in every kernel: the cpu target's own error is the measure."""
     torch.manual_seed(1)
     net = gn.Sequential(
@@ -78,10 +66,9 @@ def test_bf16_through_blocks_of_pixels(stride, kernel, groups, variant):
         gn.Conv2d(24, 48, 5, padding=2, groups=groups), gn.Tanh(), gn.AvgPool2d(3), gn.Flatten(),
         gn.Linear(48 * 9, 10),
     )  # fmt: skip
-    with forced(*convs_of(variant), variant=variant):
+    with forced(*CONVS, variant="taps"):
         (loss, grads), kernels = gradients(net, "interpret", "bf16")
     assert kernels >= {"space_to_depth", "conv2d_taps", "conv2d_wgrad_taps"}
-    assert ("conv2d_wgrad_tma" in kernels) == (variant == "boxes")
     (other, theirs), _ = gradients(net, "cpu", "bf16")
     (exact, wanted), _ = gradients(net, "cpu", "fp32")
     assert abs(float(loss) - float(exact)) <= 2 * abs(float(other) - float(exact)) + 2e-3
@@ -152,9 +139,7 @@ def test_updates_of_wide_layers_run_beside_the_convolutions():
 def test_a_strided_first_layer_in_front_of_a_flatten_stays_row_major():
     """Its gradient leaves a flatten, so no kernel could read it by blocks."""
     torch.manual_seed(0)
-    net = gn.Sequential(
-        gn.Conv2d(3, 16, 7, stride=4), gn.ReLU(), gn.Flatten(), gn.Linear(256, 5)
-    )
+    net = gn.Sequential(gn.Conv2d(3, 16, 7, stride=4), gn.ReLU(), gn.Flatten(), gn.Linear(256, 5))
     step = gn.compile(
         net, (2, 3, 19, 19), target="interpret", precision="bf16", loss=gn.CrossEntropyLoss(),
         optimizer=gn.SGD(lr=0.1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
@@ -33,11 +32,6 @@ def pixels(prefix: str, type: TensorType, blocks: bool = False) -> dict[str, int
         return {f"{prefix}S0": h * w * c, f"{prefix}S2": w * c, f"{prefix}S3": c}
     s = type.strides
     return {f"{prefix}S0": s[0], f"{prefix}S2": s[2], f"{prefix}S3": s[3]}
-
-
-def matrix(type: TensorType) -> tuple[int, int]:
-    """A channels-last tensor as rows of images or filters."""
-    return type.shape[0], prod(type.shape[1:])
 
 
 def images(eqn: Eqn) -> tuple[Value, ...]:

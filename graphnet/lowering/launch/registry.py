@@ -8,7 +8,6 @@ from __future__ import annotations
 from graphnet.lowering.launch.augment import Augmentation
 from graphnet.lowering.launch.choice import Kernels, Table
 from graphnet.lowering.launch.chunks import Chunks, PoolThenNorm, TwoPass
-from graphnet.lowering.launch.conv_boxes import BoxesWgrad
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
 from graphnet.lowering.launch.conv_rows import Pairs, Rows
 from graphnet.lowering.launch.conv_taps import Taps, TapsWgrad
@@ -28,7 +27,6 @@ VARIANTS: tuple[Variant, ...] = (
     Flat(),
     WgradRows(),
     TapsWgrad(),
-    BoxesWgrad(),
     FlatWgrad(),
     LinearBoxes(),
     LinearPointers(),
