@@ -86,3 +86,15 @@ def test_the_second_pass_reads_and_writes_16_bytes_a_thread(works):
             continue
         assert set(stores) <= {"v4.b32", "v2.b32"} and stores, (layer, stores)
         assert loads.count("b32") <= 10 and loads.count("v4.b32") > 10, (layer, loads)
+
+
+@pytest.mark.slow
+def test_no_form_spills(works):
+    """Every form that the rules or a search may take, with the sums of dy."""
+    rows, work = WgradRows(), works["conv4"]
+    forms = list(rows.configs(work.problem))
+    for c, (about, _) in zip(
+        forms, binaries([rows.launch(work, c)[0] for c in forms]), strict=True
+    ):  # fmt: skip
+        assert (about["spill_bytes"], about["cp_async"], about["mma"]) == (0, 0, 0), c
+        assert about["shared_bytes"] <= SHARED_BYTES and about["wgmma"] > 0 < about["tma"], c
