@@ -12,11 +12,11 @@ from graphnet.bench.parity import FACTOR, SLACK
 from graphnet.bench.peers import Work, torch_flags
 
 # The tensor cores cut off the low bits of a TF32 operand, torch rounds them: measured on an H100 we
-# are up to 12 times as far off (LeNet-5's last bias, 6.7e-4). `graphnet bench` refuses that; here it
-# must not become more.
+# are up to 12 times as far off (LeNet-5's last bias, 6.7e-4). `graphnet bench` refuses that; here
+# it must not become more.
 MARGIN = {"fp32": FACTOR, "bf16": FACTOR, "tf32": 15.0}
-# In fp32 a single maximum among millions, which a rounding flips or not: measured 2.8e-3 in front of
-# such a flip, 1e-6 behind it.
+# In fp32 a single maximum among millions, which a rounding flips or not: measured 2.8e-3 in front
+# of such a flip, 1e-6 behind it.
 FLIP = 1e-2
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 

@@ -149,13 +149,15 @@ def test_what_does_not_build_is_recorded(monkeypatch):
     answers = [
         {"spill_bytes": 0, "name": "a"}, {"spill_bytes": 8, "name": "b"}, {"error": "E\nno"},
     ]  # fmt: skip
-    monkeypatch.setattr(search, "try_launches", lambda launches, arch: answers)
-    launch = plan().plan.launches[0]
-    made = [search.Candidate(variant(), Config(n), 1.0, [[launch]]) for n in (1, 2, 3)]
-    told = []
-    kept = search._build(made, 90, lambda c, *about: told.append((c.config, *about)))
-    assert kept == made[:1]
-    assert told == [(Config(2), "spills", "b: 8 B"), (Config(3), "failed", "no")]
+    low = only(monkeypatch)
+    job = search._Job(PROBLEM, search._jobs(low.plan)[PROBLEM], low.kernels, "h200", keep=3)
+    asked = []
+    monkeypatch.setattr(search, "try_launches", lambda s, arch: asked.append(len(s)) or answers)
+    first, second, third = job.made
+    search._build([job], 90)
+    assert asked == [3] and job.made == [first]
+    assert [(t.config, t.verdict, t.error) for t in job.trials] == [
+        (second.config, "spills", "b: 8 B"), (third.config, "failed", "no")]  # fmt: skip
 
 
 def test_the_time_budget_holds_and_what_was_not_reached_says_so():
@@ -400,4 +402,4 @@ def test_cache_says_why_a_launch_misses(capsys):
     (row,) = inventory.why([other])
     assert row["hit"] is False and "num_warps 1 -> 2" in row["differs"]
     assert [r["kind"] for r in inventory.listing()] == ["binary"]
-    assert inventory.clear(["binaries"])["files"] == 3
+    assert inventory.clear(["binaries"])["files"] == 4

@@ -145,24 +145,28 @@ def search(
     began = time.perf_counter()
     model = gpu if gpu in CEILINGS else MODEL_GPU
     known = {p for p, rows in kernels.table.items() if any(r.source == "graphnet" for r in rows)}
-    jobs = {p: works for p, works in _jobs(plan).items() if again or p not in known}
-    gain = {p: sum(_to_gain_us(w, kernels, model) for w in works) for p, works in jobs.items()}
-    found = Found(gpu, keys=len(jobs))
+    problems = {p: works for p, works in _jobs(plan).items() if again or p not in known}
+    gain = {p: sum(_to_gain_us(w, kernels, model) for w in works) for p, works in problems.items()}
+    found = Found(gpu, keys=len(problems))
+    order = sorted(gain, key=lambda p: -gain[p])
+    jobs = [_Job(p, problems[p], kernels, model, keep) for p in order]
+    if plan.target == "cuda":
+        _build(jobs, kernels.arch)
     rest = sum(gain.values())
-    for p in sorted(jobs, key=lambda p: -gain[p]):
+    for job in jobs:
         left = seconds - (time.perf_counter() - began)
-        share = max(left * gain[p] / rest, 0.0) if rest else 0.0
-        rest -= gain[p]
-        trials, rule = _try(p, jobs[p], plan, kernels, model, keep, share)
-        entries = _decide(trials, rule, gpu)
+        share = max(left * gain[job.problem] / rest, 0.0) if rest else 0.0
+        rest -= gain[job.problem]
+        job.run(plan, share)
+        entries = _decide(job.trials, job.rule, gpu)
         best = min(entries, key=lambda e: e.us, default=None)
         if best is not None:
             chosen = (best.variant, best.config)
-            trials = [replace(t, chosen=(t.variant, t.config) == chosen) for t in trials]
+            job.trials = [replace(t, chosen=(t.variant, t.config) == chosen) for t in job.trials]
         found.entries += entries
-        found.trials += trials
+        found.trials += job.trials
         found.seconds = time.perf_counter() - began
-        say(_line(p, trials, best, rule))
+        say(_line(job.problem, job.trials, best, job.rule))
         each(found)
     return found
 
@@ -196,82 +200,84 @@ def candidates(
         yield from ((v, c) for c in v.configs(p))
 
 
-def _try(
-    p: Problem, works: Sequence[Work], plan: Plan, kernels: Kernels, model: str, keep: int,
-    seconds: float,
-) -> tuple[list[Trial], Rule]:  # fmt: skip
-    """(what became of each candidate, the rules' own)."""
-    began = time.perf_counter()
-    layers = tuple(dict.fromkeys(n for w in works for n in w.eqn.where.layers))
-    measured = {(r.variant, r.config): r.us for r in kernels.table.get(p, ())}
-    made: list[Candidate] = []
-    trials: list[Trial] = []
+class _Job:
+    """One problem on its way: its equations, its candidates, what became of them."""
+
+    def __init__(self, p: Problem, works: Sequence[Work], kernels: Kernels, model: str, keep: int):
+        self.problem, self.works = p, works
+        self.layers = tuple(dict.fromkeys(n for w in works for n in w.eqn.where.layers))
+        self.trials: list[Trial] = []
+        self.made = self._candidates(kernels, model, keep)
+        self.rule = self.made[0].variant.name, self.made[0].config
 
     def trial(
-        c: Candidate, verdict: str, error: str | None = None, us: float | None = None
+        self, c: Candidate, verdict: str, error: str | None = None, us: float | None = None
     ) -> None:
-        trials.append(
-            Trial(p, layers, c.variant.name, c.config, c.predicted_us, us, verdict, error)
-        )
+        """Records what became of a candidate."""
+        about = self.problem, self.layers, c.variant.name, c.config, c.predicted_us
+        self.trials.append(Trial(*about, us, verdict, error))
 
-    seen: set[tuple] = set()
-    for variant, config in candidates(p, works, kernels):
-        try:
-            steps = [_launches(w, variant, config) for w in works]
-        except GraphnetError as error:
-            trial(Candidate(variant, config, float("inf"), []), "failed", str(error))
-            continue
-        alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages)
-                      for group in steps for s in group)  # fmt: skip
-        if alike in seen:
-            continue
-        seen.add(alike)
-        predicted = sum(predict_us(s, model) for s in steps)
-        made.append(
-            Candidate(variant, config, measured.get((variant.name, config), predicted), steps)
-        )
-    first, *others = made
-    # Every variant gets a chance, then the likeliest.
-    heads = {c.variant.name: c for c in reversed(others)}
-    rest = sorted(others, key=lambda c: (c is not heads[c.variant.name], c.predicted_us))
-    made = [first, *rest[: keep - 1]]
-    if plan.target == "cuda":
-        made = _build(made, kernels.arch, trial)
-    alone = [Alone(plan.graph, w.eqn, plan.target) for w in works]
-    right: list[tuple[Candidate, list[Callable[[], None]]]] = []
-    with torch.no_grad(), mode(plan.target):
-        for k, c in enumerate(made):
-            if k and time.perf_counter() - began > seconds:
-                trial(c, "skipped", "the time was up")
+    def _candidates(self, kernels: Kernels, model: str, keep: int) -> list[Candidate]:
+        """The rules' own choice, the first of every variant, and the likeliest of the others."""
+        p = self.problem
+        measured = {(r.variant, r.config): r.us for r in kernels.table.get(p, ())}
+        made: list[Candidate] = []
+        seen: set[tuple] = set()
+        for variant, config in candidates(p, self.works, kernels):
+            try:
+                steps = [_launches(w, variant, config) for w in self.works]
+            except GraphnetError as error:
+                self.trial(Candidate(variant, config, float("inf"), []), "failed", str(error))
                 continue
-            verdict, why, runs = _check(alone, c.steps)
-            if verdict == "right":
-                right.append((c, runs))
+            alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages)
+                          for group in steps for s in group)  # fmt: skip
+            if alike not in seen:
+                seen.add(alike)
+                us = measured.get((variant.name, config))
+                us = sum(predict_us(s, model) for s in steps) if us is None else us
+                made.append(Candidate(variant, config, us, steps))
+        first, *others = made
+        heads = {c.variant.name: c for c in reversed(others)}
+        rest = sorted(others, key=lambda c: (c is not heads[c.variant.name], c.predicted_us))
+        return [first, *rest[: keep - 1]]
+
+    def run(self, plan: Plan, seconds: float) -> None:
+        """Holds each candidate against the reference, and times those that are right."""
+        began = time.perf_counter()
+        alone = [Alone(plan.graph, w.eqn, plan.target) for w in self.works]
+        right: list[tuple[Candidate, list[Callable[[], None]]]] = []
+        with torch.no_grad(), mode(plan.target):
+            for k, c in enumerate(self.made):
+                if k and time.perf_counter() - began > seconds:
+                    self.trial(c, "skipped", "the time was up")
+                    continue
+                verdict, why, runs = _check(alone, c.steps)
+                if verdict == "right":
+                    right.append((c, runs))
+                else:
+                    self.trial(c, verdict, why)
+            left = max(seconds - (time.perf_counter() - began), 0.0)
+            times = _time([runs for _, runs in right], plan.target, left)
+        for (c, _), us in zip(right, times, strict=True):
+            self.trial(c, "right", us=us)
+
+
+def _build(jobs: Sequence[_Job], arch: int) -> None:
+    """Compiles all candidates of all problems together; those that spill or do not compile are
+    recorded and dropped."""
+    kernels = [s for job in jobs for c in job.made for group in c.steps for s in group]
+    answers = iter(try_launches(kernels, arch))
+    for job in jobs:
+        kept = []
+        for c in job.made:
+            about = [next(answers) for group in c.steps for _ in group]
+            if broken := next((a for a in about if "error" in a), None):
+                job.trial(c, "failed", broken["error"].splitlines()[-1][:200])
+            elif spilled := next((a for a in about if a["spill_bytes"]), None):
+                job.trial(c, "spills", f"{spilled['name']}: {spilled['spill_bytes']} B")
             else:
-                trial(c, verdict, why)
-        left = max(seconds - (time.perf_counter() - began), 0.0)
-        times = _time([runs for _, runs in right], plan.target, left)
-    for (c, _), us in zip(right, times, strict=True):
-        trial(c, "right", us=us)
-    return trials, (first.variant.name, first.config)
-
-
-def _build(
-    made: list[Candidate], arch: int, trial: Callable[..., None]
-) -> list[Candidate]:  # fmt: skip
-    """Those whose launches all compile without spills, built together; the others are recorded."""
-    kernels = [[s for group in c.steps for s in group] for c in made]
-    answers = iter(try_launches([s for group in kernels for s in group], arch))
-    out = []
-    for candidate, group in zip(made, kernels, strict=True):
-        about = [next(answers) for _ in group]
-        if broken := next((a for a in about if "error" in a), None):
-            trial(candidate, "failed", broken["error"].splitlines()[-1][:200])
-        elif spilled := next((a for a in about if a["spill_bytes"]), None):
-            trial(candidate, "spills", f"{spilled['name']}: {spilled['spill_bytes']} B")
-        else:
-            out.append(candidate)
-    return out
+                kept.append(c)
+        job.made = kept
 
 
 def _check(
