@@ -15,7 +15,8 @@ many bytes of filters for each product, a few more zeros at the border.
 
 Tiles, in bf16: 128x128x64 with 4 warps and 3 stages twice on a processor (96 KiB, 168 registers),
 128x256x64 with 8 warps and 4 stages once. BT is a second accumulator: 96 columns are 64 + 32.
-Limits: a batch that is no multiple of BM wastes rows; the gradient is for stride 1 alone.
+Limits: a batch that is no multiple of BM wastes rows; the gradient is for stride 1 alone, and in
+TF32, whose products take K-major operands, it turns each tile of filters through registers.
 """
 
 import triton
@@ -77,10 +78,12 @@ def conv2d_rows(
         blocks = tl.cdiv(cols * C, BK)
     else:
         blocks = cols * BLOCKS
+    total = rows * blocks
+    blocks = tl.maximum(blocks, 1)  # a prologue divides by it even where there is nothing to sum
     acc = tl.zeros((BM, BN), tl.float32)
     if BT > 0:
         acc2 = tl.zeros((BM, BT), tl.float32)
-    for it in range(rows * blocks):
+    for it in range(total):
         r = r0 + it // blocks
         h = h0 + r * STEPH
         if SPAN:
