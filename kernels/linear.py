@@ -34,11 +34,12 @@ def linear_product(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     AS0: tl.constexpr, AS1: tl.constexpr, BS0: tl.constexpr, BS1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    BOXED: tl.constexpr, PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+    BOXED: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """acc[m, n] = sum over k of a[m, k] b[k, n], or part of the sum into parts[SPLIT, M, N].
 
     BOXED: a and b are descriptors of the matrices as they lie, b's as [N, K] where BS0 is 1.
+    CHUNKS of columns (1, 2 or 4) go through the epilogue one after the other.
     """
     PER: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT * BK
     part = tl.program_id(1)
@@ -74,7 +75,26 @@ def linear_product(
     if SPLIT > 1:
         store_part(parts, acc, part, m, n, rows & cols, M, N, SPLIT)
     else:
-        EPILOGUE(acc, 0, m[:, None], n[None, :], 0, 0, rows & cols, args)
+        by_chunks(acc, m, n0, rows, args, N, BM, BN, BN, CHUNKS, EPILOGUE)
+
+
+@triton.jit
+def by_chunks(
+    acc, m, n0, rows, args, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TILE: tl.constexpr, CHUNKS: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of BN columns, of a tile of TILE, by chunks.
+
+    Triton runs an operation over the whole tile before the next one, so what an epilogue keeps for
+    each element (ten rounds of a random number) is there for all elements at once.
+    """
+    if CHUNKS == 1:
+        n = n0 + tl.arange(0, BN)
+        EPILOGUE(acc, 0, m[:, None], n[None, :], 0, 0, rows & below(n, N, TILE)[None, :], args)
+    else:
+        low, high = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        by_chunks(low, m, n0, rows, args, N, BM, BN // 2, TILE, CHUNKS // 2, EPILOGUE)
+        by_chunks(high, m, n0 + BN // 2, rows, args, N, BM, BN // 2, TILE, CHUNKS // 2, EPILOGUE)
 
 
 @triton.jit

@@ -96,6 +96,15 @@ def test_tiles_that_fit_exactly_have_no_masks(tile):
         hold(graph, e, "pointers", Config(*tile))
 
 
+def test_an_epilogue_that_draws_random_numbers_goes_by_chunks():
+    graph, eqns = step(40, 32, 80)
+    for e in (e for e in eqns if apart(e).anchor.op != "linear_wgrad"):
+        drawn = any(r.op == "dropout" for r in apart(e).rest)
+        for warps, chunks in ((1, 4), (2, 2)):
+            (s,) = hold(graph, e, "boxes", Config(64, 64, 16, num_warps=warps))
+            assert dict(s.constants)["CHUNKS"] == (chunks if drawn else 1)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [gn.SGD(lr=0.1), gn.Adam(lr=1e-3, weight_decay=0.1), gn.AdamW(lr=1e-3, amsgrad=True)],
@@ -228,7 +237,7 @@ def test_boxes_say_what_they_do_not_take():
     assert "take 40 bytes, which is no multiple of 16" in refusal("linear", sizes=(20, 24))
 
 
-WHOLE = Config(128, 64, 64, num_warps=8, num_stages=4)
+WHOLE = Config(128, 64, 64, num_stages=4)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +250,8 @@ WHOLE = Config(128, 64, 64, num_warps=8, num_stages=4)
         ("linear_dgrad", (128, 9216, 4096), "boxes", WHOLE),
         ("linear_dgrad", (128, 4096, 4096), "pointers", Config(128, 64, 64, SPLIT=2, num_stages=4)),
         ("linear_dgrad", (128, 4096, 1000), "boxes", WHOLE),
+        ("linear", (1024, 4096, 4096), "boxes",
+         Config(128, 128, 64, num_warps=8, num_stages=4)),
         ("linear_wgrad", (128, 9216, 4096), "pointers", Config(64, 64, 64, num_stages=3)),
         ("linear_wgrad", (128, 4096, 1000), "boxes", Config(64, 64, 64, num_stages=3)),
     ],

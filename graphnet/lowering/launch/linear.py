@@ -79,7 +79,7 @@ class LinearPointers(Product):
         constants = {
             "M": m, "N": n, "K": k, "AS0": sa[0], "AS1": sa[1], "BS0": sb[0], "BS1": sb[1],
             **tiles(c), "SPLIT": c.SPLIT, "BOXED": self.boxed, "PRECISION": work.problem.dtype,
-            "EPILOGUE": source(own),
+            "CHUNKS": chunks(c, work), "EPILOGUE": source(own),
         }  # fmt: skip
         grid = (cdiv(n, c.BN), c.SPLIT, cdiv(m, c.BM))
         first = make(
@@ -123,13 +123,22 @@ def programs(c: Config, m: int, n: int) -> int:
 
 def large_tile(m: int, n: int, k: int) -> Config:
     """128 rows, 64 where there are no more, and as many parts as leave each processor a program."""
+    if cdiv(m, 128) * cdiv(n, 128) >= PROCESSORS:  # arithmetic counts: squares read least
+        return Config(128, 128, tile(k, 64), num_warps=8, num_stages=4)
     c = Config(tile(m, 128, 64), tile(n, 64), tile(k, 64), num_stages=4)
     length = cdiv(k, c.BK)
     parts = min(PROCESSORS // programs(c, m, n), length // LEAST_BLOCKS)
     if parts < 2 or length <= 2 * LEAST_BLOCKS:
-        # An epilogue that draws dropout masks spills beside 64 accumulators a thread.
-        return replace(c, num_warps=8) if c.accumulators > EPILOGUE_ACCUMULATORS else c
+        return c
     return replace(c, SPLIT=1 << (parts.bit_length() - 1))
+
+
+def chunks(c: Config, work: Work) -> int:
+    """Pieces of a tile that an epilogue takes one after the other: one that draws dropout masks
+    spills beside more than 32 accumulators a thread."""
+    if not any(e.op == "dropout" for e in work.rest):
+        return 1
+    return max(1, c.accumulators // EPILOGUE_ACCUMULATORS)
 
 
 def fills(p: Problem, m: int, n: int, k: int) -> bool:
