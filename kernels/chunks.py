@@ -271,19 +271,10 @@ def maxpool2d_lrn_chunks(
 
 
 @triton.jit
-def landed(
-    values, places, R: tl.constexpr, S: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """What lands on pixel (R, S) of blocks of SH x SW pixels, from the windows that reach them.
-
-    The k-th window starts k // ACROSS blocks above and k % ACROSS blocks left of its block.
-    """
-    acc = tl.zeros(values[0].shape, tl.float32)
-    for k in tl.static_range(len(values)):
-        if R + k // ACROSS * SH < KH and S + k % ACROSS * SW < KW:
-            here = places[k] == (R + k // ACROSS * SH) * KW + S + k % ACROSS * SW
-            acc += tl.where(here, values[k].to(tl.float32), 0.0)
+def landed(acc, value, place, R: tl.constexpr, S: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+    """acc with what a window brings to its pixel (R, S), which may lie beyond the window."""
+    if R < KH and S < KW:
+        acc += tl.where(place == R * KW + S, value.to(tl.float32), 0.0)
     return acc
 
 
@@ -328,7 +319,12 @@ def maxpool2d_grad_chunks(
             ok = ok & (top >= -(k // SW))
         if PL > 0:
             ok = ok & (left >= -(k % SW))
-        dx = landed(values, places, k // SW, k % SW, KH, KW, SH, SW, ACROSS)
+        dx = tl.zeros((BLOCK, 8), tl.float32)
+        for m in tl.static_range(WINDOWS):
+            dx = landed(
+                dx, values[m], places[m],
+                k // SW + m // ACROSS * SH, k % SW + m % ACROSS * SW, KH, KW,
+            )  # fmt: skip
         pixel = corner + (k // SW * W + k % SW)
         here = n * (H * W * C) + pixel * C + c
         hand_over(dx, 0, here, n, c, pixel, ok, args, FLAT, EPILOGUE)

@@ -42,6 +42,24 @@ def maxpool2d_tiles(
 
 
 @triton.jit
+def with_window(
+    sums, value, place, NEXT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """The sums of a block's pixels with what lands on them from window NEXT: one window after the
+    other, because all of them at once fill the registers."""
+    out = ()
+    for k in tl.static_range(SH * SW):
+        out = out + (
+            landed(
+                sums[k], value, place,
+                k // SW + NEXT // ACROSS * SH, k % SW + NEXT % ACROSS * SW, KH, KW,
+            ),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def maxpool2d_grad_tiles(
     dy, index, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -69,16 +87,18 @@ def maxpool2d_grad_tiles(
     g = tl.load(dy + n * (OH * OW * C) + (c * (OH * OW) + p), mask=whole, other=0.0)
     a = p // BW
     b = p % BW
-    values = ()
-    places = ()
+    sums = ()
+    for k in tl.static_range(SH * SW):
+        sums = sums + (tl.zeros((BM, BN), tl.float32),)
     for k in tl.static_range(WINDOWS):
         oh = a - k // ACROSS
         ow = b - k % ACROSS
         ok = (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         q = tl.where(ok, oh * OW + ow, 0)
         at = index + n * (OH * OW * C) + (q * C + c)
-        places = places + (tl.load(at, mask=live & ok, other=255).to(tl.int32),)
-        values = values + (tl.gather(g, tl.broadcast_to(q, (BM, BN)), 0),)
+        place = tl.load(at, mask=live & ok, other=255).to(tl.int32)
+        value = tl.gather(g, tl.broadcast_to(q, (BM, BN)), 0)
+        sums = with_window(sums, value, place, k, KH, KW, SH, SW, ACROSS)
     top = a * SH - PT
     left = b * SW - PL
     for k in tl.static_range(SH * SW):
@@ -87,5 +107,4 @@ def maxpool2d_grad_tiles(
             ok = ok & (top >= -(k // SW))
         if PL > 0:
             ok = ok & (left >= -(k % SW))
-        dx = landed(values, places, k // SW, k % SW, KH, KW, SH, SW, ACROSS)
-        EPILOGUE(dx, 0, n, c, 0, top * W + left + (k // SW * W + k % SW), ok, args)
+        EPILOGUE(sums[k], 0, n, c, 0, top * W + left + (k // SW * W + k % SW), ok, args)

@@ -19,7 +19,7 @@ WIDTHS = {
     "maxpool2d_grad_chunks": (4, 8, 4, 4),  # gradients and indices of four windows
 }
 REGISTERS = {"lrn_grad_chunks": 40, "maxpool2d_lrn_chunks": 64, "maxpool2d_grad_chunks": 64,
-             "space_to_depth": 32, "maxpool2d_tiles": 80, "maxpool2d_grad_tiles": 80}  # fmt: skip
+             "space_to_depth": 32, "maxpool2d_tiles": 80, "maxpool2d_grad_tiles": 144}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
