@@ -164,12 +164,12 @@ def test_a_training_step_is_that_of_the_cpu(variant):
 # ---- sm_90 -----------------------------------------------------------------------------------
 
 
-def launches(model, keep, variants=VARIANTS):
+def launches(model, keep, precision="bf16"):
     """What the first `keep` configurations of AlexNet's convolutions launch where they suit."""
     net = gn.models.get(model)
-    for work in works(training(net, (128, *net.input_shape), "cuda")):
+    for work in works(training(net, (128, *net.input_shape), "cuda", precision)):
         problem = work.problem
-        for v in variants:
+        for v in VARIANTS:
             if takes(v, work) and v.suits(problem) is None:
                 for c in list(v.configs(problem))[:keep]:
                     yield work, c, v.launch(work, c)[0]
@@ -183,9 +183,10 @@ def hold_binaries(found):
         # All tiles come by the copy engine: a prologue and the loop fetch each operand.
         boxes = 3 if c.BT else 2
         assert binary["tma"] == boxes * c.num_stages and binary["cp_async"] == 0, (s, c)
-        # 64 rows and 16 values an instruction; each half of 8 warps has rows or columns of its own.
-        tiles = max(1, c.BM // 64 // (c.num_warps // 4)) * (c.BK // 16) * (2 if c.BT else 1)
-        assert binary["wgmma"] == tiles, (s, c)
+        # 64 rows and 32 bytes an instruction; each half of 8 warps has rows or columns of its own.
+        depth = {"bf16": 16, "tf32": 8}.get(dict(s.constants)["PRECISION"])
+        tiles = max(1, c.BM // 64 // (c.num_warps // 4)) * (2 if c.BT else 1)
+        assert binary["wgmma"] == (tiles * c.BK // depth if depth else 0), (s, c)
 
 
 def test_alexnets_layers_on_sm_90():
@@ -199,6 +200,19 @@ def test_alexnets_layers_on_sm_90():
             pairs = dict(s.constants)["PIXELS"] == 2
             assert s.padded < padded * (1.3 if pairs else 1), s
     hold_binaries(found)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+def test_a_layer_of_fp32_operands_on_sm_90(precision):
+    found = [f for f in launches("alexnet", 1, precision) if "conv2" in f[0].eqn.where.layers]
+    assert len(found) == 2
+    hold_binaries(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+def test_every_configuration_of_fp32_operands_on_sm_90(precision):
+    hold_binaries(list(launches("alexnet", 99, precision)))
 
 
 @pytest.mark.slow
