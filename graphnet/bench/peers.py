@@ -255,7 +255,12 @@ def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    # A graph holds addresses alone: the module, its batch and the optimizer live with the step.
+    def replay(_keep: Callable[[], Any] = step) -> None:
+        graph.replay()
+
+    return replay
 
 
 def build(work: Work, v: Variant) -> Run:
