@@ -88,7 +88,7 @@ def maxpool2d_grad_tiles(
     a = p // BW
     b = p % BW
     sums = ()
-    for k in tl.static_range(SH * SW):
+    for k in tl.static_range(SH * SW):  # noqa: B007
         sums = sums + (tl.zeros((BM, BN), tl.float32),)
     for k in tl.static_range(WINDOWS):
         oh = a - k // ACROSS

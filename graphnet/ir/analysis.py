@@ -28,17 +28,6 @@ def to_networkx(graph: Graph) -> networkx.DiGraph:
     return net
 
 
-def critical_path(graph: Graph, weight: dict[int, float]) -> tuple[float, list[int]]:
-    """Length and equations of the longest path, `weight[i]` being equation i's time."""
-    import networkx
-
-    net = to_networkx(graph)
-    for a, b in net.edges:
-        net.edges[a, b]["w"] = weight.get(b, 0.0)
-    path = networkx.dag_longest_path(net, weight="w")
-    return sum(weight.get(n, 0.0) for n in path), [n for n in path if isinstance(n, int)]
-
-
 def to_dot(graph: Graph) -> str:
     """Graphviz source of the graph."""
     net = to_networkx(graph)

@@ -60,17 +60,6 @@ i1 = DType("i1", 1, False)
 DTYPES = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, u8, i1)}
 
 
-def dtype_of(torch_dtype: torch.dtype) -> DType:
-    """The IR's dtype for a torch dtype."""
-    name = str(torch_dtype).removeprefix("torch.")
-    for short, long in _TORCH_NAMES.items():
-        if long == name:
-            return DTYPES[short]
-    raise ShapeError(
-        f"dtype {torch_dtype} has no counterpart in the IR", help=f"use one of {sorted(DTYPES)}"
-    )
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a tensor lies in memory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -321,8 +321,3 @@ class Conv2dWgrad(Op):
         self, attrs: ConvWgradAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
         return 2 * ins[1].numel * ins[0].shape[1] // attrs.groups * numel(attrs.kernel)
-
-
-def forward_attrs(attrs: ConvAttrs) -> ConvAttrs:
-    """The attributes of the convolution that a gradient belongs to."""
-    return replace(ConvAttrs(**attrs.base()))

@@ -231,7 +231,7 @@ def answers(
     known = {k: _cached(folder, k) for k in dict.fromkeys(keys)}
     missing = {k: w for k, w in zip(keys, work, strict=True) if known[k] is None}
     # The longest compiles first: products, whose loops take the time.
-    heavy = lambda p: 0 if p[1]["kernel"].startswith(("conv", "matmul", "linear")) else 1
+    heavy = lambda p: 0 if p[1]["kernel"].startswith(("conv", "linear")) else 1
 
     def answered(key: str, answer: dict[str, Any]) -> None:  # at once: a stop loses what is open
         known[key] = answer if "error" in answer else _keep(folder, key, answer, missing[key])

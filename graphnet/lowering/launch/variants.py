@@ -25,7 +25,6 @@ _CONV = ("N", "C", "H", "W", "K", "R", "S", "SH", "SW", "PT", "PB", "PL", "PR", 
 _LINEAR = ("N", "C", "K")
 _IMAGE = ("N", "C", "H", "W")
 _POOL = (*_IMAGE, "KH", "KW", "SH", "SW", "PT", "PB", "PL", "PR", "DH", "DW")
-_AVERAGE = (*_POOL, "OH", "OW")
 _NORM = (*_IMAGE, "LOW", "HIGH")
 AXES = {
     **dict.fromkeys(("conv2d", "conv2d_dgrad", "conv2d_wgrad"), _CONV),

@@ -67,11 +67,6 @@ class Plan:
         own = set(self.graph.input_values)
         return inputs + sum(v.type.bytes for v in set(self.graph.returns) - own)
 
-    @property
-    def workspace_bytes(self) -> int:
-        """The part of the arena's contents that no value of the graph needs: split reductions."""
-        return sum(size for s in self.launches for _, size in s.scratch)
-
     @cached_property
     def peak_bytes(self) -> int:
         """Device memory of a step: state, inputs, outputs, and the arena with its workspaces."""
