@@ -21,6 +21,7 @@ from graphnet.lowering.launch.pool import window
 from graphnet.lowering.launch.steps import Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
+from graphnet.passes.templates import anchors_of
 
 CHUNK = 8  # channels
 REACH = 4  # of a normalization's window to either side: a halo is half a chunk
@@ -87,11 +88,6 @@ def beyond_blocks(pool: Eqn) -> str | None:
             f" {pixels} pixels, a thread holds at most {WINDOWS} and {PIXELS}"
         )
     return None
-
-
-def anchors_of(eqn: Eqn, *ops: str) -> list[Eqn]:
-    plain = eqn.body.eqns if eqn.body is not None else (eqn,)
-    return [e for e in plain if e.op in ops]
 
 
 def results(eqn: Eqn, layouts: Layouts) -> dict[Value, Layout]:
@@ -188,7 +184,7 @@ class Chunks(Variant):
     ops = ("lrn", "lrn_grad", "maxpool2d", "maxpool2d_grad")
 
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
-        (e,) = anchors_of(eqn, *self.ops)
+        (e,) = anchors_of(eqn)
         if why := not_in_chunks(layouts, *e.inputs):
             return why
         if e.op.startswith("lrn"):
@@ -214,7 +210,7 @@ class PoolThenNorm(Variant):
     ops = ("maxpool2d+lrn",)
 
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
-        pool, norm = anchors_of(eqn, "maxpool2d", "lrn")
+        pool, norm = anchors_of(eqn)
         assert eqn.body is not None
         images = [pool.inputs[0], *(v for v in (pool.out,) if v in eqn.body.returns)]
         return not_in_chunks(layouts, *images) or _near(norm)
@@ -259,7 +255,7 @@ class TwoPass(Variant):
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
         assert eqn.body is not None
         made = eqn.body.producers()
-        (norm,), (pool,) = anchors_of(eqn, "lrn_grad"), anchors_of(eqn, "maxpool2d_grad")
+        norm, pool = sorted(anchors_of(eqn), key=lambda e: e.op)
         images = [v for v in (*norm.inputs, *pool.inputs) if v not in made]
         return not_in_chunks(layouts, *images) or _near(norm) or beyond_blocks(pool)
 

@@ -6,8 +6,9 @@ sm_90 with 132 processors. Tiles are powers of two of at least 16, the least tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 PROCESSORS = 132
@@ -107,6 +108,11 @@ def columns(n: int, most: int, wide: int) -> tuple[int, int]:
     return min(tiles, key=cost)
 
 
-def distinct(configs: Iterable[Config]) -> list[Config]:
-    """Each configuration once, in the order in which they come."""
-    return list(dict.fromkeys(configs))
+def distinct(*groups: Iterable[Config]) -> Iterator[Config]:
+    """Each configuration once, in the order in which they come: who wants the first makes no
+    other."""
+    seen: set[Config] = set()
+    for c in chain(*groups):
+        if c not in seen:
+            seen.add(c)
+            yield c

@@ -13,6 +13,21 @@ from graphnet.passes.templates import anchors_of
 RUN = 8  # channels of a 16-byte copy in bf16
 ROWS = 64  # of a tile on wgmma
 FEW_COLUMNS = 32
+THIN = 4  # channels up to which an image lies in blocks of pixels; more fill a run by themselves
+
+
+def outputs(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Height and width of the result of a convolution of these sizes (`Problem.sizes`)."""
+    s = sizes
+    high = (s["H"] + s["PT"] + s["PB"] - s["DH"] * (s["R"] - 1) - 1) // s["SH"] + 1
+    wide = (s["W"] + s["PL"] + s["PR"] - s["DW"] * (s["S"] - 1) - 1) // s["SW"] + 1
+    return high, wide
+
+
+def in_blocks(p: Problem) -> bool:
+    """Whether the problem is one whose image lies in blocks: few channels, strided."""
+    s = p.sizes
+    return s["SH"] == s["SW"] > 1 and s["C"] <= THIN
 
 
 def geometry(x: tuple[int, ...], w: tuple[int, ...], y: tuple[int, ...], a: Any) -> dict[str, int]:
@@ -58,12 +73,9 @@ def not_by_tap(eqn: Eqn, layouts: Mapping[Value, Layout]) -> str | None:
     return None
 
 
-def not_in_blocks(eqn: Eqn, layouts: Mapping[Value, Layout], channels: int) -> str | None:
+def not_in_blocks(eqn: Eqn, layouts: Mapping[Value, Layout]) -> str | None:
     """Why the image of a first layer cannot lie in blocks of pixels (space-to-depth); None where
-    it can, or where no image does.
-
-    channels  of the image, at most: more fill a run by themselves
-    """
+    it can, or where no image does."""
     (e,) = anchors_of(eqn)
     block = layouts[e.inputs[0]].s2d
     if not block:
@@ -77,7 +89,7 @@ def not_in_blocks(eqn: Eqn, layouts: Mapping[Value, Layout], channels: int) -> s
     # The result's channels are read channels-last by the weight gradient.
     made = e.inputs[1].type.shape[1 if e.op == "conv2d_wgrad" else 0]
     c = e.inputs[0].type.shape[1]
-    if made % RUN or c > channels or c * block * block % 16:
+    if made % RUN or c > THIN or c * block * block % 16:
         return f"{c} channels in blocks of {block} x {block} for {made} filters are no runs"
     if e.op == "conv2d" and layouts[e.inputs[1]].s2d != block:
         return "the filters do not lie in the blocks of the image"

@@ -9,7 +9,7 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
 from graphnet.lowering.launch.codegen import Index
 from graphnet.lowering.launch.config import Config, cdiv
-from graphnet.lowering.launch.conv import geometry
+from graphnet.lowering.launch.conv import geometry, outputs
 from graphnet.lowering.launch.products import (
     Product,
     Size,
@@ -24,14 +24,6 @@ from graphnet.lowering.launch.steps import Launch, source
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import Work, strides
 from graphnet.passes.templates import anchors_of
-
-
-def outputs(p: Problem) -> tuple[int, int]:
-    """Height and width of a convolution's result."""
-    s = p.sizes
-    high = (s["H"] + s["PT"] + s["PB"] - s["DH"] * (s["R"] - 1) - 1) // s["SH"] + 1
-    wide = (s["W"] + s["PL"] + s["PR"] - s["DW"] * (s["S"] - 1) - 1) // s["SW"] + 1
-    return high, wide
 
 
 def _not_flat(eqn: Eqn, layouts: Mapping[Value, Layout]) -> str | None:
@@ -55,7 +47,7 @@ class Flat(Product):
         s = p.sizes
         c, k, taps, g = s["C"] // s["G"], s["K"] // s["G"], s["R"] * s["S"], s["G"]
         if p.op == "conv2d":
-            return s["N"] * prod(outputs(p)), k, c * taps, g
+            return s["N"] * prod(outputs(s)), k, c * taps, g
         return s["N"] * s["H"] * s["W"], c, k * taps, g
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
@@ -94,7 +86,7 @@ class FlatWgrad(Product):
     def size(self, p: Problem) -> Size:
         s = p.sizes
         columns = s["C"] // s["G"] * s["R"] * s["S"]
-        return s["K"] // s["G"], columns, s["N"] * prod(outputs(p)), s["G"]
+        return s["K"] // s["G"], columns, s["N"] * prod(outputs(s)), s["G"]
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
         return plain_wgrad(m, n + 1, k, groups, p.dtype, p.held)  # a column for the bias

@@ -25,10 +25,17 @@ from graphnet.lowering.launch.config import (
     next_power,
     tile,
 )
-from graphnet.lowering.launch.conv import ROWS, RUN, badly_filled, not_by_tap, not_in_blocks
-from graphnet.lowering.launch.conv_taps import THIN, in_blocks
+from graphnet.lowering.launch.conv import (
+    ROWS,
+    RUN,
+    badly_filled,
+    in_blocks,
+    not_by_tap,
+    not_in_blocks,
+    outputs,
+)
 from graphnet.lowering.launch.steps import Box, Launch, Table, arguments, make, source
-from graphnet.lowering.launch.variants import Problem, Variant
+from graphnet.lowering.launch.variants import Problem, Variant, no_descriptors
 from graphnet.lowering.launch.work import Work
 from graphnet.passes.templates import anchors_of
 
@@ -105,8 +112,7 @@ def of_problem(p: Problem, pixels: int = 1) -> Geometry:
     """The geometry by shape alone."""
     z = p.sizes
     n, c, h, w, k, r, s, g = (z[a] for a in "NCHWKRSG")
-    oh = (h + z["PT"] + z["PB"] - z["DH"] * (r - 1) - 1) // z["SH"] + 1
-    ow = (w + z["PL"] + z["PR"] - z["DW"] * (s - 1) - 1) // z["SW"] + 1
+    oh, ow = outputs(z)
     if p.op == "conv2d_dgrad":
         return Geometry(
             n, k // g, oh, ow, c // g, h, w, r, s, 1, 1, z["PT"], z["PL"], -z["DH"], -z["DW"], g,
@@ -164,9 +170,8 @@ class _Images(Variant):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        if arch < 90:
-            return f"sm_{arch} has no tensor descriptors"
-        if why := not_by_tap(eqn, layouts) or not_in_blocks(eqn, layouts, THIN):
+        why = no_descriptors(arch) or not_by_tap(eqn, layouts) or not_in_blocks(eqn, layouts)
+        if why:
             return why
         (e,) = anchors_of(eqn)
         w = e.inputs[1]

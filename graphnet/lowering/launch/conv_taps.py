@@ -23,8 +23,13 @@ from graphnet.lowering.launch.config import (
     depth,
     tile,
 )
-from graphnet.lowering.launch.conv import not_by_tap, not_in_blocks, pixels
-from graphnet.lowering.launch.conv_flat import outputs
+from graphnet.lowering.launch.conv import (
+    in_blocks,
+    not_by_tap,
+    not_in_blocks,
+    outputs,
+    pixels,
+)
 from graphnet.lowering.launch.products import (
     Product,
     Size,
@@ -38,14 +43,7 @@ from graphnet.lowering.launch.steps import Launch, source
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import Work
 
-THIN = 4  # channels up to which an image lies in blocks of pixels
 PAIRS = ((64, 32), (128, 16), (128, 64))
-
-
-def in_blocks(p: Problem) -> bool:
-    """Whether the problem is one whose image lies in blocks: few channels, strided."""
-    s = p.sizes
-    return s["SH"] == s["SW"] > 1 and s["C"] <= THIN
 
 
 class ByTap(Product):
@@ -56,7 +54,7 @@ class ByTap(Product):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        return not_by_tap(eqn, layouts) or not_in_blocks(eqn, layouts, THIN)
+        return not_by_tap(eqn, layouts) or not_in_blocks(eqn, layouts)
 
 
 class Taps(ByTap):
@@ -71,7 +69,7 @@ class Taps(ByTap):
         if p.op == "conv2d_dgrad":
             return s["N"] * s["H"] * s["W"], c, k, g
         run = cdiv(s["S"], s["SW"]) * s["SW"] * s["SH"] * c if in_blocks(p) else c
-        return s["N"] * prod(outputs(p)), k, run, g
+        return s["N"] * prod(outputs(s)), k, run, g
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
         if p.dtype == "ieee":
@@ -164,7 +162,7 @@ class TapsWgrad(ByTap):
         r, taps = s["R"], s["S"]
         if in_blocks(p):
             r, taps, c = cdiv(r, s["SH"]), 1, cdiv(taps, s["SW"]) * s["SW"] * s["SH"] * c
-        return k, c, s["N"] * prod(outputs(p)), g * r * taps
+        return k, c, s["N"] * prod(outputs(s)), g * r * taps
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
         if p.dtype == "ieee":

@@ -24,8 +24,9 @@ from graphnet.lowering.launch.config import (
 )
 from graphnet.lowering.launch.products import Product, Size, blocks, plain_product, tiles
 from graphnet.lowering.launch.steps import Arg, Box, Launch, arguments, make, source
-from graphnet.lowering.launch.variants import Problem
+from graphnet.lowering.launch.variants import Problem, no_descriptors
 from graphnet.lowering.launch.work import Work
+from graphnet.passes.templates import anchors_of
 
 LEAST_BLOCKS = 8  # of a part; a second pass takes about as long as so many blocks (measured)
 EPILOGUE_ACCUMULATORS = 32  # a thread
@@ -100,7 +101,7 @@ class LinearBoxes(LinearPointers):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        return unboxed(eqn, self.ops, dtype, arch)
+        return unboxed(eqn, dtype, arch)
 
     def suits(self, problem: Problem) -> str | None:
         m, n, k, _ = self.size(problem)
@@ -159,13 +160,13 @@ def few(m: int, n: int, k: int) -> str | None:
 # ---- shared with the weight gradient ---------------------------------------------------------
 
 
-def unboxed(eqn: Eqn, ops: tuple[str, ...], dtype: str, arch: int) -> str | None:
+def unboxed(eqn: Eqn, dtype: str, arch: int) -> str | None:
     """Why descriptors cannot fetch the operands of a product; None where they can."""
-    if arch < 90:
-        return f"sm_{arch} has no tensor descriptors"
+    if why := no_descriptors(arch):
+        return why
     if dtype != "bf16":
         return f"boxes feed bf16 products, this one is {dtype}"
-    anchor = next(e for e in (eqn.body.eqns if eqn.body else (eqn,)) if e.op in ops)
+    (anchor,) = anchors_of(eqn)
     for v in anchor.inputs[:2]:
         row = v.type.shape[1] * v.type.dtype.itemsize
         if row % 16:

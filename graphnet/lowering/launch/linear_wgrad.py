@@ -85,7 +85,7 @@ class LinearWgradBoxes(LinearWgradPointers):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        return unboxed(eqn, self.ops, dtype, arch)
+        return unboxed(eqn, dtype, arch)
 
     def suits(self, problem: Problem) -> str | None:
         c, (m, n, _, _) = self.rule(problem), self.size(problem)

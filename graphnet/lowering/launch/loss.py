@@ -36,7 +36,7 @@ class Losses(Variant):
             if bm <= next_power(rows) and bm * bn <= 16384
             for split in (min(cdiv(rows, bm), PROCESSORS), 1)
         )
-        yield from distinct([first, *more])
+        yield from distinct([first], more)
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c = work.anchor, config

@@ -42,7 +42,7 @@ class Norms(Variant):
             )
             if bm * bn <= 4096
         )
-        yield from distinct([first, *more])
+        yield from distinct([first], more)
 
 
 class Norm(Norms):

@@ -35,7 +35,7 @@ def block_configs(elements: int) -> Iterator[Config]:
         for block, warps in combinations((64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8))
         if block <= max(32, next_power(elements)) and block >= 32 * warps
     )
-    yield from distinct([first, *more])
+    yield from distinct([first], more)
 
 
 class Pools(Variant):

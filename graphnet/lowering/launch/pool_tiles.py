@@ -9,7 +9,6 @@ from math import prod
 from graphnet.ir.graph import Eqn
 from graphnet.lowering.launch.chunks import (
     Layouts,
-    anchors_of,
     beyond_blocks,
     blocks,
     not_in_chunks,
@@ -23,6 +22,7 @@ from graphnet.lowering.launch.pool import window
 from graphnet.lowering.launch.steps import Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
+from graphnet.passes.templates import anchors_of
 
 PIXELS = 128  # of a pooled image that a program of the gradient holds
 
@@ -34,7 +34,7 @@ class PoolTiles(Variant):
     ops: tuple[str, ...] = ("maxpool2d",)
 
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
-        (e,) = anchors_of(eqn, *self.ops)
+        (e,) = anchors_of(eqn)
         written = results(eqn, layouts)
         images = [v for v in written if v.type.dtype.is_float]
         return not_in_chunks(layouts, e.inputs[0]) or not_row_major(written, *images)
@@ -70,7 +70,7 @@ class PoolGradTiles(Variant):
     ops: tuple[str, ...] = ("maxpool2d_grad",)
 
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
-        (e,) = anchors_of(eqn, *self.ops)
+        (e,) = anchors_of(eqn)
         dy, index = e.inputs
         why = not_row_major(layouts, dy) or not_in_chunks(layouts, index) or beyond_blocks(e)
         if why:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product as combinations
+from math import prod
 from typing import Any
 
 from graphnet.lowering.launch.choice import adjusted
@@ -23,7 +24,7 @@ from graphnet.lowering.launch.config import (
     next_power,
     tile,
 )
-from graphnet.lowering.launch.steps import Arg, Launch, arguments, make, source
+from graphnet.lowering.launch.steps import Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
 
@@ -50,7 +51,7 @@ class Product(Variant):
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         first = self.by_rule(problem, *self.size(problem))
-        yield from distinct([first, *self._grid(problem, first)])
+        yield from distinct([first], self._grid(problem, first))
 
     def cut(self, config: Config, problem: Problem) -> Config:
         m, n, k, _ = self.size(problem)
@@ -139,20 +140,17 @@ def blocks(n: int, size: int) -> int:
 def product(
     work: Work, kernel: str, module: str, c: Config, constants: dict[str, Any],
     size: tuple[int, int, int], epi: Epilogue | None, *, length: int,
-    operands: tuple[Arg, ...] = (), programs: int = 0,
 ) -> Launch:  # fmt: skip
-    """A launch over tiles of `size`: rows, columns, groups. `operands` in place of pointers.
+    """A launch over tiles of `size`: rows, columns, groups.
 
-    length    of the reduction, its blocks filled up
-    programs  whose tiles are multiplied, where not all of the grid goes through all of it
+    length  of the reduction, its blocks filled up
     """
     a, b = (work.ref(v) for v in work.anchor.inputs[:2])
     grid = (cdiv(size[0], c.BM), cdiv(size[1], c.BN + c.BT), size[2])
-    count = programs or grid[0] * grid[1] * grid[2]
     return make(
-        kernel, module, (*(operands or (a, b)), arguments(epi)), constants, grid,
+        kernel, module, (a, b, arguments(epi)), constants, grid,
         reads=(a.name, b.name), epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
-        padded=2 * count * c.BM * (c.BN + c.BT) * length,
+        padded=2 * prod(grid) * c.BM * (c.BN + c.BT) * length,
     )  # fmt: skip
 
 
@@ -163,13 +161,12 @@ Shape = Callable[[bool], tuple[tuple[int, int], int, int]]
 
 def weight_gradient(
     work: Work, kernel: str, module: str, constants: dict[str, Any], w: tuple[int, ...],
-    groups: int, c: Config, shape: Shape, block: int = 1, *, operands: tuple[Arg, ...] = (),
+    groups: int, c: Config, shape: Shape, block: int = 1,
 ) -> list[Launch]:  # fmt: skip
     """The gradient, and the ordered sum of its parts where the reduction is cut.
 
     w      the weight's shape
     block  of space-to-depth, by which the columns are ordered
-    operands  what the kernel takes in place of the pointers to x and dy
     """
     e = work.anchor
     x, dy = (work.ref(v) for v in e.inputs)
@@ -187,20 +184,19 @@ def weight_gradient(
     options: dict[str, Any] = {
         "num_warps": c.num_warps, "num_stages": c.num_stages, "padded": padded
     }  # fmt: skip
-    operands = operands or (x, dy)
     whole = (*grid, groups * c.SPLIT)
     if c.SPLIT == 1:
         constants |= {"EPILOGUE": source(epi), "EPILOGUE2": source(epi2)}
         return [
             make(
-                kernel, module, (*operands, None, arguments(epi), arguments(epi2)), constants,
+                kernel, module, (x, dy, None, arguments(epi), arguments(epi2)), constants,
                 whole, reads=(x.name, dy.name), epilogues=(epi, epi2), **options,
             )
         ]  # fmt: skip
     parts = Ref(f".parts{work.eqn.results[0]}", "f32")
     constants |= {"EPILOGUE": None, "EPILOGUE2": None}
     first_pass = make(
-        kernel, module, (*operands, parts, None, None), constants, whole, reads=(x.name, dy.name),
+        kernel, module, (x, dy, parts, None, None), constants, whole, reads=(x.name, dy.name),
         writes=(parts.name,), scratch=((parts.name, c.SPLIT * rows * columns * 4),), **options,
     )  # fmt: skip
     r = adjusted("split_reduce", Config(BLOCK=tile(rows * columns, 256, 32)))

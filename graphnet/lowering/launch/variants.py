@@ -72,6 +72,11 @@ class Problem:
         return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype}"
 
 
+def no_descriptors(arch: int) -> str | None:
+    """Why a GPU cannot fetch operands as boxes of tensor descriptors; None where it can."""
+    return f"sm_{arch} has no tensor descriptors" if arch < 90 else None
+
+
 class Variant:
     """One way to compute an equation.
 

@@ -15,11 +15,10 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import PROCESSORS, Config, cdiv, next_power
-from graphnet.lowering.launch.conv import not_in_blocks
-from graphnet.lowering.launch.conv_taps import THIN, in_blocks
+from graphnet.lowering.launch.conv import in_blocks, not_in_blocks, outputs
 from graphnet.lowering.launch.products import channel_sum
 from graphnet.lowering.launch.steps import Box, Launch, Table, arguments, make, source
-from graphnet.lowering.launch.variants import Problem, Variant
+from graphnet.lowering.launch.variants import Problem, Variant, no_descriptors
 from graphnet.lowering.launch.work import Work
 from graphnet.passes.templates import anchors_of
 
@@ -80,8 +79,7 @@ class Rows:
 
 def rows_of(z: Mapping[str, int], block: int) -> Rows:
     """z  sizes by name, as `Problem.sizes`; block: of the image's space-to-depth, 0 for none."""
-    oh = (z["H"] + z["PT"] + z["PB"] - z["DH"] * (z["R"] - 1) - 1) // z["SH"] + 1
-    ow = (z["W"] + z["PL"] + z["PR"] - z["DW"] * (z["S"] - 1) - 1) // z["SW"] + 1
+    oh, ow = outputs(z)
     c, g, k = z["C"] // z["G"], z["G"], z["K"] // z["G"]
     fixed = {"n": z["N"], "k": k, "oh": oh, "ow": ow, "g": g, "cg": c, "fr": z["R"], "fs": z["S"]}
     if block:
@@ -259,8 +257,8 @@ class WgradRows(Variant):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        if arch < 90:
-            return f"sm_{arch} has no tensor descriptors"
+        if why := no_descriptors(arch):
+            return why
         (anchor,) = anchors_of(eqn)
         for v, what in zip(anchor.inputs, ("image", "gradient"), strict=True):
             layout = layouts[v]
@@ -270,7 +268,7 @@ class WgradRows(Variant):
                 return f"the {what} lies row-major"
             if channels * v.type.dtype.itemsize % 16:
                 return f"{channels} channels of the {what} are no multiple of 16 bytes"
-        return not_in_blocks(eqn, layouts, THIN)
+        return not_in_blocks(eqn, layouts)
 
     def suits(self, problem: Problem) -> str | None:
         if problem.dtype != "bf16":
