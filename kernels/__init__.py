@@ -21,15 +21,18 @@ is what EPILOGUE finds in `aux`.
 conv.py         implicit-GEMM convolution: forward, input gradient, weight gradient
 conv_taps.py    the same for channels-last images with many channels, tap by tap
 conv_rows.py    forward and input gradient, tiles of images by the copy engine
+wgrad_rows.py   the weight gradient by filter rows, in segments, by the copy engine
 augment.py      crops, warps, colours and the normalization of stored images
 pack.py         space-to-depth
 linear.py       the fully connected products, and the ordered sum of their parts
 linear_wgrad.py the weight gradient of fully connected layers with its update
 lrn.py          local response normalization, alone and fused with a max-pool
 pool.py         max, average and adaptive pooling, gradients by gathering
+chunks.py       max-pools and normalization of channels-last images, 8 channels a thread
+pool_tiles.py   max-pools between a channels-last image and a row-major pooled one
 loss.py         softmax cross-entropy and multiclass hinge, with their gradients
 elementwise.py  code without an anchor; the loss ring
-reduce.py       ordered second passes: split-K partials, sums
+reduce.py       ordered second passes: split-K partials, segments, sums
 random.py       Philox4x32-10
 common.py       casts, dots, index arithmetic
 """
