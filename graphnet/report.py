@@ -133,7 +133,6 @@ def inspect_data(net: Module, low: Lowered, facts: dict[str, Any]) -> dict[str, 
         "flops": sum(k.flops for k in rows),
         "bytes": sum(k.bytes for k in rows),
         "floor_us": round(sum(k.floor_us for k in rows), 6),
-        "expected_us": round(sum(k.expected_us for k in rows), 6),
         "peak_bytes": low.plan.peak_bytes,
         "params": sum(p.numel() for p in net.parameters()),
     }

@@ -8,7 +8,7 @@ import torch
 
 import graphnet as gn
 from graphnet import config
-from graphnet.api import lower
+from graphnet.api import kernels_of, lower
 from graphnet.errors import OutOfMemoryPlanError
 from graphnet.lowering.launch.config import SHARED_BYTES
 
@@ -59,7 +59,7 @@ def test_every_kernel_of_the_step(precision, cache, tmp_path):
 def test_the_plan_against_the_budget():
     low = lower(gn.models.alexnet(), (128, 3, 227, 227), target="cuda", precision="bf16", **TRAIN)
     rows = low.plan.launches
-    assert sum(s.bytes for s in rows) <= 1.2 * FLOOR_BYTES
+    assert sum(s.bytes for s in rows) <= 1.15 * FLOOR_BYTES
     assert sum(s.flops for s in rows) == pytest.approx(FLOOR_FLOPS, rel=0.02)
     assert low.plan.peak_bytes <= 0.60 * EAGER_BYTES
 
@@ -67,7 +67,9 @@ def test_the_plan_against_the_budget():
 @pytest.mark.parametrize("model", ["alexnet_2012", "caffenet", "alexnet_owt"])
 def test_the_other_variants_lower_to_few_launches(model):
     net = gn.models.get(model)
-    low = lower(net, (128, *net.input_shape), target="cuda", precision="bf16", **TRAIN)
+    rules = kernels_of("cuda", "")
+    shape = (128, *net.input_shape)
+    low = lower(net, shape, target="cuda", precision="bf16", kernels=rules, **TRAIN)
     kernels = [s.kernel for s in low.plan.launches]
     assert len(kernels) <= 44
     if model == "alexnet_2012":

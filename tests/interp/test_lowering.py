@@ -213,7 +213,7 @@ def test_bytecode_beside_a_generated_file_does_not_run():
     from importlib import _bootstrap_external
     from importlib.util import cache_from_source
 
-    source = Source("def epilogue():\n    return 'ours'\n")
+    source = Source("\ndef epilogue():\n    return 'ours'\n")
     path = materialise(source)
     planted = compile("def epilogue():\n    return 'planted'\n", str(path), "exec")
     stat = path.stat()
