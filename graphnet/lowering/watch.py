@@ -10,6 +10,7 @@ None of it costs anything when it is off: `watched` gives the calls back as they
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,20 @@ def gpu_here() -> str | None:
         return None
     about = torch.cuda.get_device_properties(torch.cuda.current_device())
     return gpu_named(about.name, about.multi_processor_count)
+
+
+def gpu_key() -> str | None:
+    """Under which name what is measured on the GPU at hand is kept; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return key_named(about.name, about.multi_processor_count)
+
+
+def key_named(name: str, processors: int) -> str:
+    """The GPU by its known name, else by model and processors: "a100-sxm4-80gb-108"."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+    return gpu_named(name, processors) or f"{slug}-{processors}"
 
 
 def gpu_named(name: str, processors: int) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 import graphnet as gn
 from graphnet import config
 from graphnet.api import kernels_of, lower, settle
+from graphnet.lowering import watch
 from graphnet.lowering.launch.config import Config
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.tune import proof, tables
@@ -122,6 +123,19 @@ def test_a_wrong_rule_is_an_error(monkeypatch, device):
     with pytest.raises(gn.NumericsError, match="pointers of linear 4x64x10.*differs") as e:
         settled(how("interpret"), True)
     assert e.value.layer == "fc1" and "no other choice" in e.value.help
+
+
+@pytest.mark.parametrize(
+    "name, processors, key",
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "h100"), ("NVIDIA H200", 132, "h200"),
+        ("NVIDIA H100 PCIe", 114, "h100-pcie-114"),
+        ("NVIDIA A100-SXM4-80GB", 108, "a100-sxm4-80gb-108"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_a_model_with_its_processors(name, processors, key):
+    assert watch.key_named(name, processors) == key
+    assert watch.gpu_named(name, processors) == (key if len(key) == 4 else None)
 
 
 def test_an_unknown_gpu_gets_the_rules():

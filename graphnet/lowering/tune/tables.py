@@ -104,11 +104,6 @@ def versions() -> str:
 # ---- files -----------------------------------------------------------------------------------
 
 
-def known_gpus() -> tuple[str, ...]:
-    """The GPUs that have a table in the repository, or a sibling that has one."""
-    return tuple(sorted({p.stem for p in FOLDER.glob("*.json")} | SIBLINGS.keys()))
-
-
 def shipped(gpu: str) -> list[Entry]:
     """The table in the repository for a GPU; empty where there is none."""
     path = FOLDER / f"{gpu}.json"
