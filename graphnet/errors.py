@@ -38,12 +38,6 @@ class GraphnetError(Exception):
         self.message, self.layer, self.where, self.help = message, layer, where, help
         super().__init__(message)
 
-    def located(self, layer: str | None, where: str | None) -> GraphnetError:
-        """The same error with the layer and the place filled in where they are missing."""
-        return type(self)(
-            self.message, layer=self.layer or layer, where=self.where or where, help=self.help
-        )
-
     def __str__(self) -> str:
         head = ""
         if self.layer:

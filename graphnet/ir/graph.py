@@ -44,6 +44,11 @@ class Where:
     def __str__(self) -> str:
         return "  ".join(filter(None, (", ".join(self.layers), self.place, self.by)))
 
+    @property
+    def located(self) -> dict[str, str | None]:
+        """Layer and place, as an error takes them: `ShapeError(..., **where.located)`."""
+        return {"layer": ", ".join(self.layers) or None, "where": self.place or None}
+
     def merged(self, other: Where, by: str = "") -> Where:
         layers = tuple(dict.fromkeys(self.layers + other.layers))
         return Where(layers, self.place or other.place, by or self.by)

@@ -22,8 +22,7 @@ def _fail(graph: Graph, at: int, message: str) -> GraphError:
     where = graph.eqns[at].where
     return GraphError(
         f"graph {graph.name}: {message}\n{_neighbourhood(graph, at)}",
-        layer=", ".join(where.layers) or None,
-        where=where.place or None,
+        **where.located,
     )
 
 

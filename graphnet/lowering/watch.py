@@ -230,8 +230,7 @@ def _compare(
     if why := disagreement(eqn, got, want, kept):
         raise NumericsError(
             f"{step.kernel if isinstance(step, Launch) else step}: {why}",
-            layer=", ".join(eqn.where.layers) or None,
-            where=eqn.where.place or None,
+            **eqn.where.located,
             help="GRAPHNET_DUMP=folder leaves the graph, the plan and the generated code",
         )
 

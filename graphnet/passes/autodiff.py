@@ -78,7 +78,7 @@ def _accumulate(
         if g.type.shape != v.type.shape:
             raise GraphError(
                 f"the gradient of {eqn.op} with respect to {v}: {v.type} has type {g.type}",
-                layer=", ".join(eqn.where.layers) or None,
+                **eqn.where.located,
             )
         cotangent[v] = b.one("add", cotangent[v], g, where=where) if v in cotangent else g
 

@@ -4,6 +4,7 @@ import pytest
 
 from graphnet import config, errors
 from graphnet.errors import ConfigError, ShapeError
+from graphnet.ir.graph import Where
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +75,10 @@ def test_an_error_says_what_where_and_how_to_mend_it():
     assert str(ShapeError("m", where="a.py:1")) == "a.py:1: m" and str(ShapeError("m")) == "m"
 
 
-def test_an_error_can_be_located_once():
-    error = ShapeError("m", layer="conv1").located("conv2", "a.py:1")
-    assert type(error) is ShapeError and (error.layer, error.where) == ("conv1", "a.py:1")
+def test_a_place_in_a_net_locates_an_error():
+    error = ShapeError("m", **Where(("conv1", "relu1"), "a.py:1", "fuse").located)
+    assert (error.layer, error.where) == ("conv1, relu1", "a.py:1")
+    assert str(ShapeError("m", **Where().located)) == "m"
 
 
 def test_all_errors_have_one_base():
@@ -84,3 +86,4 @@ def test_all_errors_have_one_base():
     kinds = [v for v in own if isinstance(v, type) and v is not errors.Stopped]  # no error
     assert len(kinds) > 10 and all(issubclass(k, errors.GraphnetError) for k in kinds)
     assert all(k.__doc__ for k in kinds)
+    assert not issubclass(errors.Stopped, Exception)  # no handler of errors may catch a signal

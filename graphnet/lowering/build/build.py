@@ -198,9 +198,7 @@ def _cached(folder: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _keep(
-    folder: Path, key: str, answer: dict[str, Any], work: dict[str, Any]
-) -> dict[str, Any]:
+def _keep(folder: Path, key: str, answer: dict[str, Any], work: dict[str, Any]) -> dict[str, Any]:
     """Files what a worker has made; the index entry comes last, since it vouches for the rest.
 
     sha256   of the binary: what a proof on a GPU is about
@@ -248,10 +246,7 @@ def compile_launches(
     found, fresh = answers(launches, arch)
     for s, (_, about) in zip(launches, found, strict=True):
         if "error" in about:
-            raise CompileError(
-                f"{s.kernel} does not compile: {about['error']}",
-                layer=", ".join(s.where.layers) or None, where=s.where.place or None,
-            )  # fmt: skip
+            raise CompileError(f"{s.kernel} does not compile: {about['error']}", **s.where.located)
     return found, fresh
 
 

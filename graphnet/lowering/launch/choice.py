@@ -121,8 +121,8 @@ class Kernels:
         if not able:
             said = "; ".join(f"{name}: {why}" for name, why in refused.items())
             raise UnsupportedOpError(
-                f"no kernel computes {p}: {said}", layer=", ".join(work.eqn.where.layers) or None,
-                where=work.eqn.where.place or None,
+                f"no kernel computes {p}: {said}", **work.eqn.where.located,
+                help="target='cpu' runs every op on torch's kernels",
             )  # fmt: skip
         choice = self._measured(p, able) or self._rule(p, able)
         wanted, changes = _forces(p.op, {v.name for v in self.variants(p.op)})

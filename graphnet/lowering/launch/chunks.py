@@ -169,11 +169,6 @@ def pool_grad(work: Work, e: Eqn, config: Config, dy: Ref | None = None) -> Laun
     )  # fmt: skip
 
 
-def moved(work: Work) -> int:
-    """Bytes of the operands and results outside; a workspace stays in the second-level cache."""
-    return sum(v.type.bytes for v in {*work.eqn.inputs, *work.eqn.results})
-
-
 # ---- variants --------------------------------------------------------------------------------
 
 
@@ -222,7 +217,6 @@ class PoolThenNorm(Variant):
         pool, norm = work.anchors
         a: Any = norm.attrs
         x, (n, c, oh, ow) = pool.inputs[0], norm.out.type.shape
-        bytes = moved(work)
         work, held, scratch = work.keeping(pool.out, NHWC)
         block = max(config.BLOCK, next_power(c // CHUNK))
         tile = block // (c // CHUNK)
@@ -239,7 +233,7 @@ class PoolThenNorm(Variant):
             make(
                 "maxpool2d_lrn_chunks", "chunks", (*refs, arguments(first), arguments(second)),
                 constants, (cdiv(n * oh * ow, tile),), reads=(refs[0].name,),
-                epilogues=(first, second), scratch=scratch, bytes=bytes,
+                epilogues=(first, second), scratch=scratch, bytes=work.moved,
                 num_warps=config.num_warps,
             )
         ]  # fmt: skip

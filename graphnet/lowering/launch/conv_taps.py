@@ -13,7 +13,7 @@ from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout, TensorType
-from graphnet.lowering.launch.codegen import Index
+from graphnet.lowering.launch.codegen import Epilogue, Index
 from graphnet.lowering.launch.config import (
     LEAST_PART,
     PROCESSORS,
@@ -83,7 +83,7 @@ class Taps(ByTap):
         return Config(bm, bn, bk, BT=bt, num_stages=3 if bk >= 64 else 4)
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
-        constants, m, epi = walk(work)
+        constants, m, epi = _walk(work)
         n, k, g = (constants[key] for key in "KCG")
         c = config
         constants |= {
@@ -96,7 +96,7 @@ class Taps(ByTap):
         ]  # fmt: skip
 
 
-def walk(work: Work) -> tuple[dict[str, Any], int, Any]:
+def _walk(work: Work) -> tuple[dict[str, Any], int, Epilogue | None]:
     """(constexprs of a walk over the taps, pixels of the result, epilogue) of a forward pass or an
     input gradient."""
     e, a = work.anchor, work.anchor.attrs
@@ -182,7 +182,7 @@ class TapsWgrad(ByTap):
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
         xt, dt = (work.type(v) for v in work.anchor.inputs)
-        constants, w, block = wgrad_walk(work, config)
+        constants, w, block = _wgrad_walk(work, config)
         g, r, s, c, k = (constants[key] for key in "GRSCK")
         constants |= {
             **pixels("X", xt, blocks=block > 1), **pixels("D", dt), "CG": w[1], "FR": w[2],
@@ -202,7 +202,7 @@ class TapsWgrad(ByTap):
         )  # fmt: skip
 
 
-def wgrad_walk(work: Work, config: Config) -> tuple[dict[str, Any], tuple[int, ...], int]:
+def _wgrad_walk(work: Work, config: Config) -> tuple[dict[str, Any], tuple[int, ...], int]:
     """(constexprs of a weight gradient's walk over the taps, shape of the weight, its block)."""
     e, a = work.anchor, work.anchor.attrs
     x, dy = (work.type(v) for v in e.inputs)

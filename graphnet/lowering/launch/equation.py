@@ -41,7 +41,10 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
 def _check_layouts(eqn: Eqn) -> None:
     for v in (*eqn.inputs, *eqn.results):
         if v.type.layout.flat is not None:
-            raise UnsupportedOpError(f"no kernel takes the layout of {v}: {v.type}")
+            raise UnsupportedOpError(
+                f"no kernel takes the layout of {v}: {v.type}", **eqn.where.located,
+                help="target='cpu' runs every op on torch's kernels",
+            )  # fmt: skip
 
 
 # ---- without an anchor ----------------------------------------------------------------------
@@ -57,7 +60,11 @@ def _pointwise(work: Work) -> Launch:
     coordinates = any(e.op == "dropout" for e in work.rest)
     flat = alike and not coordinates
     if len(shape) > 4 and not flat:
-        raise UnsupportedOpError(f"elementwise code over {len(shape)} dimensions")
+        raise UnsupportedOpError(
+            f"elementwise code over the {len(shape)} dimensions of {list(shape)}, whose operands"
+            " lie differently: kernels index at most 4", **work.eqn.where.located,
+            help="flatten the tensor to 4 dimensions or fewer",
+        )  # fmt: skip
     space = (prod(shape), 1, 1, 1) if flat else (*shape, 1, 1, 1, 1)[:4]
     note = f"elementwise {list(shape)}"
     stores = work.stores

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from graphnet.errors import ConfigError
+from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.types import Layout
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import PROCESSORS, Config, cdiv, distinct, next_power, tile
 from graphnet.lowering.launch.steps import Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
+from graphnet.passes.templates import anchors_of
 
 MOST_CLASSES = 4096
 
@@ -20,13 +22,17 @@ class Losses(Variant):
 
     name, ops = "rows", ("cross_entropy", "multi_margin")
 
+    def accepts(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
+    ) -> str | None:
+        classes = anchors_of(eqn)[0].inputs[0].type.shape[1]
+        if classes > MOST_CLASSES:
+            return f"it keeps a row in registers: {classes} classes, at most {MOST_CLASSES}"
+        return None
+
     def configs(self, problem: Problem) -> Iterator[Config]:
         rows, classes = problem.shape
         bn = next_power(classes)
-        if bn > MOST_CLASSES:
-            raise ConfigError(
-                f"the loss kernel keeps a row in registers: {classes} classes, most {MOST_CLASSES}"
-            )
         bm = tile(rows, max(1, 2048 // bn), least=1)
         programs = 1 if rows * bn <= 16384 else min(cdiv(rows, bm), PROCESSORS)
         first = Config(bm, bn, SPLIT=programs)

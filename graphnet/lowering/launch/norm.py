@@ -77,8 +77,7 @@ class PooledNorm(Norms):
     def launch(self, work: Work, config: Config) -> list[Launch]:
         first, second = work.anchors
         build = {"maxpool2d": _pool_then_lrn, "lrn": _lrn_then_pool}.get(first.op, _backward)
-        moved = sum(v.type.bytes for v in {*work.eqn.inputs, *work.eqn.results})
-        return [replace(build(work, first, second, config), bytes=moved)]  # scratch stays in cache
+        return [replace(build(work, first, second, config), bytes=work.moved)]
 
 
 def shared(pool: Eqn, norm: Eqn, large: Value, small: Value) -> dict[str, Any]:

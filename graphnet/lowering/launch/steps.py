@@ -181,8 +181,8 @@ def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any
     if wrong is not None:
         raise CompileError(
             f"{launch.kernel} cannot be launched so: {wrong}",
-            layer=", ".join(launch.where.layers) or None, where=launch.where.place or None,
-        )  # fmt: skip
+            **launch.where.located,
+        )
     options: dict[str, Any] = {
         "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip

@@ -51,6 +51,12 @@ class Work:
         return {v: outer.get(v, v).type.layout for v in values}
 
     @property
+    def moved(self) -> int:
+        """Bytes of the operands and results outside: what a kernel moves whose workspace stays in
+        the second-level cache."""
+        return sum(v.type.bytes for v in {*self.eqn.inputs, *self.eqn.results})
+
+    @property
     def held(self) -> int:
         """How many tensors like the anchor's result the code behind it reads: what an update keeps
         in registers beside each accumulator."""

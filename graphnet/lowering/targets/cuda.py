@@ -89,8 +89,7 @@ def _loaded(
     except Exception as error:
         raise CompileError(
             f"{step.kernel} does not load: {type(error).__name__}: {error}",
-            layer=", ".join(step.where.layers) or None,
-            where=step.where.place or None,
+            **step.where.located,
         ) from error
     launch = kernel[step.grid]
     return lambda: launch(*real, **values, **options)

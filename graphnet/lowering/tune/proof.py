@@ -116,7 +116,7 @@ def _wrong(low: Any) -> dict[Choice, str]:
         else:
             raise NumericsError(
                 f"{choice.variant.name} of {choice.problem}: {why}",
-                layer=", ".join(e.where.layers) or None, where=e.where.place or None,
+                **e.where.located,
                 help="no other choice computes it rightly on this GPU; target='cpu' runs without "
                 "our kernels, GRAPHNET_DUMP=folder leaves them for a report",
             )  # fmt: skip
