@@ -99,18 +99,14 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
         yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math, s.choice)
 
 
-def _body(eqn: Eqn) -> Sequence[Eqn]:
-    return eqn.body.eqns if eqn.body is not None else (eqn,)
-
-
 def _named(eqn: Eqn) -> tuple[str, str]:
     """(name, kind) of an equation: the ops that it fuses, and its anchor's kernel family."""
-    ops = dict.fromkeys(e.op for e in _body(eqn))
+    ops = dict.fromkeys(e.op for e in eqn.plain)
     return "+".join(ops), get_op(anchor_of(eqn) or next(iter(ops))).kernel or "move"
 
 
 def _math(eqn: Eqn) -> str:
-    return next((m for e in _body(eqn) if (m := getattr(e.attrs, "math", None))), "ieee")
+    return next((m for e in eqn.plain if (m := getattr(e.attrs, "math", None))), "ieee")
 
 
 def _graph(low: Lowered, stage: str) -> Graph:
@@ -253,8 +249,9 @@ def _norm_price(low: Lowered) -> list[str]:
     least = limits_us(0, moved, gpu="h200")[1]
     return [
         "",
-        f"the norm of all gradients keeps each of them out of its update's kernel: {count(moved)}B"
-        f" more are written and read at each step, at least {least:.3g} us on an H200",
+        "the norm of all gradients keeps each of them out of its update's kernel:"
+        f" {count(moved, 'B')} more are written and read at each step, at least {least:.3g} us on"
+        " an H200",
     ]
 
 

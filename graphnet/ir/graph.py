@@ -74,6 +74,11 @@ class Eqn:
         return tuple(v for v in self.outputs if v is not None)
 
     @property
+    def plain(self) -> tuple[Eqn, ...]:
+        """The equations that it fuses, or itself alone."""
+        return (self,) if self.body is None else self.body.eqns
+
+    @property
     def out(self) -> Value:
         """The first result."""
         value = self.outputs[0]

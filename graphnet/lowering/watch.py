@@ -218,8 +218,7 @@ def _steps_of(eqn: Eqn, steps: Sequence[Step]) -> list[int]:
 
 
 def _math(eqn: Eqn) -> str:
-    inner = eqn.body.eqns if eqn.body is not None else (eqn,)
-    found = [m for e in inner if (m := getattr(e.attrs, "math", None))]
+    found = [m for e in eqn.plain if (m := getattr(e.attrs, "math", None))]
     return max(found, key=lambda m: TOLERANCE[m], default="ieee")
 
 

@@ -36,9 +36,8 @@ def run_eqn(eqn: Eqn, args: Sequence[torch.Tensor], mode: str = "reference") -> 
 
 def eqn_cost(eqn: Eqn) -> Cost:
     """FLOPs of an equation or of its body, and the bytes of its operands and read results."""
-    inner = eqn.body.eqns if eqn.body is not None else (eqn,)
     flops = 0
-    for e in inner:
+    for e in eqn.plain:
         ins = [v.type for v in e.inputs]
         outs = [None if v is None else v.type for v in e.outputs]
         flops += get_op(e.op).flops(e.attrs, ins, outs)

@@ -21,8 +21,7 @@ TAKERS = {"clip": 0, "accumulate": 1, **dict.fromkeys(UPDATES, 1)}
 
 
 def _joins(m: Match) -> str | None:
-    eqns = m.root.body.eqns if m.root.body is not None else (m.root,)
-    if not any(e.op in TAKERS and e.inputs[TAKERS[e.op]] == m.edges[0] for e in eqns):
+    if not any(e.op in TAKERS and e.inputs[TAKERS[e.op]] == m.edges[0] for e in m.root.plain):
         return "the value is not the gradient of the update"
     return fits(m)
 

@@ -12,7 +12,7 @@ of few channels one of stride 1 with many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -76,17 +76,12 @@ def layout(graph: Graph, kernels: Kernels | None) -> Graph:
 
 def _channels_last(eqn: Eqn, v: Value, chosen: dict[Value, Layout]) -> bool:
     """Whether a result that stays inside is stored with its channels innermost."""
-    inner = list(_plain(eqn))
+    inner = eqn.plain
     if any(e.op == "conv2d_wgrad" for e in inner):  # as its parameter
         return True
     alike = [chosen.get(u, u.type.layout) for u in eqn.inputs if u.type.shape == v.type.shape]
     follows = NHWC in alike and all(is_pointwise(e.op) for e in inner)
     return follows or v.type.shape[1] % CHANNELS == 0
-
-
-def _plain(eqn: Eqn) -> Iterator[Eqn]:
-    """The equation, or those of its body, whose inputs carry the names of the operands."""
-    yield from (eqn,) if eqn.body is None else eqn.body.eqns
 
 
 def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Layout]]:
@@ -97,9 +92,9 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
     derived = {i.value for i in graph.inputs if i.role == "derived"}
     readers = graph.readers()
     names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
-    made = {e.out for e in graph.eqns if any(p.op == "augment" for p in _plain(e))}
+    made = {e.out for e in graph.eqns if any(p.op == "augment" for p in e.plain)}
     for image in [*(i.value for i in graph.inputs if i.role == "data"), *made]:
-        uses = [p for r in readers.get(image, ()) for p in _plain(r) if image in p.inputs]
+        uses = [p for r in readers.get(image, ()) for p in r.plain if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
         if not uses or not all(_folds(u, image, kernels) for u in uses) or not weights <= derived:
             continue
@@ -150,7 +145,7 @@ def _folds(use: Eqn, image: Value, kernels: Kernels) -> bool:
 
 
 def _read_by_conv2d(w: Value, readers: dict[Value, list[Eqn]]) -> bool:
-    return all(p.op == "conv2d" for r in readers[w] for p in _plain(r) if w in p.inputs)
+    return all(p.op == "conv2d" for r in readers[w] for p in r.plain if w in p.inputs)
 
 
 def _relabel(eqn: Eqn, env: dict[Value, Value]) -> Eqn:

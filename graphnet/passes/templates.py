@@ -63,16 +63,12 @@ def is_pointwise(op: str) -> bool:
 
 def anchor_of(eqn: Eqn) -> str | None:
     """The anchor op of an equation: its own op, that of its body, or None if there is none."""
-    for e in eqn.body.eqns if eqn.body is not None else (eqn,):
-        if e.op in TEMPLATES:
-            return e.op
-    return None
+    return next((e.op for e in anchors_of(eqn)), None)
 
 
 def anchors_of(eqn: Eqn) -> tuple[Eqn, ...]:
     """The anchors of an equation, plain or fused, in order."""
-    eqns = eqn.body.eqns if eqn.body is not None else (eqn,)
-    return tuple(e for e in eqns if e.op in TEMPLATES)
+    return tuple(e for e in eqn.plain if e.op in TEMPLATES)
 
 
 def refusal(body: Graph) -> str | None:

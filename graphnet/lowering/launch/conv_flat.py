@@ -59,8 +59,7 @@ class Flat(Product):
         first, w, out = (v.type.shape for v in (*e.inputs[:2], e.out))
         x, y = (first, out) if forward else (out, first)
         m, n, k, g = self.size(work.problem)
-        bias = e.inputs[2] if len(e.inputs) > 2 else None
-        epi = work.epilogue(e.out, Index(out), bias=bias)
+        epi = work.epilogue(e.out, Index(out), bias=work.bias)
         constants = {
             **geometry(x, w, y, e.attrs),
             **strides("X" if forward else "D", work.type(e.inputs[0])),

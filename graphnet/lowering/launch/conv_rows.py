@@ -191,8 +191,7 @@ class _Images(Variant):
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c, g = work.anchor, config, of_work(work, self.pixels)
         x, w = (work.ref(v) for v in e.inputs[:2])
-        bias = e.inputs[2] if len(e.inputs) > 2 else None
-        epi = work.epilogue(e.out, Index(e.out.type.shape), bias=bias)
+        epi = work.epilogue(e.out, Index(e.out.type.shape), bias=work.bias)
         operands = (
             _image(x, g, c), _filters(w, g, c.BN, c.BK),
             _filters(w, g, c.BT, c.BK) if c.BT else None, order(g) if c.LPT else None,

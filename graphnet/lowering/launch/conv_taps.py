@@ -102,8 +102,7 @@ def _walk(work: Work) -> tuple[dict[str, Any], int, Epilogue | None]:
     e, a = work.anchor, work.anchor.attrs
     out = e.out.type.shape
     first, w = (work.type(v) for v in e.inputs[:2])
-    bias = e.inputs[2] if len(e.inputs) > 2 else None
-    epi = work.epilogue(e.out, Index(out), bias=bias)
+    epi = work.epilogue(e.out, Index(out), bias=work.bias)
     if e.op == "conv2d_dgrad":
         constants = _dgrad(first, w, out, a)
     elif first.layout.s2d:

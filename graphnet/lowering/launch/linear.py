@@ -64,8 +64,7 @@ class LinearPointers(Product):
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c = work.anchor, config
         m, n, k, _ = self.size(work.problem)
-        bias = e.inputs[2] if len(e.inputs) > 2 else None
-        epi = work.epilogue(e.out, Index((m, n)), bias=bias)
+        epi = work.epilogue(e.out, Index((m, n)), bias=work.bias)
         a, b = (work.ref(v) for v in e.inputs[:2])
         sa, sb = (work.type(v).strides for v in e.inputs[:2])
         operands: tuple[Arg, ...] = (a, b)

@@ -38,6 +38,11 @@ class Work:
     def anchor(self) -> Eqn:
         return self.anchors[0]
 
+    @property
+    def bias(self) -> Value | None:
+        """The bias that a product adds, where it has one."""
+        return self.anchor.inputs[2] if len(self.anchor.inputs) > 2 else None
+
     @cached_property
     def problem(self) -> Problem:
         """What a kernel for the equation is chosen for."""
