@@ -10,7 +10,9 @@ import graphnet as gn
 from graphnet import config
 from graphnet.api import kernels_of, lower
 from graphnet.errors import OutOfMemoryPlanError
+from graphnet.lowering.build.build import try_launches
 from graphnet.lowering.launch.config import SHARED_BYTES
+from graphnet.lowering.launch.work import take_apart
 from graphnet.report import inspect_data
 
 TRAIN = {
@@ -63,6 +65,26 @@ def test_the_plan_against_the_budget():
     assert sum(s.bytes for s in rows) <= 1.15 * FLOOR_BYTES
     assert sum(s.flops for s in rows) == pytest.approx(FLOOR_FLOPS, rel=0.02)
     assert low.plan.peak_bytes <= 0.60 * EAGER_BYTES
+
+
+@pytest.mark.slow
+def test_everything_that_the_table_names_compiles_cleanly():
+    """Every row of the H100's table, in front of the epilogues of AlexNet's step."""
+    net, kernels = gn.models.alexnet(), kernels_of("cuda", "h100")
+    low = lower(net, (128, 3, 227, 227), target="cuda", precision="bf16", kernels=kernels, **TRAIN)
+    named = []
+    for e in low.plan.graph.eqns:
+        work = take_apart(e, lambda v: v.name)
+        for row in kernels.table.get(work.problem, ()) if work.anchors else ():
+            variant = next(v for v in kernels.variants(work.problem.op) if v.name == row.variant)
+            named += [(row, s) for s in variant.launch(work, row.config)]
+    assert len(named) > 250
+    found = try_launches([s for _, s in named], 90)
+    bad = [
+        (row, s.kernel, about) for (row, s), about in zip(named, found, strict=True)
+        if "error" in about or about["spill_bytes"] or about["float_atomics"]
+    ]  # fmt: skip
+    assert not bad, bad
 
 
 def test_what_an_h100_measured_of_it():

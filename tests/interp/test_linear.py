@@ -351,25 +351,3 @@ def test_the_wide_layers_on_sm_90(name):
 def test_fp32_and_tf32_on_sm_90(precision):
     _, eqns = step(128, 256, 120, precision=precision)
     binaries([e for e in eqns if 256 in problem(e).shape], "pointers")
-
-
-@pytest.mark.slow
-def test_what_the_table_names_for_alexnet_spills_nothing():
-    net = gn.models.alexnet()
-    low = lower(
-        net, (128, *net.input_shape), target="cuda", precision="bf16", loss=gn.CrossEntropyLoss(),
-        optimizer=gn.SGD(momentum=0.9, weight_decay=5e-4),
-    )  # fmt: skip
-    works = [apart(e) for e in low.plan.graph.eqns]
-    named = [
-        (w, row) for w in works if w.anchors and w.anchor.op in OPS
-        for row in low.kernels.table[w.problem]
-    ]  # fmt: skip
-    made = [
-        s for w, row in named for s in variant(w.anchor.op, row.variant).launch(w, row.config)
-    ]  # fmt: skip
-    assert len(named) > 60
-    spills = [
-        s for s, (_, b) in zip(made, compile_launches(made)[0], strict=True) if b["spill_bytes"]
-    ]
-    assert not spills
