@@ -39,7 +39,8 @@ lint: $(VENV)/.stamp
 
 smoke36: $(OLD)/.stamp
 	$(TWO) $(OLD)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(addprefix tests/interp/test_,cases.py lowering.py \
-	    build.py loading.py build_alexnet.py small_alexnet.py conv_boxes.py)
+	    build.py loading.py build_alexnet.py build_chunks.py build_wgrad_rows.py small_alexnet.py \
+	    conv_rows.py linear.py)
 
 soak: $(VENV)/.stamp
 	$(BIN)/python -m pytest -q -m slow
