@@ -4,7 +4,7 @@ The reduction runs over one flattened axis, (r, s, c) with c innermost (forward)
 (input gradient), so that a tile of it spans filter taps and few channels waste nothing. Each
 element's address is worked out in the loop, which costs integer arithmetic: right for small
 channel counts, and the limit of this form for large ones. Flattened loops are known to miscompile
-with 8 warps on sm_90 (pytorch issue 173068), so the tables give them 4.
+with 8 warps on sm_90 (pytorch issue 173068), so the rules give them 4.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Convolution forward and its input gradient from boxes of images, channels-last, stride 1 taps.
+"""Convolution forward and its input gradient from boxes of channels-last images.
 
 For one pixel of the result a convolution is a plain product, [images, taps and channels] times
 [taps and channels, K]: rows of a tile are images, and the copy engine (TMA) fetches both operands.

@@ -7,7 +7,7 @@ workspace and `finish_tile` calls the epilogues at once.
 
 `split_reduce` reads SPLIT rows of one element a lane: BLOCK 256 with 4 warps, up to 1,024 where
 K x COLS fills the processors. Its update epilogue has few values a thread and never spills. It
-loads parts one after another, which at SPLIT above about 64 is latency-bound.
+loads parts one by one, above SPLIT 64 bound by latency; `segment_reduce` loads several at once.
 """
 
 import triton

@@ -60,8 +60,9 @@ def run_move(eqn: Eqn, name: Name) -> list[Step]:
         return [_copy(eqn, name(eqn.inputs[0]), into, eqn.inputs[0].type, out, out.shape)]
     if eqn.op == "reshape":
         raise UnsupportedOpError(
-            f"reshape {eqn.inputs[0].type} to {out} is no view", help="relayout to row-major first"
-        )
+            f"reshape {eqn.inputs[0].type} to {out} is no view", **eqn.where.located,
+            help="relayout to row-major first",
+        )  # fmt: skip
     axis = eqn.attrs.axis  # type: ignore[attr-defined]
     if eqn.op == "concat":
         steps, start = [], 0
@@ -87,8 +88,11 @@ def _copy(
     """b[target + ...] = a[source + ...] over `shape`, each side with its own strides."""
     if len(shape) > 4:
         if a.layout != ROW or b.layout != ROW:
-            raise UnsupportedOpError(f"{eqn.op} over {len(shape)} dimensions in a layout")
-        a, b, shape = _merged(a, b, shape)
+            raise UnsupportedOpError(
+                f"{eqn.op} over {len(shape)} dimensions from {a} to {b}: at most 4 in a layout",
+                **eqn.where.located, help="relayout to row-major first",
+            )  # fmt: skip
+        a, b, shape = _merged(eqn, a, b, shape)
     w = Writer(Index(shape), {})
     pointer = w.pointer(read, a)
     w.reads.append(read)
@@ -116,7 +120,7 @@ def pointwise_launch(
 
 
 def _merged(
-    a: TensorType, b: TensorType, shape: tuple[int, ...]
+    eqn: Eqn, a: TensorType, b: TensorType, shape: tuple[int, ...]
 ) -> tuple[TensorType, TensorType, tuple[int, ...]]:
     """Row-major operands with equal inner axes joined, until four dimensions are left."""
     sa, sb, s = list(a.shape), list(b.shape), list(shape)
@@ -127,5 +131,8 @@ def _merged(
                 sizes[at : at + 2] = [sizes[at] * sizes[at + 1]]
         at -= 1
     if len(s) > 4:
-        raise UnsupportedOpError(f"no copy over {list(shape)} of {a} and {b}")
+        raise UnsupportedOpError(
+            f"{eqn.op} from {a} to {b}: axes of equal size are joined, and {len(s)} are left where"
+            " a kernel indexes 4", **eqn.where.located, help="merge dimensions by a reshape first",
+        )  # fmt: skip
     return a.with_shape(tuple(sa)), b.with_shape(tuple(sb)), tuple(s)
