@@ -11,14 +11,6 @@ from graphnet.passes.rewrite import Match
 from graphnet.passes.templates import refusal
 
 
-def _as_body(eqn: Eqn) -> Graph:
-    """An equation as a body whose value names are those around it."""
-    if eqn.body is None:
-        inputs = tuple(Input(v) for v in dict.fromkeys(eqn.inputs))
-        return Graph("body", inputs, (eqn,), eqn.results)
-    return eqn.body
-
-
 def _inline(eqn: Eqn, prefix: str) -> list[Eqn]:
     """The equations of `eqn` under outer names: its results keep their outer values."""
     if eqn.body is None:
