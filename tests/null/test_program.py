@@ -1,5 +1,8 @@
 """Programs on the cpu target, beside their torch twins."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -205,3 +208,25 @@ def test_a_convolution_that_ends_torch_itself_runs(tmp_path):
     for _ in range(20):
         loss, grads = g(torch.randn(5, 4, 2, 1), torch.tensor([0, 1, 2, 0, 1]))
         assert bool(torch.isfinite(loss)) and len(grads) == 6
+
+
+FAULTS = """
+import resource, torch, graphnet as gn
+net = gn.models.get("lenet5")
+step = gn.compile(net, (128, *net.input_shape), target="cpu", loss=gn.CrossEntropyLoss(),
+                  optimizer=gn.SGD(lr=0.01, momentum=0.9))
+x, y = torch.randn(128, *net.input_shape), torch.randint(0, 10, (128,))
+for _ in range(10):
+    step(x, y)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step(x, y)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+"""
+
+
+def test_a_warm_step_gets_no_memory_from_the_kernel():
+    # In a process of its own: what other tests have freed sets the thresholds of malloc, too.
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100  # pages of 4 kB a step; 2,000 where malloc returns its memory

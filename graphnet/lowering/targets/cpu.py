@@ -31,6 +31,7 @@ from graphnet.passes.templates import is_update
 Storage = dict[str, torch.Tensor]
 _aten: Any = torch.ops.aten
 _VIEWS = ("reshape", "slice", "relayout", "cast")
+_LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold stops at 32 MiB, its header included
 
 
 def _linear_relu(eqn: Eqn, relu: Eqn) -> Task:
@@ -300,6 +301,7 @@ def prepare(
     storage, then committed state is replaced. Gradients are off while it runs.
     """
     graph: Graph = plan.graph
+    _keep_freed_memory()
     schedule = _Schedule(graph, storage)
     slots: dict[Value, int] = {}
 
@@ -341,6 +343,19 @@ def prepare(
             tensor.copy_(env[at])
 
     return watch.check_step(graph, storage, run) if config.check() else run
+
+
+def _keep_freed_memory() -> None:
+    """Lets malloc reuse what a step frees, up to 31 MiB a block, in place of asking the kernel.
+
+    glibc gets a large block from the kernel and returns it there when it is freed. A step that
+    allocates it anew pays a page fault for each 4 kB: LeNet-5 at batch 128 takes 2,000 of them,
+    8.1 in place of 4.8 ms, or none at all, as the blocks that were freed before happen to be.
+    When glibc frees such a block it raises its threshold to the size of that block (`man mallopt`,
+    M_MMAP_THRESHOLD). The memory of this one is never touched, so it costs nothing. Where another
+    allocator is at work this does nothing.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def _last_uses(tasks: list[Task], slots: dict[Value, int], keep: set[int]) -> list[list[int]]:
