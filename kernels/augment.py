@@ -12,10 +12,6 @@ import triton
 import triton.language as tl
 
 
-def augment_grid(N, PH, PW, BLOCK, **_):
-    return (N * triton.cdiv(PH * PW, BLOCK),)
-
-
 @triton.jit
 def _words(seed, row, epoch, K: tl.constexpr, STREAM: tl.constexpr):
     """Words 4 K to 4 K + 3 of a sample, each in [0, 2^32) as int64."""

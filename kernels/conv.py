@@ -14,20 +14,6 @@ from .common import INTERPRET, dot
 from .reduce import finish_tile
 
 
-def forward_grid(N, C, H, W, K, OH, OW, G, BM, BN, **_):
-    """(row tiles, column tiles, groups)."""
-    return (triton.cdiv(N * OH * OW, BM), triton.cdiv(K // G, BN), G)
-
-
-def dgrad_grid(N, C, H, W, G, BM, BN, **_):
-    return (triton.cdiv(N * H * W, BM), triton.cdiv(C // G, BN), G)
-
-
-def wgrad_grid(C, K, R, S, G, BM, BN, SPLIT, HAS_BIAS, **_):
-    columns = C // G * R * S + int(HAS_BIAS)
-    return (triton.cdiv(K // G, BM), triton.cdiv(columns, BN), G * SPLIT)
-
-
 @triton.jit
 def conv2d_forward(
     x, w, args,

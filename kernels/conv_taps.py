@@ -21,16 +21,6 @@ from .common import INT32_MAX, dot
 from .reduce import finish_bias, finish_tile
 
 
-def taps_grid(N, OH, OW, K, G, BM, BN, BT, **_):
-    """(row tiles, column tiles, groups)."""
-    return (triton.cdiv(N * OH * OW, BM), triton.cdiv(K, BN + BT), G)
-
-
-def wgrad_taps_grid(C, K, R, S, G, BM, BN, BT, SPLIT, HAS_BIAS, **_):
-    """(row tiles, column tiles with one for the bias, parts of all groups)."""
-    return (triton.cdiv(K, BM), R * S * triton.cdiv(C, BN + BT) + int(HAS_BIAS), G * SPLIT)
-
-
 @triton.jit
 def conv2d_taps(
     x, w, args,

@@ -11,10 +11,6 @@ import triton.language as tl
 from .common import elements, unflatten
 
 
-def elementwise_grid(D0, D1, D2, D3, BLOCK, **_):
-    return (triton.cdiv(D0 * D1 * D2 * D3, BLOCK),)
-
-
 @triton.jit
 def elementwise(
     args,

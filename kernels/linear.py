@@ -19,15 +19,6 @@ import triton.language as tl
 from .common import INT32_MAX, below, dot
 
 
-def linear_product_grid(M, N, BM, BN, SPLIT, **_):
-    """(column tiles, parts, row tiles): neighbours share rows of a."""
-    return (triton.cdiv(N, BN), SPLIT, triton.cdiv(M, BM))
-
-
-def add_parts_grid(M, N, BM, BN, **_):
-    return (triton.cdiv(N, BN), triton.cdiv(M, BM))
-
-
 @triton.jit
 def linear_product(
     a, b, parts, args,

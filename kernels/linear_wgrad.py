@@ -18,11 +18,6 @@ from .common import INT32_MAX, below, dot
 from .linear import store_part
 
 
-def linear_wgrad_grid(K, C, BM, BN, SPLIT, HAS_BIAS, **_):
-    """(column tiles with one for the bias, row tiles, parts)."""
-    return (triton.cdiv(C, BN) + int(HAS_BIAS), triton.cdiv(K, BM), SPLIT)
-
-
 @triton.jit
 def batch_tile(
     x, at, first, n, live, cols,

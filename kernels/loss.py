@@ -8,10 +8,6 @@ import triton
 import triton.language as tl
 
 
-def loss_grid(M, BM, PROGRAMS, **_):
-    return (PROGRAMS,)
-
-
 @triton.jit
 def _finish(total, live, loss, work, PROGRAMS: tl.constexpr):
     if PROGRAMS == 1:

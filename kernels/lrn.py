@@ -20,11 +20,6 @@ from .common import INT32_MAX, cast_store, rounded
 from .pool import window_grad, window_max
 
 
-def pixels_grid(N, H, W, BP, **_):
-    """(tiles of pixels)."""
-    return (triton.cdiv(N * H * W, BP),)
-
-
 @triton.jit
 def pixels(N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SPAN: tl.constexpr,
            start, BP: tl.constexpr):  # fmt: skip

@@ -9,14 +9,6 @@ import triton.language as tl
 from .common import unflatten
 
 
-def forward_grid(N, C, OH, OW, BLOCK, **_):
-    return (triton.cdiv(N * C * OH * OW, BLOCK),)
-
-
-def backward_grid(N, C, H, W, BLOCK, **_):
-    return (triton.cdiv(N * C * H * W, BLOCK),)
-
-
 @triton.jit
 def window_max(
     base, oh, ow, live,

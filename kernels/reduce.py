@@ -16,15 +16,6 @@ import triton.language as tl
 from .common import INT32_MAX, filter_position
 
 
-def split_reduce_grid(K, CG, R, S, B, HAS_BIAS, BLOCK, **_):
-    blocks = triton.cdiv(R, B) * triton.cdiv(S, B) * B * B
-    return (triton.cdiv(K * (CG * blocks + int(HAS_BIAS)), BLOCK),)
-
-
-def channel_sum_grid(C, **_):
-    return (C,)
-
-
 @triton.jit
 def finish_tile(
     acc, row, q, mask, part, work, args, args2,
