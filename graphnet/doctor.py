@@ -129,14 +129,18 @@ def cache() -> list[Line]:
         return [("folder", f"{folder}: {found}", not usable)]
     if not folder.is_dir():
         return [("folder", f"{folder} is no folder: set GRAPHNET_CACHE_DIR", True)]
+    if folder.is_symlink():
+        return [("folder", f"{folder} is a symbolic link: set GRAPHNET_CACHE_DIR", True)]
     about = folder.stat()
+    shared = about.st_mode & 0o022
     own = not hasattr(os, "getuid") or about.st_uid == os.getuid()
     usable = own and os.access(folder, os.W_OK | os.X_OK)
     count = len(list(folder.glob("binaries/*.cubin"))) if usable else 0
     whose = "yours" if own else f"belongs to user {about.st_uid}: set GRAPHNET_CACHE_DIR"
     writable = "" if usable or not own else ", not writable"
+    writable += f", others can write to it: chmod go-w {folder}" if shared else ""
     finding = f"{folder}: {whose}{writable}, mode {about.st_mode & 0o777:04o}, {count} binaries"
-    return [("folder", finding, not usable)]
+    return [("folder", finding, not usable or bool(shared))]
 
 
 def flags() -> list[Line]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from pathlib import Path
 
+from graphnet import disk
 from graphnet.errors import CheckpointError
 from graphnet.frontends.dsl import Module
 
@@ -15,24 +14,12 @@ def save(path: str | os.PathLike[str], net: Module) -> None:
     """Writes the parameters as safetensors, under torch's keys; the file appears whole."""
     from safetensors.torch import save as to_bytes
 
-    path = Path(path)
     about = {"graphnet": json.dumps({"net": net._title()})}
     data = to_bytes(dict(net.state_dict()), metadata=about)
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        disk.write(path, data, durable=True, mode=0o644)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        raise disk.unwritten(path, error) from None
 
 
 def load(path: str | os.PathLike[str], net: Module) -> Module:
@@ -44,7 +31,7 @@ def load(path: str | os.PathLike[str], net: Module) -> Module:
     from safetensors.torch import load as from_bytes
 
     try:
-        tensors = from_bytes(Path(path).read_bytes())
+        tensors = from_bytes(disk.read(path))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (SafetensorError, ValueError, KeyError) as error:

@@ -12,12 +12,10 @@ Nothing is pickled. A file appears under its name whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -30,11 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
-from graphnet.errors import CheckpointError, DiskError
+from graphnet import disk
+from graphnet.errors import CheckpointError
 
 FOLDER = "checkpoints"
 _FORMAT = 1
-_MAX_MANIFEST = 64 << 20
+_MAX_MANIFEST, _MAX_POINTER = 64 << 20, 1 << 16
 _STALE = 3600.0  # seconds after which another writer's temporary file is taken for a leftover
 _NAME = re.compile(r"step-(\d{8,})\.json")
 _HELP = "resume from an earlier checkpoint, or delete this one"
@@ -58,47 +57,12 @@ class Checkpoint:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that it holds either what it held before or all of `data`.
-
-    Temporary file (0600, random name) -> fsync -> rename -> fsync of the folder, without which a
-    power cut may leave the new name with no content. CheckpointError where it cannot be done.
-    """
-    path = Path(path)
-    partial = None
+    """Writes a file so that it holds either what it held before or all of `data`, also after a
+    power cut. CheckpointError where it cannot be done, DiskError where the disk is at fault."""
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-        partial = None
-        sync_folder(path.parent)
+        disk.write(path, data, durable=True, mode=0o644)
     except OSError as error:
-        raise unwritten(path, error, f" ({len(data)} bytes)") from None
-    finally:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-
-
-def unwritten(path: Path, error: OSError, what: str = "") -> CheckpointError:
-    """The error of a file that was not written: DiskError where the disk is at fault."""
-    disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    return (DiskError if disk else CheckpointError)(
-        f"cannot write {path}{what}: {error.strerror or error}",
-        help="what stood there before is intact; free some space or choose another folder",
-    )
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise disk.unwritten(path, error, f" ({len(data)} bytes)") from None
 
 
 # ---- saving ----------------------------------------------------------------------------------
@@ -177,7 +141,7 @@ def _canonical(manifest: Mapping[str, Any]) -> bytes:
 
 def _same(path: Path, data: bytes) -> bool:
     try:
-        return path.stat().st_size == len(data) and path.read_bytes() == data
+        return path.stat().st_size == len(data) and disk.read(path) == data
     except OSError:
         return False
 
@@ -256,9 +220,7 @@ def _differ(key: str, found: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
 
 def _read(path: Path, most: int | None = None) -> bytes:
     try:
-        if most is not None and path.stat().st_size > most:
-            raise CheckpointError(f"{path} is larger than {most} bytes", help=_HELP)
-        return path.read_bytes()
+        return disk.read(path, most)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -290,8 +252,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _pointed(folder: Path, which: str) -> str | None:
     """Stem of the checkpoint that last.json or best.json names; None without a sound pointer."""
     try:
-        stem = Path(str(json.loads((folder / f"{which}.json").read_bytes())["file"])).stem
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        stem = Path(str(json.loads(_read(folder / f"{which}.json", _MAX_POINTER))["file"])).stem
+    except (CheckpointError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return stem if _NAME.fullmatch(f"{stem}.json") else None
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
+
+from graphnet import disk
 
 MAX_PIXELS = 25_000_000  # an image file of 1 MB may claim a gigapixel
 MAX_BYTES = 512 << 20
@@ -67,18 +68,7 @@ _REASONS = {"UnidentifiedImageError": f"not an image of the formats {', '.join(F
 def _stream(source: str | os.PathLike[str] | bytes) -> BytesIO:
     if isinstance(source, bytes):
         return BytesIO(source)
-    # Without O_NONBLOCK, opening a named pipe waits for its other end for ever.
-    handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-    try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise BadImage("a directory" if stat.S_ISDIR(about.st_mode) else "not a regular file")
-        if about.st_size > MAX_BYTES:
-            raise BadImage(f"{about.st_size} bytes, at most {MAX_BYTES}")
-        with open(handle, "rb", closefd=False) as file:
-            data = file.read()
-    finally:
-        os.close(handle)  # `open` would not close that of a directory
+    data = disk.read(source, MAX_BYTES)
     if not data:
         raise BadImage("the file is empty")
     return BytesIO(data)

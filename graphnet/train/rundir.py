@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphnet import disk
 from graphnet.errors import ConfigError, DataError, RunExistsError
-from graphnet.train.checkpoint import atomic_write, sync_folder, unwritten
+from graphnet.train.checkpoint import atomic_write
 
 CONFIG, METRICS = "config.toml", "metrics.jsonl"
 
@@ -40,7 +41,7 @@ def create(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
         # rename(2) itself refuses a folder that is not empty: two runs cannot both pass a check.
         os.rename(partial, path)
         partial = None
-        sync_folder(path.parent)
+        disk.sync_folder(path.parent)
     except OSError as error:
         if path.exists():
             raise _taken(path) from None
@@ -164,7 +165,7 @@ class MetricsLog:
             self._file.write(json.dumps(finite(record)).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise unwritten(self._path, error) from None
+            raise disk.unwritten(self._path, error) from None
 
     def close(self) -> None:
         """Makes the records durable and closes the file."""

@@ -347,7 +347,13 @@ def test_doctor_knows_links_that_became_text(tmp_path):
 def test_doctor_looks_at_the_cache(monkeypatch, tmp_path):
     assert "not made yet" in doctor.cache()[0][1] and not doctor.cache()[0][2]
     (tmp_path / "cache").mkdir(mode=0o700)
-    assert "yours, mode 0700, 0 binaries" in doctor.cache()[0][1]
+    assert "yours, mode 0700, 0 binaries" in doctor.cache()[0][1] and not doctor.cache()[0][2]
+    (tmp_path / "cache").chmod(0o770)
+    assert doctor.cache()[0][2] and "others can write to it: chmod go-w" in doctor.cache()[0][1]
+    (tmp_path / "cache").chmod(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    with config.override(CACHE_DIR=str(tmp_path / "link")):
+        assert doctor.cache()[0][2] and "is a symbolic link" in doctor.cache()[0][1]
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert doctor.cache()[0][2] and "belongs to user" in doctor.cache()[0][1]
     (tmp_path / "file").touch()

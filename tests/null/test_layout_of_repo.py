@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"errors", "config", "ir"}, {"ops"}, {"passes"}, {"lowering"}, {"runtime"}, {"frontends"},
-    {"api", "gradcheck", "report", "doctor", "saving"}, {"train"}, {"bench"}, {"verbs"},
-    {"cli", "__main__"},
+    {"errors", "config", "disk", "ir"}, {"ops"}, {"passes"}, {"lowering"}, {"runtime"},
+    {"frontends"}, {"api", "gradcheck", "report", "doctor", "saving"}, {"train"}, {"bench"},
+    {"verbs"}, {"cli", "__main__"},
 ]  # fmt: skip
 FLOOR = {name: at for at, names in enumerate(FLOORS) for name in names}
 
