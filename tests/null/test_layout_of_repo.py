@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -168,3 +169,17 @@ def test_the_wheel_holds_what_the_links_point_to(tmp_path):
     assert not missing
     assert "graphnet/kernels/__init__.py" in held and "graphnet/frontends/dsl.py" in held
     assert not [n for n in held if n.split("/")[0] in ("kernels", "frontends", "tests")]
+
+
+def test_the_page_for_newcomers_is_short_and_names_what_exists():
+    page = ROOT / "docs/architecture.md"
+    text = page.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    assert len(links) > 5 and all((page.parent / link).exists() for link in links)
+    # Each file that it names in backquotes, by its path under graphnet/ or the root.
+    named = [n for n in re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", text) if "*" not in n]
+    rooms = [ROOT, ROOT / "graphnet", *(ROOT / "graphnet").glob("*/"),
+             *(ROOT / "graphnet/lowering").glob("*/")]  # fmt: skip
+    assert len(named) > 20
+    assert not [n for n in named if not any((room / n).exists() for room in rooms)]
