@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from graphnet.errors import ConfigError, GraphnetError, ShapeError, StateDictError
+from graphnet.errors import (
+    ConfigError,
+    GraphnetError,
+    MissingError,
+    ShapeError,
+    StateDictError,
+)
+from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
 from graphnet.ir.types import layout_of_parameter
 from graphnet.runtime.state import Cell
@@ -129,11 +136,22 @@ class Module:
             return self.forward(*args)
         except GraphnetError as error:
             if self in tracer.names:  # the innermost layer is where it went wrong
-                error.layer = error.layer or tracer.names[self]
+                if not error.layer:
+                    error.layer, error.path = tracer.names[self], tracer.paths.get(self)
                 error.where = error.where or self.place
             raise
         finally:
             tracer.stack.pop()
+
+    if not TYPE_CHECKING:  # or every attribute of a net would exist
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):  # Python asks for names of its own
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise MissingError(
+                f"{type(self).__name__} has no {name!r}", where=user_place() or None,
+                help=instead_on_module(name, dir(self)),
+            )  # fmt: skip
 
     # ---- the tree ---------------------------------------------------------------------------
 
@@ -303,8 +321,19 @@ class Sequential(Module):
 
     def _put(self, key: str, module: Any) -> None:
         if not isinstance(module, Module):
-            made = "call it" if isinstance(module, type) else "wrap it in a gn.Module"
-            raise ConfigError(f"Sequential takes modules; item {key} is {module!r}", help=made)
+            twin = ours(module)
+            if isinstance(module, type):
+                fix = f"call it: {module.__name__}(...)"
+            elif twin:
+                fix = f"{twin} takes the same arguments"
+            elif callable(module):
+                fix = "call it in the forward of a gn.Module of your own"
+            else:
+                fix = "gn.Conv2d(...), gn.ReLU() and so on, one after the other"
+            raise ConfigError(
+                f"Sequential takes modules of graphnet; item {key} is {called(module)}",
+                where=user_place() or None, help=fix,
+            )  # fmt: skip
         if hasattr(Sequential, key) or "." in key or not key:
             raise ConfigError(f"{key!r} cannot be the key of a submodule")
         self.__dict__[key] = module

@@ -48,6 +48,15 @@ def _default_init(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         torch.nn.init.uniform_(bias, -bound, bound)
 
 
+def _images(layer: Module, x: Symbol) -> None:
+    """ShapeError for what is no batch of images."""
+    if x.ndim != 4:
+        raise ShapeError(
+            f"{type(layer).__name__} takes [N, C, H, W], got {list(x.shape)}",
+            help=f"the batch comes first: {(32, *x.shape)}" if x.ndim == 3 else None,
+        )
+
+
 class Conv2d(Module):
     """2-D convolution of [N, in_channels, H, W]; weight [out, in/groups, R, S], bias [out].
 
@@ -111,7 +120,8 @@ class Conv2d(Module):
         return (v // 2, v - v // 2, h // 2, h - h // 2)
 
     def forward(self, x: Symbol) -> Symbol:
-        if x.ndim == 4 and x.shape[1] != self.in_channels:
+        _images(self, x)
+        if x.shape[1] != self.in_channels:
             raise ShapeError(
                 f"{self.in_channels} input channels expected, got {x.shape[1]} "
                 f"(shape {list(x.shape)})"
@@ -189,6 +199,7 @@ class MaxPool2d(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
+        _images(self, x)
         return x.tracer.emit(
             "maxpool2d", [x], kernel=self.kernel_size, stride=self.stride,
             padding=_sides(self.padding), dilation=self.dilation, ceil_mode=self.ceil_mode,
@@ -225,6 +236,7 @@ class AvgPool2d(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
+        _images(self, x)
         return x.tracer.emit(
             "avgpool2d", [x], kernel=self.kernel_size, stride=self.stride,
             padding=_sides(self.padding), ceil_mode=self.ceil_mode,
@@ -269,8 +281,7 @@ class AdaptiveAvgPool2d(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
-        if x.ndim != 4:
-            raise ShapeError(f"AdaptiveAvgPool2d takes [N, C, H, W], got {list(x.shape)}")
+        _images(self, x)
         sizes = tuple(
             s if want is None else want
             for want, s in zip(self.output_size, x.shape[2:], strict=True)
@@ -300,6 +311,7 @@ class LocalResponseNorm(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
+        _images(self, x)
         return x.tracer.emit(
             "lrn", [x], size=self.size, alpha=self.alpha, beta=self.beta, k=self.k,
             alpha_mode=self.alpha_mode,

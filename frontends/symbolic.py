@@ -14,7 +14,14 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import graphnet.ops  # noqa: F401  fills the op registry
-from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
+from graphnet.errors import (
+    ConfigError,
+    GraphnetError,
+    MissingError,
+    ShapeError,
+    UnsupportedOpError,
+)
+from graphnet.frontends.foreign import called, instead_of_function
 from graphnet.ir.graph import Builder, Value, Where
 from graphnet.ir.op import get_op
 from graphnet.ir.types import Shape
@@ -24,11 +31,12 @@ if TYPE_CHECKING:
 
 
 def user_place() -> str:
-    """`file:line` of the nearest frame outside graphnet; the model files count as outside."""
+    """`file:line` of the nearest frame outside graphnet and torch; the model files count as
+    outside."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        inside = module == "graphnet" or module.startswith("graphnet.")
+        inside = module.split(".")[0] in ("graphnet", "torch")
         if not inside or module.startswith("graphnet.frontends.models."):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -39,14 +47,23 @@ _ACTIVE: ContextVar[Tracer | None] = ContextVar("graphnet_tracer", default=None)
 
 
 class Tracer:
-    """Writes the graph of one net: the builder, the layer being called, the lazy inputs."""
+    """Writes the graph of one net: the builder, the layer being called, the lazy inputs.
 
-    def __init__(self, builder: Builder, names: dict[Module, str], *, training: bool) -> None:
+    names, paths  display name and attribute path of each layer
+    rows          values whose axis 0 is the batch
+    """
+
+    def __init__(
+        self, builder: Builder, names: dict[Module, str], paths: dict[Module, str], *,
+        training: bool,
+    ) -> None:  # fmt: skip
         self.b = builder
         self.names = names
+        self.paths = paths
         self.training = training
         self.params: dict[Parameter, Value] = {}
         self.batch = 0
+        self.rows: set[Value] = set()
         self.lazy: dict[str, Value] = {}
         self.stack: list[Module] = []
         self.calls: dict[Module, int] = {}
@@ -92,10 +109,7 @@ class Tracer:
         if isinstance(x, (int, float)):
             attrs = get_op("full").attrs_type(value=float(x), shape=(), dtype="f32")  # type: ignore[call-arg]
             return self.b.one("full", attrs=attrs)
-        raise ConfigError(
-            f"forward mixes symbolic values with a {type(x).__name__}",
-            help="use symbolic values, gn.Parameter and Python numbers",
-        )
+        raise _mixed(x)
 
     def emit(self, op: str, operands: Sequence[Any], kind: str = "", **attrs: Any) -> Symbol:
         """Appends `op` and returns its first result.
@@ -110,10 +124,33 @@ class Tracer:
             self.b.where = Where((self.unique(kind or op),), user_place())
         values = [self.value(x) for x in operands]
         spec = get_op(op)
-        unread = spec.optional
-        made = self.b.emit(op, values, spec.attrs_type(**attrs), unread=unread)[0]
-        assert made is not None  # no op has an optional first result
+        try:
+            made = self.b.emit(op, values, spec.attrs_type(**attrs), unread=spec.optional)[0]
+            assert made is not None  # no op has an optional first result
+            self._keep_rows(kind or op, values, made)
+        except GraphnetError as error:
+            if not error.layer:
+                error.layer = self.b.where.located["layer"]
+                error.path = self.paths.get(layer) if layer in self.names else None
+            error.where = error.where or self.b.where.place or None
+            raise
         return Symbol(self, made)
+
+    def _keep_rows(self, what: str, values: Sequence[Value], made: Value) -> None:
+        """ShapeError where a result of rows of the batch has other rows: what is computed for an
+        image must not depend on its place in the batch, which may be filled in part."""
+        rows = next((v for v in values if v in self.rows), None)
+        if rows is None:
+            return
+        before, after = rows.type.shape, made.type.shape
+        if after[:1] != (self.batch,):
+            raise ShapeError(
+                f"{what} makes {list(after)} of {list(before)}: axis 0 is the batch, and its "
+                f"{self.batch} rows would become {after[0] if after else 1}",
+                help="keep axis 0: x.reshape(x.shape[0], ...), gn.flatten(x, 1), x[:, a:b], "
+                "gn.cat([x, y], 1)",
+            )
+        self.rows.add(made)
 
 
 def active_tracer(what: str) -> Tracer:
@@ -127,11 +164,36 @@ def active_tracer(what: str) -> Tracer:
     return tracer
 
 
+def _mixed(x: Any) -> ConfigError:
+    return ConfigError(
+        f"forward mixes symbolic values with {called(x)}", where=user_place() or None,
+        help="use symbolic values, gn.Parameter(tensor) as an attribute, and Python numbers",
+    )  # fmt: skip
+
+
+def _no(sign: str) -> Any:
+    """The method of an operator that symbolic values do not have."""
+
+    def refuse(self: Symbol, other: Any = None) -> Any:
+        with_what = "" if other is None else f" with {_told(other)}"
+        raise UnsupportedOpError(
+            f"{sign} of {_told(self)}{with_what} cannot be traced", where=user_place() or None,
+            help=instead_of_function(sign),
+        )  # fmt: skip
+
+    return refuse
+
+
+def _told(x: Any) -> str:
+    return f"a value of shape {list(x.shape)}" if isinstance(x, Symbol) else f"{x!r:.40}"
+
+
 class Symbol:
-    """One value of the graph being traced: it has a `shape`, and `+`, `*` and slices make more."""
+    """One value of the graph being traced: it has a `shape`; arithmetic, slices and the functions
+    below make more."""
 
     __slots__ = ("tracer", "value")
-    __array_priority__ = 1000
+    __array_ufunc__ = None  # NumPy's operators leave theirs to ours
 
     def __init__(self, tracer: Tracer, value: Value) -> None:
         self.tracer = tracer
@@ -163,6 +225,66 @@ class Symbol:
     __radd__ = __add__
     __rmul__ = __mul__
 
+    def __neg__(self) -> Symbol:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Symbol:
+        if isinstance(other, (int, float)):
+            return self + -other
+        return self + self.tracer.emit("mul", [other, -1.0], kind="neg")
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return -self + other
+
+    def __truediv__(self, other: Any) -> Symbol:
+        """Of a number: times its inverse, within a rounding of the quotient."""
+        if not isinstance(other, (int, float)) or other == 0:
+            return _no("/")(self, other)  # type: ignore[no-any-return]
+        return self * (1 / other)
+
+    __rtruediv__, __pow__, __rpow__ = _no("/"), _no("**"), _no("**")
+    __matmul__, __rmatmul__ = _no("@"), _no("@")
+    __mod__, __floordiv__, __abs__ = _no("%"), _no("//"), _no("abs")
+
+    def relu(self) -> Symbol:
+        return relu(self)
+
+    def tanh(self) -> Symbol:
+        return tanh(self)
+
+    def sigmoid(self) -> Symbol:
+        return sigmoid(self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    if not TYPE_CHECKING:  # or every attribute of a value would exist
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):  # Python asks for names of its own
+                raise AttributeError(f"'Symbol' object has no attribute {name!r}")
+            raise MissingError(
+                f"a symbolic value has no {name!r}", where=user_place() or None,
+                help=instead_of_function(name),
+            )  # fmt: skip
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What torch calls when one of its functions is given a symbolic value."""
+        import torch
+
+        given = [*args, *(kwargs or {}).values()]
+        for x in given:
+            if isinstance(x, torch.Tensor):
+                raise _mixed(x)
+        name = torch.overrides.resolve_name(function) or function.__name__
+        raise UnsupportedOpError(
+            f"{name} is torch's and takes tensors, not the symbolic values of forward",
+            where=user_place() or None, help=instead_of_function(function.__name__),
+        )  # fmt: skip
+
     def __getitem__(self, index: Any) -> Symbol:
         items = index if isinstance(index, tuple) else (index,)
         if Ellipsis in items:
@@ -187,7 +309,8 @@ class Symbol:
                     where=user_place(),
                 )
             if (start, stop) != (0, size):
-                out = out.tracer.emit("slice", [out], axis=axis, start=start, stop=stop)
+                cut = {"axis": axis, "start": start, "stop": stop}
+                out = out.tracer.emit("slice", [out], kind="slice", **cut)
         return out
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Symbol:
@@ -200,7 +323,7 @@ class Symbol:
         for s in sizes:
             known *= 1 if s == -1 else s
         full = tuple(total // max(known, 1) if s == -1 else s for s in sizes)
-        return self.tracer.emit("reshape", [self], shape=full)
+        return self.tracer.emit("reshape", [self], kind="reshape", shape=full)
 
     view = reshape
 
@@ -211,7 +334,9 @@ class Symbol:
             help="branch on shapes or on attributes of the module instead",
         )
 
-    __bool__ = __float__ = __int__ = __iter__ = __index__ = _concrete
+    __bool__ = __float__ = __int__ = __iter__ = __index__ = __array__ = _concrete
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _concrete
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"Symbol({self.value}: {self.value.type})"

@@ -30,11 +30,12 @@ def trace(
     seed and step where they are read. With `augment`, x is what is stored, and index and epoch say
     for what to draw. Errors name the layer, its place and the chain of sizes.
     """
-    shape = _checked_shape(shape)
+    shape = _checked_shape(shape, net.input_shape)
     if training and loss is None:
         raise ConfigError("training needs a loss", help="loss=gn.CrossEntropyLoss()")
     b = Builder(f"{net._title()}.traced")
-    tracer = Tracer(b, net.layer_names(), training=training)
+    paths = {m: path for path, m in net.named_modules()}
+    tracer = Tracer(b, net.layer_names(), paths, training=training)
     tracer.batch = shape[0]
     kind, stored = f32, shape
     if augment is not None:
@@ -56,6 +57,7 @@ def trace(
         epoch = b.input("epoch", TensorType(i64, ()), "hyper")
         b.where = Where(("augment",), "")
         image = b.one("augment", x, index, epoch, tracer.lazy["seed"], attrs=augment)
+    tracer.rows = {image}
     with tracer.active():
         try:
             out = net(Symbol(tracer, image))
@@ -76,12 +78,18 @@ def trace(
     return _without_unread(b.build(*returns))
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
+def _checked_shape(given: Any, sample: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The input shape as a tuple; `sample` is that of one image, where the net knows it."""
+    shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
     if not shape or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in shape):
         raise ShapeError(
-            f"the input shape {shape} is no tuple of positive ints",
-            help="give the batch first: (32, 1, 28, 28)",
+            f"the input shape {given!r} is no tuple of positive ints",
+            help=f"give the batch first: {(32, *(sample or (1, 28, 28)))}",
+        )
+    if sample is not None and shape == tuple(sample):
+        raise ShapeError(
+            f"the input shape {shape} is that of one image: the batch is missing",
+            help=f"give the batch first: {(32, *shape)}",
         )
     return shape
 
@@ -141,9 +149,11 @@ def _with_chain(error: ShapeError, net: Module, b: Builder, x: Value) -> Graphne
             "AlexNet's 11x11 stride-4 conv1 without padding wants 227x227, (227-11)/4+1 = 55; "
             "224x224 goes with padding 2"
         )
-    return ShapeError(
+    full = ShapeError(
         f"{error.message}\n  sizes: {_chain(b, x)}",
         layer=error.layer,
         where=error.where,
         help="; ".join(hints) or None,
     )
+    full.path = error.path
+    return full

@@ -28,7 +28,8 @@ _NAMES = {
     "graphnet.train.trainer": ("Trainer",),
     "graphnet.errors": (
         "BackendUnavailableError", "CheckpointError", "CompileError", "ConfigError", "DTypeError",
-        "DataError", "GraphError", "GraphnetError", "NumericsError", "OutOfMemoryPlanError",
+        "DataError", "GraphError", "GraphnetError", "MissingError", "NumericsError",
+        "OutOfMemoryPlanError",
         "ParseError", "RunExistsError", "ShapeError", "StateDictError", "UnsupportedOpError",
     ),
 }  # fmt: skip
@@ -80,9 +81,21 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:
-        raise AttributeError(f"module 'graphnet' has no attribute {name!r}")
+        raise _missing(name)
     globals()[name] = value
     return value
+
+
+def _missing(name: str) -> AttributeError:
+    if name.startswith("__"):  # Python asks for names of its own
+        return AttributeError(f"module 'graphnet' has no attribute {name!r}")
+    from graphnet.errors import MissingError
+    from graphnet.frontends.foreign import did_you_mean
+
+    layers = ", ".join(n for n in _NAMES["graphnet.frontends.layers"])
+    return MissingError(
+        f"graphnet has no {name!r}", help=did_you_mean(name, __all__) or f"its layers: {layers}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,8 @@ from graphnet.errors import (
     number,
 )
 from graphnet.frontends.dsl import Module
+from graphnet.frontends.foreign import called, is_torchs, ours
+from graphnet.frontends.symbolic import user_place
 from graphnet.frontends.tracing import trace
 from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling
@@ -305,7 +307,14 @@ def build(
 
 def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads: bool) -> None:
     if not isinstance(net, Module):
-        raise ConfigError(f"a gn.Module is compiled, not a {type(net).__name__}")
+        raise ConfigError(
+            f"a gn.Module is compiled, not {called(net)}",
+            where=user_place() or None,
+            help="give an object: Net()" if isinstance(net, type) else
+            "build it of our layers: their names, arguments and state_dict keys are torch's, so "
+            "that net.load_state_dict(theirs.state_dict()) takes its weights"
+            if is_torchs(net) else "gn.Sequential(...), or a class of your own under gn.Module",
+        )
     if precision not in POLICIES:
         raise ConfigError(
             f"unknown precision {precision!r}", help=f"one of {', '.join(POLICIES)}"
@@ -314,12 +323,21 @@ def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads:
         raise ConfigError(
             "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"
         )
-    if loss is not None and not (hasattr(loss, "op") and hasattr(loss, "attrs")):
-        raise ConfigError(f"{loss!r} is no loss", help="loss=gn.CrossEntropyLoss()")
-    if optimizer is not None and not (hasattr(optimizer, "slots") and hasattr(optimizer, "op")):
-        raise ConfigError(f"{optimizer!r} is no optimizer", help="optimizer=gn.SGD(lr=0.01)")
+    _check_spec("loss", loss, ("op", "attrs"), "gn.CrossEntropyLoss()")
+    _check_spec("optimizer", optimizer, ("op", "slots"), "gn.SGD(lr=0.01)")
     if optimizer is not None and grads:
         raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
+
+
+def _check_spec(name: str, given: Any, has: Sequence[str], example: str) -> None:
+    """ConfigError for what is no loss or no optimizer of ours; torch's are called torch's."""
+    if given is None or all(hasattr(given, h) for h in has) and not isinstance(given, type):
+        return
+    twin, arguments = ours(given) or example.partition("(")[0], example.partition("(")[2]
+    raise ConfigError(
+        f"{name} is an object of graphnet's such as {example}, not {called(given)}",
+        where=user_place() or None, help=f"{name}={twin}({arguments}",
+    )  # fmt: skip
 
 
 def _check_augment(augment: Any, optimizer: Any) -> None:

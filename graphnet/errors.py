@@ -23,6 +23,7 @@ class GraphnetError(Exception):
 
     message  what is wrong, with both values and the arithmetic
     layer    display name of the layer, e.g. "conv1"
+    path     its attribute path in the net, e.g. "features.0"
     where    place in the user's code, e.g. "lenet.py:12"
     help     one thing to do about it
     """
@@ -36,12 +37,13 @@ class GraphnetError(Exception):
         help: str | None = None,
     ) -> None:
         self.message, self.layer, self.where, self.help = message, layer, where, help
+        self.path: str | None = None
         super().__init__(message)
 
     def __str__(self) -> str:
         head = ""
         if self.layer:
-            head = f"layer {self.layer!r}"
+            head = f"layer {self.layer!r}" + (f", net.{self.path}" if self.path else "")
         if self.where:
             head = f"{head} ({self.where})" if head else self.where
         text = f"{head}: {self.message}" if head else self.message
@@ -70,6 +72,10 @@ class UnsupportedOpError(GraphnetError):
 
 class ConfigError(GraphnetError):
     """An argument, option or flag outside its range."""
+
+
+class MissingError(ConfigError, AttributeError):
+    """A name that graphnet, a net or a symbolic value does not have."""
 
 
 class DataError(GraphnetError):

@@ -1,0 +1,99 @@
+"""What belongs to torch and was given to us: what an error calls it, and what to use instead.
+
+Imports nothing heavy: `import graphnet` reaches it before torch is there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+# Functions and tensor methods, by name, that `forward` may look for on a symbolic value.
+_FUNCTIONS = {
+    **{n: f"gn.{n}(x)" for n in ("relu", "tanh", "sigmoid", "flatten")},
+    "cat": "gn.cat([x, y], 1)",
+    "concat": "gn.cat([x, y], 1)",
+    "reshape": "x.reshape(x.shape[0], ...)",
+    "view": "x.reshape(x.shape[0], ...)",
+    "add": "x + y",
+    "sub": "x - y",
+    "mul": "x * y",
+    "div": "x / 2, or x * y",
+    "neg": "-x",
+    "mean": "gn.AdaptiveAvgPool2d(1), the mean over pixels",
+    "softmax": "the loss, which takes logits: leave softmax out",
+    "log_softmax": "the loss, which takes logits: leave log_softmax out",
+    "conv2d": "the layer gn.Conv2d, an attribute of the net",
+    "linear": "the layer gn.Linear, an attribute of the net",
+    "dropout": "the layer gn.Dropout, an attribute of the net",
+    "max_pool2d": "the layer gn.MaxPool2d, an attribute of the net",
+    "avg_pool2d": "the layer gn.AvgPool2d, an attribute of the net",
+    "adaptive_avg_pool2d": "the layer gn.AdaptiveAvgPool2d, an attribute of the net",
+    "local_response_norm": "the layer gn.LocalResponseNorm, an attribute of the net",
+}
+_ON_SYMBOLS = "+, -, *, / by a number, slices, x.reshape, gn.relu, gn.tanh, gn.sigmoid, gn.cat"
+
+_DEVICE = 'a net is nowhere until it is compiled: gn.compile(net, shape, target="cuda")'
+_MODE = (
+    "the mode is that of the program: gn.compile(net, shape) infers, with a loss and an "
+    "optimizer it trains"
+)
+_DTYPE = 'parameters are fp32; what is computed is chosen by gn.compile(..., precision="bf16")'
+_GRADS = "gn.compile(net, shape, loss=..., grads=True) gives a program that returns gradients"
+_ASSIGN = "assign it: self.name = ... of a gn.Module or a gn.Parameter registers it"
+_ON_MODULES = {
+    **dict.fromkeys(("to", "cuda", "cpu", "device", "to_empty"), _DEVICE),
+    **dict.fromkeys(("train", "eval", "training"), _MODE),
+    **dict.fromkeys(("half", "float", "double", "bfloat16", "type"), _DTYPE),
+    **dict.fromkeys(("zero_grad", "backward"), _GRADS),
+    **dict.fromkeys(("add_module", "register_module", "register_parameter"), _ASSIGN),
+    "requires_grad_": "p.trainable = False, for p in net.parameters(), freezes",
+    "apply": "gn.init sets initial values; net.modules() gives the modules",
+    "children": "net.modules() gives the modules, net.named_modules() with their paths",
+    "named_children": "net.named_modules() gives the modules with their paths",
+}
+
+
+def called(what: Any) -> str:
+    """What an error calls an object or a class: "torch's nn.ReLU", "a list"."""
+    kind = what if isinstance(what, type) else type(what)
+    room = kind.__module__.split(".")
+    if room[0] == "torch":
+        return "torch's " + ".".join([*room[1:2], kind.__name__])
+    if isinstance(what, type):
+        return f"the class {kind.__name__}"
+    article = "an" if kind.__name__[:1].lower() in "aeiou" else "a"
+    return f"{article} {kind.__name__}"
+
+
+def is_torchs(what: Any) -> bool:
+    """Whether an object, a class or a function is one of torch's."""
+    kind = what if hasattr(what, "__module__") and callable(what) else type(what)
+    return str(getattr(kind, "__module__", "")).split(".")[0] == "torch"
+
+
+def ours(what: Any) -> str | None:
+    """`gn.<Name>` where we have a class of the name of an object's class."""
+    import graphnet
+
+    name = (what if isinstance(what, type) else type(what)).__name__
+    return f"gn.{name}" if name in graphnet.__all__ else None
+
+
+def instead_of_function(name: str) -> str:
+    """What to write for a function or a tensor method of that name."""
+    known = _FUNCTIONS.get(name.rstrip("_"))
+    return f"use {known}" if known else f"on symbolic values there are {_ON_SYMBOLS}"
+
+
+def instead_on_module(name: str, has: Iterable[str]) -> str | None:
+    """What to write for an attribute that a net does not have."""
+    return _ON_MODULES.get(name) or did_you_mean(name, has)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The nearest of the known names, as a question."""
+    lower = {k.lower(): k for k in known if not k.startswith("_")}
+    near = difflib.get_close_matches(name.lower(), lower, 1, 0.75)
+    return f"did you mean {lower[near[0]]}?" if near else None
