@@ -26,6 +26,66 @@ from .common import dot, inside
 
 
 @triton.jit
+def tile_at(
+    t, order,
+    N: tl.constexpr, K: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, PIXELS: tl.constexpr,
+    BM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(first column, row and column of the pixel, first image) of the t-th tile of a group."""
+    ACROSS: tl.constexpr = (OW + PIXELS - 1) // PIXELS
+    TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    pixel = t // TILES % (OH * ACROSS)
+    n0 = t // (TILES * OH * ACROSS) * (BM // PIXELS)
+    if order is not None:
+        pixel = tl.load(order + pixel)
+    return t % TILES * COLUMNS, pixel // ACROSS, pixel % ACROSS * PIXELS, n0
+
+
+@triton.jit
+def sum_at(
+    oh, ow,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, OFFH: tl.constexpr, OFFW: tl.constexpr,
+    STEPH: tl.constexpr, STEPW: tl.constexpr, SPAN: tl.constexpr, PIXELS: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Where the sum of a pixel, or of a pair, starts: (row and column of the image at tap (0, 0),
+    first tap down and across that meets the image, blocks of a row of taps, blocks in all)."""
+    h0 = oh * SH + OFFH
+    v0 = ow * SW + OFFW
+    r0, rows = inside(h0, STEPH, H, R)
+    # A tap counts for a pair if it meets the image from either pixel.
+    s0, cols = inside(v0 + (PIXELS - 1), STEPW, W + (PIXELS - 1), S)
+    if SPAN:
+        blocks = tl.cdiv(cols * C, BK)
+    else:
+        blocks = cols * ((C + BK - 1) // BK)
+    # A prologue divides by the blocks even where there is nothing to sum.
+    return h0, v0, r0, s0, tl.maximum(blocks, 1), rows * blocks
+
+
+@triton.jit
+def block_at(
+    it, h0, v0, r0, s0, blocks,
+    C: tl.constexpr, S: tl.constexpr, STEPH: tl.constexpr, STEPW: tl.constexpr,
+    SPAN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """(row of the image, its pixel, row of the filters, first summed value) of the it-th block."""
+    BLOCKS: tl.constexpr = (C + BK - 1) // BK
+    r = r0 + it // blocks
+    if SPAN:
+        v = v0
+        tap = r
+        c = s0 * C + it % blocks * BK
+    else:
+        s = s0 + it % blocks // BLOCKS
+        v = v0 + s * STEPW
+        tap = r * S + s
+        c = it % BLOCKS * BK
+    return h0 + r * STEPH, v, tap, c
+
+
+@triton.jit
 def filter_box(
     w, g, tap, k0, c0,
     K: tl.constexpr, TURNED: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
@@ -58,46 +118,20 @@ def conv2d_rows(
     (of each pair), None for the order of storage. Grid: (column tiles, pixels, images; groups).
     """
     BI: tl.constexpr = BM // PIXELS
-    ACROSS: tl.constexpr = (OW + PIXELS - 1) // PIXELS
-    TILES: tl.constexpr = (K + BN + BT - 1) // (BN + BT)
-    BLOCKS: tl.constexpr = (C + BK - 1) // BK
     g = tl.program_id(1)
-    k0 = tl.program_id(0) % TILES * (BN + BT)
-    pixel = tl.program_id(0) // TILES % (OH * ACROSS)
-    n0 = tl.program_id(0) // (TILES * OH * ACROSS) * BI
-    if order is not None:
-        pixel = tl.load(order + pixel)
-    oh = pixel // ACROSS
-    ow = pixel % ACROSS * PIXELS
-    h0 = oh * SH + OFFH
-    v0 = ow * SW + OFFW
-    r0, rows = inside(h0, STEPH, H, R)
-    # A tap counts for a pair if it meets the image from either pixel.
-    s0, cols = inside(v0 + (PIXELS - 1), STEPW, W + (PIXELS - 1), S)
-    if SPAN:
-        blocks = tl.cdiv(cols * C, BK)
-    else:
-        blocks = cols * BLOCKS
-    total = rows * blocks
-    blocks = tl.maximum(blocks, 1)  # a prologue divides by it even where there is nothing to sum
+    k0, oh, ow, n0 = tile_at(tl.program_id(0), order, N, K, OH, OW, PIXELS, BM, BN + BT)
+    h0, v0, r0, s0, blocks, total = sum_at(
+        oh, ow, C, H, W, R, S, SH, SW, OFFH, OFFW, STEPH, STEPW, SPAN, PIXELS, BK
+    )  # fmt: skip
     acc = tl.zeros((BM, BN), tl.float32)
     if BT > 0:
         acc2 = tl.zeros((BM, BT), tl.float32)
     for it in range(total):
-        r = r0 + it // blocks
-        h = h0 + r * STEPH
-        if SPAN:
-            tap = r
-            c = s0 * C + it % blocks * BK
-            a = x.load([h, n0, v0 * C + c])
+        h, v, tap, c = block_at(it, h0, v0, r0, s0, blocks, C, S, STEPH, STEPW, SPAN, BK)
+        if PIXELS == 1:
+            a = x.load([h, n0, (v * G + g) * C + c])
         else:
-            s = s0 + it % blocks // BLOCKS
-            tap = r * S + s
-            c = it % BLOCKS * BK
-            if PIXELS == 1:
-                a = x.load([h, n0, ((v0 + s * STEPW) * G + g) * C + c])
-            else:
-                a = x.load([h, v0 + s * STEPW, n0, c])
+            a = x.load([h, v, n0, c])
         a = a.reshape(BM, BK)
         acc = dot(a, filter_box(w, g, tap, k0, c, K, TURNED, BK, BN), acc, PRECISION)
         if BT > 0:

@@ -28,8 +28,41 @@ from .common import dot
 
 
 @triton.jit
+def segment_at(
+    row,
+    K: tl.constexpr, C: tl.constexpr, XC: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    COLS: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    KT: tl.constexpr, XT: tl.constexpr,
+):  # fmt: skip
+    """A row of the table: (slot, first step, steps; unit and block of its columns; row of the image
+    for row 0 of the result, first channel of dy, first column in a row of the image)."""
+    NKT: tl.constexpr = (K + KT - 1) // KT
+    NXT: tl.constexpr = (COLS + XT - 1) // XT
+    tile = tl.load(row + 1)
+    part = tile // NKT % NXT
+    unit = tile // (NKT * NXT) % (R * S)
+    g = tile // (NKT * NXT * R * S)
+    k0 = g * K + tile % NKT * KT
+    dh = unit // S * DH - PT
+    at0 = (unit % S * DW - PL) * XC + g * C + part * XT
+    return tl.load(row), tl.load(row + 2), tl.load(row + 3), unit, part, dh, k0, at0
+
+
+@triton.jit
+def step_at(
+    it, dh, k0, at0,
+    BLOCKS: tl.constexpr, OW: tl.constexpr, SH: tl.constexpr, SWC: tl.constexpr,
+    DK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """(row of the image, first image, column of x, column of dy) of a step."""
+    pixel = it // BLOCKS
+    h = pixel // OW * SH + dh
+    return h, it % BLOCKS * BK, pixel % OW * SWC + at0, pixel * DK + k0
+
+
+@triton.jit
 def wgrad_segment(
-    x, x2, dy, dy2, out, sums_out, first, count, dh, k0, c0, at0,
+    x, x2, dy, dy2, out, sums_out, first, count, dh, k0, at0,
     BLOCKS: tl.constexpr, OW: tl.constexpr, SH: tl.constexpr, SWC: tl.constexpr,
     DK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     SWAP: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,16 +81,13 @@ def wgrad_segment(
         if SWAP and BT > 0:
             sums2 = tl.zeros((BT, 16), tl.float32)
     for it in range(first, first + count):
-        n = it % BLOCKS * BK
-        pixel = it // BLOCKS
-        h = pixel // OW * SH + dh
-        at = pixel % OW * SWC + at0
-        d = dy.load([n, pixel * DK + k0])
+        h, n, at, of_dy = step_at(it, dh, k0, at0, BLOCKS, OW, SH, SWC, DK, BK)
+        d = dy.load([n, of_dy])
         if SWAP:
             a = x.load([h, n, at]).reshape(BK, BM).T
             acc = dot(a, d, acc, PRECISION)
             if BT > 0:
-                d2 = dy2.load([n, pixel * DK + k0 + BN])
+                d2 = dy2.load([n, of_dy + BN])
                 acc2 = dot(a, d2, acc2, PRECISION)
                 if SUMS:
                     sums2 = dot(d2.T, one, sums2, EXACT)
@@ -107,35 +137,25 @@ def conv2d_wgrad_rows(
     """
     KT: tl.constexpr = BN + BT if SWAP else BM
     XT: tl.constexpr = BM if SWAP else BN + BT
-    NKT: tl.constexpr = (K + KT - 1) // KT
-    NXT: tl.constexpr = (COLS + XT - 1) // XT
     BLOCKS: tl.constexpr = (N + BK - 1) // BK
     row = segments + 4 * tl.program_id(0)
-    slot = tl.load(row)
-    tile = tl.load(row + 1)
-    first = tl.load(row + 2)
-    count = tl.load(row + 3)
-    part = tile // NKT % NXT
-    unit = tile // (NKT * NXT) % (R * S)
-    g = tile // (NKT * NXT * R * S)
-    k0 = g * K + tile % NKT * KT
-    c0 = part * XT
-    dh = unit // S * DH - PT
-    at0 = (unit % S * DW - PL) * XC + g * C + c0
+    slot, first, count, unit, part, dh, k0, at0 = segment_at(
+        row, K, C, XC, R, S, COLS, PT, PL, DH, DW, KT, XT
+    )
     out = work + slot * (KT * XT)
     sums = work + SEGMENTS * (KT * XT) + slot * KT
     if CARRIER < 0:
         wgrad_segment(
-            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
             G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
         )  # fmt: skip
     elif (unit == CARRIER) & (part == 0):
         wgrad_segment(
-            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
             G * K, BM, BN, BT, BK, SWAP, True, PRECISION,
         )  # fmt: skip
     else:
         wgrad_segment(
-            x, x2, dy, dy2, out, sums, first, count, dh, k0, c0, at0, BLOCKS, OW, SH, SW * XC,
+            x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
             G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
         )  # fmt: skip
