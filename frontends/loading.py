@@ -19,7 +19,7 @@ def load_model(spec: str) -> Any:
     path, colon, attribute = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
-    if not path.endswith(".py"):
+    if not runs_code(spec):
         return models.get(spec)
     module = _run_file(Path(path))
     if not hasattr(module, attribute):
@@ -31,6 +31,11 @@ def load_model(spec: str) -> Any:
     if not isinstance(found, Module):
         raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
     return found
+
+
+def runs_code(spec: str) -> bool:
+    """Whether `load_model` runs a file of the user's for this model."""
+    return spec.rpartition(":")[0].endswith(".py")
 
 
 def _run_file(path: Path) -> Any:

@@ -28,6 +28,7 @@ from graphnet.errors import (
     NumericsError,
     OutOfMemoryPlanError,
     Stopped,
+    printable,
 )
 
 # They register themselves.
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         usage = getattr(error, "format_message", None)
         text = " ".join(usage().split()) if usage else _one_line(error)
         if text:  # a group without a command has shown its help
-            typer.echo(f"graphnet: {text}", err=True)
+            typer.echo(f"graphnet: {printable(text)}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         sys.exit(2 if bad_input else 1)
 
@@ -92,7 +93,7 @@ _showwarning = warnings.showwarning
 def _warn(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own warnings as a line, without the place in our source; others as ever."""
     if category.__module__.startswith("graphnet."):
-        typer.echo(f"graphnet: {message}", err=True)
+        typer.echo(f"graphnet: {printable(str(message))}", err=True)
     else:
         _showwarning(message, category, *where, **more)
 

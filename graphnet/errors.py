@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 LARGEST = 3.4028234663852886e38  # of fp32, which the device computes in
@@ -112,6 +113,19 @@ class CompileError(GraphnetError):
 
 class RunExistsError(GraphnetError):
     """A run folder stands where a new one was asked for."""
+
+
+# Escape sequences of ECMA-48 (CSI, the string commands, two characters), then every other control
+# character, and what turns the direction of the text that follows.
+_OBEYED = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey instead of show: names in files of others."""
+    return _OBEYED.sub("", text)
 
 
 def number(of: str, name: str, value: Any, low: float = 0.0, *, above: bool = False) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphnet import disk
 from graphnet.errors import CheckpointError, ConfigError, DataError
 from graphnet.ops.augment import Augment
 from graphnet.train.checkpoint import atomic_write
@@ -131,8 +132,8 @@ def save(run: Path, augment: Augment) -> None:
 def stored(run: Path) -> Augment:
     """The augmentation that a run was started with."""
     try:
-        return Augment(**json.loads((run / FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return Augment(**json.loads(disk.read(run / FILE, 1 << 20)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"cannot read {run / FILE}: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +13,20 @@ from typing import Any
 
 import torch
 
+from graphnet import disk
 from graphnet.api import compile
-from graphnet.errors import CheckpointError, ConfigError, DataError
+from graphnet.errors import LARGEST, CheckpointError, ConfigError, DataError, printable
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.loading import input_shape, load_model
+from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.train import checkpoint, rundir
 from graphnet.train.building import read_settings
 from graphnet.train.data import Batches, check_classes, load
+from graphnet.train.decode import MAX_PIXELS
 from graphnet.train.folder import Folder, Reading, centre, normalised
 from graphnet.train.metrics import confusion_matrix, topk_wrong
 from graphnet.train.settings import RunConfig
 
+_MAX_ABOUT = 16 << 20
 ABOUT = "data.json"  # in a run folder: what the training data were
 _ABOUT = ("classes", "mean", "std", "stored")
 TOP = 5
@@ -40,13 +44,22 @@ class Trained:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def load_trained(path: Path, model: str | None = None, *, insist: bool = True) -> Trained:
+def load_trained(
+    path: Path, model: str | None = None, *, insist: bool = True, trusted: Sequence[str] = ()
+) -> Trained:
     """The net of a run folder (its last checkpoint) or of a checkpoint.
 
-    model  of a file that lies in no run; where `insist`, instead of a run's own as well
+    model    of a file that lies in no run; where `insist`, instead of a run's own as well
+    trusted  further models whose files may be run where a run names them
+    ConfigError where a run names any other FILE.py: a run folder may come from anybody.
     """
     tensors, settings, file, run = _find(Path(path), model)
     name = settings.model if settings and not (model and insist) else model or ""
+    if runs_code(name) and name not in (model, *trusted):
+        raise ConfigError(
+            f"{path} names the model {name}, a file that would be run",
+            help=f"if you trust it: --model {shlex.quote(name)}",
+        )
     net = load_model(name)
     own = set(net.state_dict())
     net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
@@ -72,12 +85,14 @@ def _find(
     if model is None:
         raise ConfigError(f"{path} lies in no run, so its model is not known", help="give --model")
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load as from_bytes
 
     try:
-        return load_file(path), None, path, None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+        return from_bytes(disk.read(path)), None, path, None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}") from None
 
 
 def _trainers(key: str) -> bool:
@@ -100,13 +115,45 @@ def _about(run: Path | None) -> dict[str, Any]:
     if run is None:
         return {}
     try:
-        about = json.loads((run / ABOUT).read_bytes())
-        return {name: about[name] for name in _ABOUT}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = json.loads(disk.read(run / ABOUT, _MAX_ABOUT))
+        about = {name: about[name] for name in _ABOUT}
+        _check_about(**about)
+        return about
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"cannot read {run / ABOUT}, by which images are normalised: {error}",
             help="graphnet train --resume writes it again, if the run is not finished",
         ) from None
+
+
+def _check_about(classes: Any, mean: Any, std: Any, stored: Any) -> None:
+    """ValueError where an entry is none that `keep_about` writes."""
+
+    def listed(values: Any, of: type | tuple[type, ...]) -> bool:
+        return isinstance(values, list) and all(
+            isinstance(v, of) and not isinstance(v, bool) for v in values
+        )
+
+    if not listed(classes, str):
+        raise ValueError("classes is no list of names")
+    sizes = listed(stored, int) and len(stored) == 3 and min(stored) > 0
+    if not sizes or stored[1] * stored[2] > MAX_PIXELS:
+        raise ValueError(f"stored {stored!r:.80} is no size of an image [C, H, W]")
+    for name, values, least in (("mean", mean, -LARGEST), ("std", std, 0.0)):
+        numbers = listed(values, (int, float)) and all(least < v <= LARGEST for v in values)
+        if not numbers or len(values) not in (1, stored[0]):
+            raise ValueError(f"{name} {values!r:.80} is no number for each of {stored[0]} channels")
+
+
+def _check_fits(trained: Trained, shape: Sequence[int]) -> None:
+    """CheckpointError where the run's images are none that its net takes, [N, C, H, W]."""
+    stored = trained.about.get("stored")
+    if stored and (stored[0] != shape[1] or stored[1] < shape[2] or stored[2] < shape[3]):
+        raise CheckpointError(
+            f"{trained.file.parent.parent / ABOUT}: images kept as {stored}, the net takes "
+            f"{list(shape[1:])}",
+            help="give the model that the run was trained with",
+        )
 
 
 # ---- probabilities ---------------------------------------------------------------------------
@@ -211,6 +258,7 @@ def evaluate_run(
     data: str | None = None,
     *,
     model: str | None = None,
+    trusted: Sequence[str] = (),
     batch: int = 256,
     target: str = "auto",
     ten_crop: bool = False,
@@ -221,13 +269,16 @@ def evaluate_run(
     """Test loss, top-1 and top-5 error in percent and confusion matrix (row = label), as JSON.
 
     path      a run folder (its last checkpoint) or a checkpoint
-    data      default: the run's own; model is only needed for a file that lies in no run
+    data      default: the run's own
+    model     of a file that lies in no run; FILE.py:ATTRIBUTE where the run names it, which is run
+    trusted   such models of the `ensemble`
     ten_crop  the softmax is averaged over four corners, the centre and their mirrors, cut from
               images kept in `resize` (default: the run's)
     ensemble  further runs or checkpoints; the softmax is averaged over all of them
     """
     first = load_trained(path, model)
-    members = [first, *(load_trained(p, model, insist=False) for p in ensemble)]
+    others = (load_trained(p, model, insist=False, trusted=trusted) for p in ensemble)
+    members = [first, *others]
     spec = data or (first.settings.data if first.settings else None)
     if spec is None:
         raise ConfigError(f"{path} lies in no run, so its data are not known", help="give --data")
@@ -238,6 +289,7 @@ def evaluate_run(
                 f"{m.file} takes {list(other[1:])}, {first.file} {list(shape[1:])}",
                 help="an ensemble looks at the same images",
             )
+        _check_fits(m, shape)
     known = first.settings or RunConfig()
     kept = resize or known.resize
     test: Any = load(
@@ -306,9 +358,10 @@ def predict(
     trained = load_trained(path, model)
     size = min(batch, max(1, len(images)))
     shape = input_shape(trained.net, size)
+    _check_fits(trained, shape)
     program = compile(trained.net, shape, target=target)
     logits = _member(program, trained.about, {"mean": (0.0,), "std": (1.0,)})
-    names = trained.about.get("classes") or []
+    names = [printable(name) for name in trained.about.get("classes") or []]
     out: list[dict[str, Any]] = []
     for at in range(0, len(images), size):
         whole: list[tuple[dict[str, Any], torch.Tensor]] = []

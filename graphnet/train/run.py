@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence, Set
@@ -16,7 +17,7 @@ import torch
 
 from graphnet import __version__
 from graphnet.errors import ConfigError
-from graphnet.frontends.loading import input_shape, load_model
+from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.train import augment, checkpoint, plots, rundir
 from graphnet.train.building import (
     make_loss,
@@ -49,7 +50,7 @@ def run_training(
 
     resume  go on with the run in `out`, with its own settings; a finished run stays as it is
     given   settings that the caller insists on (all by default): ConfigError where a resumed
-            run has others
+            run has others. A FILE.py that a run names is run only where the caller insists on it
     The result's "signal" is the number of the signal that stopped the run, or 0.
     """
     with StopSignals() as signals, contextlib.ExitStack() as held:
@@ -62,6 +63,12 @@ def run_training(
             rundir.check_free(out)  # before anything is read for it
         if found is not None and _finished(found.state, settings) and (out / _LAST).exists():
             return _result(settings, out, found.state["history"], found.step, 0)
+        if resume and given is not None and "model" not in given and runs_code(settings.model):
+            quoted, place = shlex.quote(settings.model), shlex.quote(str(out))
+            raise ConfigError(
+                f"{out} names the model {settings.model}, a file that would be run",
+                help=f"if you trust it: graphnet train {quoted} --resume --out {place}",
+            )
         parts = _build(settings, out if resume else None)
         trainer, batches, tests = parts.trainer, parts.batches, parts.tests
         signals.watch(trainer)

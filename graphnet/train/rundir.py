@@ -21,6 +21,7 @@ from graphnet.errors import ConfigError, DataError, RunExistsError
 from graphnet.train.checkpoint import atomic_write
 
 CONFIG, METRICS = "config.toml", "metrics.jsonl"
+_MAX_CONFIG = 1 << 20
 
 
 def create(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Path:
@@ -99,7 +100,7 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any]:
     """What `create` was given; ConfigError where the folder is no run."""
     path = Path(run) / CONFIG
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(disk.read(path, _MAX_CONFIG).decode())
     except OSError as error:
         raise ConfigError(
             f"{run} is no run folder: {CONFIG}: {error.strerror or error}",
@@ -152,10 +153,10 @@ class MetricsLog:
     def __init__(self, run: str | os.PathLike[str]) -> None:
         path = self._path = Path(run) / METRICS
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 - it stays open for the whole run
+            self._file = open(path, "a+b", opener=_plain)  # noqa: SIM115 - open for the whole run
+            self._file.seek(0)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
-        self._file.seek(0)
         whole, _ = _whole_lines(path, self._file.read())
         self._file.truncate(whole)
 
@@ -181,6 +182,12 @@ class MetricsLog:
         self.close()
 
 
+def _plain(path: str, flags: int) -> int:
+    """Opens a file, but none elsewhere: a run of others may hold a link. Nor does it wait for the
+    other end of a named pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+
+
 def write_csv(run: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
     """metrics.csv: a line for each epoch, for a spreadsheet; metrics.jsonl says more."""
     columns = list(dict.fromkeys(k for row in history for k in row))
@@ -195,7 +202,7 @@ def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All records; [] without a file. A torn last line is ignored, a torn other one DataError."""
     path = Path(run) / METRICS
     try:
-        return _whole_lines(path, path.read_bytes())[1]
+        return _whole_lines(path, disk.read(path))[1]
     except FileNotFoundError:
         return []
     except OSError as error:

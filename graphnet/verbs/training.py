@@ -9,12 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from graphnet.errors import ConfigError, printable
+from graphnet.frontends.loading import runs_code
 from graphnet.train.settings import RunConfig, kind, read_config_file, settings
 from graphnet.verbs.common import Batch, Json, Target, app, emit
 
 DATA = "as for train; default: the run's own"
 Run = Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")]
-ModelOf = Annotated[str, typer.Option("--model", help="of a checkpoint that lies in no run")]
+_MODEL = "of a checkpoint that lies in no run; FILE.py:ATTRIBUTE where a run names it, which is run"
+ModelOf = Annotated[str, typer.Option("--model", help=_MODEL)]
+ModelsOf = Annotated[
+    list[str] | None, typer.Option("--model", help=f"{_MODEL}; more of them for an ensemble")
+]
 
 
 def _options() -> list[inspect.Parameter]:
@@ -59,6 +65,11 @@ def _train(
     if config is not None:
         file = read_config_file(config)
         values |= {k: v for k, v in file.items() if k not in given}
+        if "model" not in given and runs_code(model := file.get("model", "")):
+            raise ConfigError(
+                f"{config} names the model {model}, a file that would be run",
+                help=f"if you trust it: graphnet train {shlex.quote(model)} --config ...",
+            )
         given |= set(file)
     if resume and dry_run:
         raise typer.BadParameter("a dry run starts from nothing", param_hint="--resume")
@@ -82,9 +93,15 @@ def _train(
         if not as_json:
             typer.echo(
                 f"stopped at step {result['steps']}, {result['epochs']} epochs done, and saved; "
-                f"graphnet train --resume --out {shlex.quote(str(out))} goes on", err=True,
+                f"graphnet train {_again(result['model'])}--resume --out {shlex.quote(str(out))} "
+                "goes on", err=True,
             )  # fmt: skip
         raise typer.Exit(128 + result["signal"])
+
+
+def _again(model: str) -> str:
+    """What stands in front of --resume: a file that would be run has to be named."""
+    return f"{shlex.quote(model)} " if runs_code(model) else ""
 
 
 def _dry(found: dict[str, Any], as_json: bool) -> None:
@@ -120,7 +137,7 @@ app.command("train")(_with_options(_train))
 def evaluate(
     run: Run,
     data: Annotated[str, typer.Option(help=DATA)] = "",
-    model: ModelOf = "",
+    model: ModelsOf = None,
     batch: Batch = 256,
     target: Target = "auto",
     ten_crop: Annotated[
@@ -136,15 +153,15 @@ def evaluate(
     from graphnet.train.evaluation import evaluate_run
 
     result = evaluate_run(
-        run, data or None, model=model or None, batch=batch, target=target, ten_crop=ten_crop,
-        ensemble=ensemble or (), resize=resize,
+        run, data or None, model=model[0] if model else None, trusted=model or (), batch=batch,
+        target=target, ten_crop=ten_crop, ensemble=ensemble or (), resize=resize,
     )  # fmt: skip
     if as_json:
         emit(result)
         return
     if left := result["left_out"]:
         text = f"{len(left)} image files left out, the first: {left[0]['path']}: "
-        typer.echo(text + left[0]["reason"], err=True)
+        typer.echo(printable(text + left[0]["reason"]), err=True)
     how = ", ten crops" if ten_crop else ""
     how += f", {result['members']} nets averaged" if result["members"] > 1 else ""
     typer.echo(
@@ -174,6 +191,6 @@ def predict(
             said = row.get("error") or "  ".join(
                 f"{c['name']} {100 * c['p']:.1f} %" for c in row["classes"]
             )
-            typer.echo(f"{row['image']}: {said}", err="error" in row)
+            typer.echo(printable(f"{row['image']}: {said}"), err="error" in row)
     if any("error" in row for row in rows):
         raise typer.Exit(2)

@@ -57,6 +57,11 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("graphnet.train.run._pictures", lambda *parts: None)
 
 
+def model_of(base):
+    """What has to be named, since it would be run."""
+    return f"{base / 'net.py'}:net"
+
+
 def test_ten_crops_are_corners_centre_and_mirrors():
     x = torch.arange(25.0).reshape(1, 1, 5, 5)
     crops = list(ten_crops(x, (3, 3)))
@@ -76,19 +81,19 @@ def test_members_and_crops_are_averaged_after_softmax():
 
 def test_evaluation_in_every_way(runs):
     base, results = runs
-    one = evaluate_run(base / "run0", target="cpu")
+    how = {"model": model_of(base), "target": "cpu"}
+    one = evaluate_run(base / "run0", **how)
     assert one["images"] == 24 and one["top1_error"] == pytest.approx(results[0]["top1_error"])
-    assert evaluate_run(base / "run0", target="cpu", batch=10**9)["top1_error"] == one["top1_error"]
-    crops = evaluate_run(base / "run0", target="cpu", ten_crop=True)
-    both = evaluate_run(base / "run0", target="cpu", ensemble=[base / "run1"])
+    assert evaluate_run(base / "run0", **how, batch=10**9)["top1_error"] == one["top1_error"]
+    crops = evaluate_run(base / "run0", **how, ten_crop=True)
+    both = evaluate_run(base / "run0", **how, ensemble=[base / "run1"])
     assert crops["ten_crop"] and both["members"] == 2
     for found in (one, crops, both):
         assert found["top1_error"] < 20 and sum(map(sum, found["confusion"])) == 24
     with pytest.raises(ConfigError, match="from images of the same size are one"):
-        evaluate_run(base / "run0", target="cpu", ten_crop=True, resize=16)
+        evaluate_run(base / "run0", **how, ten_crop=True, resize=16)
     with pytest.raises(CheckpointError):
-        evaluate_run(base / "run0", target="cpu", ensemble=[base / "nothing.safetensors"],
-                     model=f"{base / 'net.py'}:net")  # fmt: skip
+        evaluate_run(base / "run0", **how, ensemble=[base / "nothing.safetensors"])
 
 
 def test_predictions_name_the_classes(runs, tmp_path, capsys):
@@ -97,14 +102,14 @@ def test_predictions_name_the_classes(runs, tmp_path, capsys):
     for name, colour in COLOURS.items():
         files.append(tmp_path / f"{name}.jpg")
         Image.new("RGB", (31, 24), colour).save(files[-1])
-    rows = predict(base / "run0", files, target="cpu", top=2)
+    rows = predict(base / "run0", files, model=model_of(base), target="cpu", top=2)
     assert [r["classes"][0]["name"] for r in rows] == list(COLOURS)
     for r in rows:
         assert len(r["classes"]) == 2 and r["classes"][0]["p"] > r["classes"][1]["p"] >= 0
     (tmp_path / "broken.png").write_bytes(b"no image")
     argv = ["predict", str(base / "run0"), str(files[0]), str(tmp_path / "broken.png"), "--json"]
     with pytest.raises(SystemExit) as end:
-        main([*argv, "--target", "cpu"])
+        main([*argv, "--target", "cpu", "--model", model_of(base)])
     said = json.loads(capsys.readouterr().out)["images"]
     assert end.value.code == 2 and said[0]["classes"][0]["name"] == "blue" and said[1]["error"]
 
@@ -185,16 +190,16 @@ def test_a_checkpoint_in_no_run_needs_its_model(tmp_path):
 def test_what_a_net_was_trained_on_decides_how_it_sees(runs):
     """The same files under another name have another mean, the net its own."""
     base, _ = runs
-    spec = {"data": f"cifar10:{base / 'data'}", "resize": 20, "target": "cpu", "workers": 0}
-    one, other = (evaluate_run(base / "run0", **how, ten_crop=True)
-                  for how in ({"target": "cpu", "workers": 0}, spec))  # fmt: skip
+    how = {"model": model_of(base), "target": "cpu", "workers": 0, "ten_crop": True}
+    one = evaluate_run(base / "run0", **how)
+    other = evaluate_run(base / "run0", f"cifar10:{base / 'data'}", resize=20, **how)
     assert one["loss"] == other["loss"] and one["left_out"] == []
 
 
 def test_a_set_for_tests_may_stand_alone(runs, tmp_path):
     base, _ = runs
     shutil.copytree(base / "data/test", tmp_path / "val")
-    how = {"target": "cpu", "workers": 0, "resize": 20}
+    how = {"model": model_of(base), "target": "cpu", "workers": 0, "resize": 20}
     alone = evaluate_run(base / "run0", f"imagefolder:{tmp_path}", **how)
     assert alone["loss"] == evaluate_run(base / "run0", **how)["loss"]
     with pytest.raises(DataError, match="has no folder train"):
@@ -243,14 +248,16 @@ def test_other_classes_are_not_the_same_numbers(runs, tmp_path):
             source = base / "data" / split / (name if name != "cyan" else "green")
             shutil.copytree(source, tmp_path / split / name)
     with pytest.raises(DataError, match="class 1 is 'cyan' there, 'green' here"):
-        evaluate_run(base / "run0", f"imagefolder:{tmp_path}", target="cpu", resize=20)
+        evaluate_run(
+            base / "run0", f"imagefolder:{tmp_path}", model=model_of(base), target="cpu", resize=20
+        )
     (base / "wide.py").write_text(MODEL.replace("196, 3", "196, 5"))
     wide = load_model(f"{base / 'wide.py'}:net")
     gn.save(tmp_path / "wide.safetensors", wide)
     with pytest.raises(ConfigError, match="tells 3 classes apart.*wide.safetensors 5"):
         evaluate_run(
             tmp_path / "wide.safetensors", f"imagefolder:{base / 'data'}", target="cpu",
-            model=f"{base / 'wide.py'}:net", ensemble=[base / "run0"],
+            model=f"{base / 'wide.py'}:net", ensemble=[base / "run0"], trusted=[model_of(base)],
         )  # fmt: skip
 
 
@@ -264,10 +271,12 @@ def test_prediction_agrees_with_the_training_of_a_few_batches(runs, tmp_path, no
     out = tmp_path / "run"
     run_training(settings, out, quiet=True)
     data = load(settings.data, "train", shape=(3, 16, 16), resize=20)
-    program = gn.compile(evaluation.load_trained(out).net, (72, 3, 16, 16), target="cpu")
+    net = evaluation.load_trained(out, settings.model).net
+    program = gn.compile(net, (72, 3, 16, 16), target="cpu")
     ((x, _),) = Batches(data, 72, shuffle=False)
     want = torch.softmax(program(x), 1)
-    rows = predict(out, [f.path for f in data.files], target="cpu", top=3)
+    files = [f.path for f in data.files]
+    rows = predict(out, files, model=settings.model, target="cpu", top=3)
     got = torch.tensor([[c["p"] for c in sorted(r["classes"], key=lambda c: c["index"])]
                         for r in rows])  # fmt: skip
     assert torch.allclose(got, want, atol=1e-4) and rows[0]["classes"][0]["name"] in COLOURS
@@ -281,7 +290,7 @@ def test_a_run_without_its_data_json_predicts_nothing(runs, tmp_path):
         if text is not None:
             (tmp_path / "run/data.json").write_text(text)
         with pytest.raises(CheckpointError, match="data.json, by which images are normalised"):
-            predict(tmp_path / "run", [], target="cpu")
+            predict(tmp_path / "run", [], model=model_of(base), target="cpu")
         (tmp_path / "run/data.json").touch()
 
 
@@ -317,7 +326,8 @@ def test_an_evaluation_says_what_it_left_out_and_keeps_nothing_uncached(runs, tm
     config_file.write_text(text.replace("max_bad = 0.001", "max_bad = 0.1"))
     (tmp_path / "data/test/red/03.png").write_bytes(b"junk")
     with config.override(CACHE_DIR=str(tmp_path / "cache")), pytest.raises(SystemExit) as end:
-        main(["eval", str(tmp_path / "run"), "--data", f"imagefolder:{tmp_path / 'data'}"])
+        main(["eval", str(tmp_path / "run"), "--data", f"imagefolder:{tmp_path / 'data'}",
+              "--model", model_of(base)])  # fmt: skip
     said = capsys.readouterr()
     assert end.value.code == 0 and "23 images" in said.out
     assert "1 image files left out, the first:" in said.err and "red/03.png: not an" in said.err
