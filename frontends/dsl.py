@@ -26,7 +26,7 @@ from graphnet.errors import (
 from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
 from graphnet.ir.types import layout_of_parameter
-from graphnet.runtime.state import Cell
+from graphnet.runtime.state import Cell, lock_of
 
 if TYPE_CHECKING:
     from graphnet.frontends.summary import Summary
@@ -235,7 +235,8 @@ class Module:
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
         """A snapshot of all parameters: fp32 on the CPU, torch's keys and layout."""
-        return OrderedDict((key, p.snapshot()) for key, p in self._keys())
+        with lock_of(self):
+            return OrderedDict((key, p.snapshot()) for key, p in self._keys())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Copies tensors in, by key; compiled programs see them at their next call.
@@ -266,13 +267,15 @@ class Module:
                 f"state dict does not fit {self._title()}:\n  " + "\n  ".join(problems),
                 help="strict=False ignores missing and unexpected keys" if strict else None,
             )
-        for key, tensor in loaded.items():
-            mine[key].data = tensor
+        with lock_of(self):
+            for key, tensor in loaded.items():
+                mine[key].data = tensor
         return Incompatible(missing, unexpected)
 
     def copy(self) -> Module:
         """An independent net with equal parameters; programs of this one do not touch it."""
-        return copy.deepcopy(self)
+        with lock_of(self):
+            return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Module:
         made = object.__new__(type(self))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from graphnet.runtime.program import RING, Program, TrainStep
+from graphnet.runtime.program import RING, Program, TrainStep, taking_turns
 
 
 class Accumulated(TrainStep):
@@ -30,6 +30,7 @@ class Accumulated(TrainStep):
     def ran(self) -> Program:
         return self._ran
 
+    @taking_turns
     def __call__(
         self,
         x: torch.Tensor,

@@ -46,6 +46,10 @@ class Optimizer:
 
     def _write(self, name: str, value: Any) -> None:
         numbers = self._numbers(name, value)
+        with self._state.lock:
+            self._put(name, value, numbers)
+
+    def _put(self, name: str, value: Any, numbers: Mapping[str, float]) -> None:
         self._values[name] = tuple(value) if isinstance(value, (tuple, list)) else float(value)
         for hyper, given in numbers.items():
             if hyper in self._hypers:
@@ -79,10 +83,11 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU, row-major."""
-        out = {n: e.cell.snapshot() for n, e in self._entries.items()}
-        out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
-        for key, name in self._counts.items():
-            out[key] = torch.tensor(getattr(self._state, name))
+        with self._state.lock:
+            out = {n: e.cell.snapshot() for n, e in self._entries.items()}
+            out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
+            for key, name in self._counts.items():
+                out[key] = torch.tensor(getattr(self._state, name))
         return out
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -100,14 +105,15 @@ class Optimizer:
             raise StateDictError("optimizer state does not fit:\n  " + "\n  ".join(problems))
         for key in self._values:
             self._numbers(key, state[key].tolist())
-        for key, entry in self._entries.items():
-            entry.cell.live.copy_(state[key])
-        self._state.stepped.update(self._entries)
-        for key in self._values:
-            setattr(self, key, state[key].tolist())
-        for key, name in self._counts.items():
-            setattr(self._state, name, int(state[key]))
-        self._state.entries["step"].cell.live.fill_(self._state.steps)
+        with self._state.lock:
+            for key, entry in self._entries.items():
+                entry.cell.live.copy_(state[key])
+            self._state.stepped.update(self._entries)
+            for key in self._values:
+                setattr(self, key, state[key].tolist())
+            for key, name in self._counts.items():
+                setattr(self._state, name, int(state[key]))
+            self._state.entries["step"].cell.live.fill_(self._state.steps)
 
     def __repr__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in self._values.items())

@@ -6,12 +6,16 @@
     TrainStep  step(x, y) -> loss
 
 A batch may be smaller than compiled: the input copy fills the rows behind it with zeros.
+
+Programs may be called from several threads: those of one net take turns, since they share its
+State, and so do calls of one program, since they share its buffers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,6 +29,18 @@ RING = 4096  # losses kept on the device; as in passes/autodiff
 _OURS = ("ring", "step")  # counters that belong to every step, whatever its optimizer
 Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
 _STAGES = ("traced", "joint", "fused")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def taking_turns(call: Method) -> Method:
+    """A method of a program, run by one thread at a time for all programs of its net."""
+
+    @functools.wraps(call)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.state.lock:
+            return call(self, *args, **kwargs)
+
+    return cast(Method, locked)
 
 
 class Program:
@@ -46,10 +62,16 @@ class Program:
         precision: str,
         seed: int = 0,
     ) -> None:
-        graph: Graph = plan.graph
         self.stages, self.plan, self.state = stages, plan, state
         self.target, self.precision, self.seed = target, precision, seed
         self.device = state.device
+        with state.lock:
+            self._attach(prepare)
+
+    def _attach(self, prepare: Prepare) -> None:
+        """Makes what the program owns, and meets the state."""
+        stages, plan, state = self.stages, self.plan, self.state
+        graph: Graph = plan.graph
         self._entries = state.attach(graph)
         self._storage = {e.name: e.tensor for e in self._entries}
         inputs = [(i.value.name, i.value.type, i.role) for i in graph.inputs]
@@ -65,7 +87,7 @@ class Program:
         self._live = self._epoch = 0
         self._takes = stages.traced.input("x").value.type.dtype.torch
         if "seed" in self._storage:
-            self._storage["seed"].fill_(_signed64(seed))
+            self._storage["seed"].fill_(_signed64(self.seed))
         targets = {old.name for old, _ in graph.commits}
         self._writes = any(e.role == "param" and e.name in targets for e in self._entries)
         self._keeps = {e.name for e in self._entries if e.role == "derived"} & targets
@@ -213,6 +235,7 @@ def _signed64(seed: int) -> int:
 class Infer(Program):
     """infer(x) -> logits: a fresh tensor with as many rows as x. Dropout is off."""
 
+    @taking_turns
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = self._feed(x)
         self._step()
@@ -222,6 +245,7 @@ class Infer(Program):
 class Evaluate(Program):
     """ev(x, y) -> (loss, logits): the mean loss over the rows. Dropout is off."""
 
+    @taking_turns
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self._feed(x, y)
         self._step()
@@ -235,6 +259,7 @@ class Gradients(Program):
         super().__init__(**kwargs)
         self.keys = keys
 
+    @taking_turns
     def __call__(
         self, x: torch.Tensor, y: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -292,6 +317,7 @@ class TrainStep(Program):
         """The program whose buffers hold the latest step."""
         return self
 
+    @taking_turns
     def __call__(
         self,
         x: torch.Tensor,
@@ -339,10 +365,11 @@ class TrainStep(Program):
         bound = self._ready(n, lr)
         losses = torch.empty(n, device=self.device)
         for k in range(n):
-            if lr is not None:
-                self.optimizer.lr = float(lr[k])
-            batch = bound.stored() if "index" in self._storage else bound.next()
-            losses[k].copy_(self(*batch))
+            with self.state.lock:
+                if lr is not None:
+                    self.optimizer.lr = float(lr[k])
+                batch = bound.stored() if "index" in self._storage else bound.next()
+                losses[k].copy_(self(*batch))
         return losses
 
     def _ready(self, n: int, lr: Sequence[float] | None) -> Bound:

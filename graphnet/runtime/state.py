@@ -7,6 +7,7 @@ devices fetch it when one of their programs runs next.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class _Bank:
     """What all States of one net have in common. Holds no reference to the net."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.cells: dict[str, Cell] = {}
         self.states: dict[torch.device, State] = {}
         self.steps = 0  # the host's copy of the step counter
@@ -70,6 +72,7 @@ class _Bank:
 
 
 _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
 
 
 def _key(i: Input) -> str:
@@ -79,13 +82,24 @@ def _key(i: Input) -> str:
     return f"{i.value.name}{{{layout}}}" if own else i.value.name
 
 
+def _bank_of(net: Any) -> _Bank:
+    with _making:
+        return _BANKS.setdefault(net, _Bank())
+
+
+def lock_of(net: Any) -> threading.RLock:
+    """What a thread holds while it reads or changes the state of a net, on whatever device."""
+    return _bank_of(net).lock
+
+
 def state_of(net: Any, device: torch.device) -> State:
     """The State of a net on a device, made at the first call."""
-    bank = _BANKS.setdefault(net, _Bank())
-    if device not in bank.states:
-        bank.states[device] = State(bank, device)
-    state = bank.states[device]
-    state.params = dict(net.named_parameters())
+    bank = _bank_of(net)
+    with bank.lock:
+        if device not in bank.states:
+            bank.states[device] = State(bank, device)
+        state = bank.states[device]
+        state.params = dict(net.named_parameters())
     return state
 
 
@@ -97,6 +111,7 @@ class State:
         self.params: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self.stale = False
+        self.lock = bank.lock  # of the net: a program runs while its thread holds it
         self._bank = bank
 
     @property

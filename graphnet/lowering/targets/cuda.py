@@ -23,7 +23,7 @@ from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source, load
 from graphnet.lowering.launch.steps import Copy, Fill, Launch, Step, bind
 from graphnet.lowering.plan.plan import Plan
-from graphnet.lowering.targets.interpret import Storage, buffers, laid, operands
+from graphnet.lowering.targets.interpret import MODE, Storage, buffers, laid, operands
 from graphnet.lowering.watch import wanted, watched
 
 Call = Callable[[], Any]
@@ -109,7 +109,8 @@ def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
             a, b = tensor(ref(step.source)), tensor(ref(step.target))
             out.append(partial(b.copy_, a, non_blocking=True))
         else:
-            out.append(_loaded(step, tensor, *next(found)))
+            with MODE:
+                out.append(_loaded(step, tensor, *next(found)))
     return out
 
 
@@ -193,13 +194,13 @@ def prepare(
 
         @torch.no_grad()
         def run() -> None:
-            with torch.cuda.device(device):
+            with MODE, torch.cuda.device(device):
                 once()
 
         return run
 
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.no_grad():
+    with MODE, torch.cuda.device(device), torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.graph(graph, stream=side):

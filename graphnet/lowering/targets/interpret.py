@@ -12,8 +12,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,9 @@ _PACKAGE = "graphnet.interpreted_kernels"
 _KERNELS = "graphnet.kernels"
 _twins: dict[int, Any] = {}  # by id of the jit function, which its module keeps alive
 _depth = 0
+# Held by the one thread that interprets, compiles or launches: the mode is that of the process.
+# What is captured is replayed without it.
+MODE = threading.RLock()
 
 
 def _twin(function: Any) -> Any:
@@ -80,24 +84,31 @@ def problem() -> str | None:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Triton's interpreter mode, undone on the way out, the environment included."""
+    """Triton's interpreter mode, undone on the way out, the environment included. Threads take
+    turns."""
     global _depth
     if (why := problem()) is not None:
         raise BackendUnavailableError(why, help="triton>=3.7 or numpy<2.4; or target='cpu'")
+    with MODE:
+        _depth += 1
+        try:
+            with _switched() if _depth == 1 else nullcontext():
+                yield
+        finally:
+            _depth -= 1
+
+
+@contextmanager
+def _switched() -> Iterator[None]:
     import triton
 
-    if _depth:
-        yield
-        return
     variable = os.environ.get("TRITON_INTERPRET")
     knob = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     before = _exchange()
-    _depth += 1
     try:
         yield
     finally:
-        _depth -= 1
         for module, key, value in before:
             setattr(module, key, value)
         triton.knobs.runtime.interpret = knob

@@ -25,12 +25,9 @@ Buffer = Callable[[Ref], torch.Tensor]
 @contextmanager
 def mode(target: str) -> Iterator[None]:
     """What launches of a target have to be called in."""
-    if target == "interpret":
-        from graphnet.lowering.targets.interpret import interpreted
+    from graphnet.lowering.targets.interpret import MODE, interpreted
 
-        with interpreted():
-            yield
-    else:
+    with interpreted() if target == "interpret" else MODE:
         yield
 
 
