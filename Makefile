@@ -27,7 +27,7 @@ $(OLD)/.stamp: pyproject.toml constraints-triton36.txt
 	touch $@
 
 demo: $(VENV)/.stamp
-	$(BIN)/graphnet train lenet5 --data digits --epochs 30 --batch 32 --target auto --lr 0.05 \
+	$(BIN)/graphnet train lenet5 --data digits --augment digits --epochs 30 --batch 32 --lr 0.05 \
 	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.stamp

@@ -9,7 +9,7 @@ laptop trains in minutes. `graphnet inspect examples/cifar_cnn.py:net --train` s
 import graphnet as gn
 
 
-def net(classes: int = 10) -> gn.Sequential:
+def net(num_classes: int = 10) -> gn.Sequential:
     """66,570 parameters."""
     model = gn.Sequential(
         gn.Conv2d(3, 32, 3, padding=1), gn.ReLU(),
@@ -17,7 +17,7 @@ def net(classes: int = 10) -> gn.Sequential:
         gn.Conv2d(32, 64, 3, padding=1), gn.ReLU(),
         gn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0), gn.MaxPool2d(2),
         gn.Conv2d(64, 64, 3, padding=1), gn.ReLU(), gn.MaxPool2d(2),
-        gn.Flatten(), gn.Dropout(0.25), gn.Linear(1024, classes),
+        gn.Flatten(), gn.Dropout(0.25), gn.Linear(1024, num_classes),
     )  # fmt: skip
     model.input_shape = (3, 32, 32)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ from typing import Any
 from graphnet.errors import ConfigError, GraphnetError
 
 
-def load_model(spec: str) -> Any:
-    """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it)."""
+def load_model(spec: str, classes: int = 0) -> Any:
+    """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it).
+
+    classes  outputs of a named model, or of a function with a parameter num_classes; 0 for its own
+    """
     from graphnet.frontends import models
     from graphnet.frontends.dsl import Module
 
@@ -20,14 +24,20 @@ def load_model(spec: str) -> Any:
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
     if not runs_code(spec):
-        return models.get(spec)
+        return models.get(spec, **({"num_classes": classes} if classes else {}))
     module = _run_file(Path(path))
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")
     found = getattr(module, attribute)
-    if not isinstance(found, Module) and callable(found):
+    makes = not isinstance(found, Module) and callable(found)
+    if classes and not (makes and _takes(found, "num_classes")):
+        raise ConfigError(
+            f"{spec} takes no number of classes, and --classes gives {classes}",
+            help="a function with a parameter num_classes takes it; or change the last layer there",
+        )
+    if makes:
         with _blamed_on(f"{path}: {attribute}()"):
-            found = found()
+            found = found(num_classes=classes) if classes else found()
     if not isinstance(found, Module):
         raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
     return found
@@ -36,6 +46,13 @@ def load_model(spec: str) -> Any:
 def runs_code(spec: str) -> bool:
     """Whether `load_model` runs a file of the user's for this model."""
     return spec.rpartition(":")[0].endswith(".py")
+
+
+def _takes(function: Any, name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # one without a signature
+        return False
 
 
 def _run_file(path: Path) -> Any:

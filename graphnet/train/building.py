@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graphnet.errors import ConfigError
 from graphnet.frontends import init
 from graphnet.frontends.dsl import Module
+from graphnet.frontends.loading import input_shape, runs_code
+from graphnet.frontends.tracing import trace
 from graphnet.ops.adam import Adam, AdamW
+from graphnet.ops.fused import eqn_cost
 from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
 from graphnet.ops.update import SGD
+from graphnet.runtime.program import Program
 from graphnet.train import rundir, schedule
+from graphnet.train.data import check_classes
 from graphnet.train.settings import RunConfig, settings
 
 
@@ -85,6 +93,42 @@ def prepare(net: Module, s: RunConfig) -> Module:
             p.lr_mult, p.decay_mult = s.bias_lr, s.bias_decay
     freeze(net, [n for n in s.freeze.split(",") if n])
     return net
+
+
+_FLOPS_OF_A_THREAD = 100e6  # about 3 ms of work
+
+
+def processors() -> int:
+    """That this process may use; OMP_NUM_THREADS and torch.set_num_threads count as a limit."""
+    return min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+
+
+def threads_for(flops: int, processors: int) -> int:
+    """Threads for a step of so many FLOPs on the cpu target.
+
+    A thread must have enough to do: torch waits for all of them several times a layer, and on a
+    busy machine each wait may last a slice of the scheduler. LeNet-5 at batch 32 (73 MFLOP) takes 3
+    to 7 ms on one thread, and 33 to 140 ms on two threads of two busy cores.
+    """
+    return max(1, min(processors, int(flops / _FLOPS_OF_A_THREAD)))
+
+
+def step_flops(step: Program) -> int:
+    return sum(eqn_cost(e).flops for e in step.stages.fused.eqns)
+
+
+def check_outputs(net: Module, s: RunConfig, data: Any, *, old: bool) -> None:
+    """DataError, at the last layer, where the net's outputs are not the classes of the data; of an
+    `old` run a warning."""
+    graph = trace(net, input_shape(net, 1))
+    logits = graph.returns[0]
+    made, v = graph.producers(), logits
+    while v in made and made[v].op not in ("linear", "conv2d"):
+        v = made[v].inputs[0]
+    place = made[v].where.located if v in made else {}
+    named = not runs_code(s.model)
+    fix = lambda n: f"--classes {n}" if named else f"make it {n} in the last layer of {s.model}"
+    check_classes(data, logits.type.shape[-1], old=old, fix=fix, **place)
 
 
 def freeze(net: Module, names: Sequence[str]) -> None:

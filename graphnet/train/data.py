@@ -122,14 +122,36 @@ def _tensor(value: Any, what: str) -> torch.Tensor:
         ) from None
 
 
-def check_classes(data: Dataset | Folder, classes: int) -> None:
-    """DataError where a net with `classes` outputs cannot tell all labels of the data apart."""
+class ClassesWarning(UserWarning):
+    """A net that was trained before has another number of outputs than the data have classes."""
+
+
+def check_classes(
+    data: Dataset | Folder,
+    outputs: int,
+    *,
+    old: bool = False,
+    fix: Callable[[int], str] = lambda n: f"its last layer needs {n}",
+    **located: Any,
+) -> None:
+    """DataError where a net does not have one output for each class of the data.
+
+    old      the net is trained already: outputs that stand for no class are named in a warning
+    fix      how its outputs are made so many; `located` is its last layer
+    """
     least, most = int(data.labels.min()), int(data.labels.max())
-    if least < 0 or most >= classes:
+    named = len(data.classes)
+    if least < 0 or most >= outputs:
         raise DataError(
-            f"{data.name} has labels from {least} to {most}, the net has {classes} outputs",
-            help=f"its last layer needs {most + 1}" if least >= 0 else "labels begin at 0",
-        )
+            f"{data.name} has labels from {least} to {most}, the net has {outputs} outputs",
+            help=fix(named or most + 1) if least >= 0 else "labels begin at 0", **located,
+        )  # fmt: skip
+    if not named or named == outputs:
+        return
+    text = f"{data.name} has {named} classes, the net has {outputs} outputs"
+    if not old:
+        raise DataError(text, help=fix(named), **located)
+    warnings.warn(f"{text}: those from {named} on stand for nothing", ClassesWarning, stacklevel=3)
 
 
 def load(

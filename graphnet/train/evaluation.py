@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,7 +21,7 @@ from graphnet.frontends.dsl import Module
 from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.train import checkpoint, rundir
 from graphnet.train.building import read_settings
-from graphnet.train.data import Batches, check_classes, load
+from graphnet.train.data import Batches, ClassesWarning, check_classes, load
 from graphnet.train.decode import MAX_PIXELS
 from graphnet.train.folder import Folder, Reading, centre, normalised
 from graphnet.train.metrics import confusion_matrix, topk_wrong
@@ -60,7 +61,9 @@ def load_trained(
             f"{path} names the model {name}, a file that would be run",
             help=f"if you trust it: --model {shlex.quote(name)}",
         )
-    net = load_model(name)
+    net = load_model(name, settings.classes if settings and name == settings.model else 0)
+    if settings is None and not runs_code(name):
+        net = load_model(name, _outputs(net, tensors))
     own = set(net.state_dict())
     net.load_state_dict({k: t for k, t in tensors.items() if k in own or not _trainers(k)})
     return Trained(net, name, file, settings, _about(run))
@@ -93,6 +96,13 @@ def _find(
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file: {error}") from None
+
+
+def _outputs(net: Module, tensors: Mapping[str, torch.Tensor]) -> int:
+    """The outputs of the net that the tensors are of, where `net` differs in those alone; or 0."""
+    key, own = [(k, t) for k, t in net.state_dict().items() if t.ndim > 1][-1]
+    theirs = tensors.get(key, own)
+    return len(theirs) if theirs.shape[1:] == own.shape[1:] and len(theirs) != len(own) else 0
 
 
 def _trainers(key: str) -> bool:
@@ -323,7 +333,7 @@ def evaluate_run(
         p = probabilities(x if ten_crop else centre(x, shape[2:]))
         if tally is None:
             tally = Tally(p.shape[1])
-            check_classes(test, p.shape[1])
+            check_classes(test, p.shape[1], old=True)
         tally.add(p, y)
     if tally is None:
         raise DataError("the evaluation data holds no batch")
@@ -362,6 +372,11 @@ def predict(
     program = compile(trained.net, shape, target=target)
     logits = _member(program, trained.about, {"mean": (0.0,), "std": (1.0,)})
     names = [printable(name) for name in trained.about.get("classes") or []]
+    if names and (outputs := _width(program)) != len(names):
+        warnings.warn(
+            f"{trained.file} has {outputs} outputs for {len(names)} classes: the others stand for "
+            "nothing and are left out", ClassesWarning, stacklevel=2,
+        )  # fmt: skip
     out: list[dict[str, Any]] = []
     for at in range(0, len(images), size):
         whole: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -375,6 +390,7 @@ def predict(
         if not whole:
             continue
         p = torch.softmax(logits(torch.stack([image for _, image in whole])).float(), 1).cpu()
+        p = p[:, : len(names) or None]  # of a net with more outputs, the classes that there are
         values, indices = p.topk(min(top, p.shape[1]), 1)
         for (row, _), v, k in zip(whole, values.tolist(), indices.tolist(), strict=True):
             row["classes"] = [

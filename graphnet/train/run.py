@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shlex
 import sys
 import time
@@ -20,14 +21,18 @@ from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.train import augment, checkpoint, plots, rundir
 from graphnet.train.building import (
+    check_outputs,
     make_loss,
     make_optimizer,
     make_schedule,
     prepare,
+    processors,
     read_settings,
+    step_flops,
+    threads_for,
 )
-from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore
-from graphnet.train.data import Batches, Dataset, check_classes, load
+from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore, say
+from graphnet.train.data import Batches, Dataset, load
 from graphnet.train.evaluation import Tally, keep_about
 from graphnet.train.folder import Folder, Reading, centre
 from graphnet.train.settings import RunConfig
@@ -38,9 +43,16 @@ _LAST = "misclassified.png"  # what a finished run writes last
 _FREE = frozenset({"workers", "uncached"})  # settings that no result depends on
 
 
+def default_folder(model: str) -> Path:
+    """runs/<model>-<time>, where a run goes that was given no place."""
+    path, _, attribute = model.rpartition(":")
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(path).stem}-{attribute}" if path else attribute)
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def run_training(
     settings: RunConfig,
-    out: Path,
+    out: Path | None = None,
     *,
     resume: bool = False,
     quiet: bool = False,
@@ -48,11 +60,13 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains into the run folder `out` and returns what came of it, as JSON.
 
+    out     runs/<model>-<time> by default, which is then said
     resume  go on with the run in `out`, with its own settings; a finished run stays as it is
     given   settings that the caller insists on (all by default): ConfigError where a resumed
             run has others. A FILE.py that a run names is run only where the caller insists on it
     The result's "signal" is the number of the signal that stopped the run, or 0.
     """
+    named, out = out is not None, out or default_folder(settings.model)
     with StopSignals() as signals, contextlib.ExitStack() as held:
         found = None
         if resume:
@@ -62,6 +76,8 @@ def run_training(
         else:
             rundir.check_free(out)  # before anything is read for it
         if found is not None and _finished(found.state, settings) and (out / _LAST).exists():
+            if not quiet:
+                say(f"{out} was finished before: nothing is left to do")
             return _result(settings, out, found.state["history"], found.step, 0)
         if resume and given is not None and "model" not in given and runs_code(settings.model):
             quoted, place = shlex.quote(settings.model), shlex.quote(str(out))
@@ -74,19 +90,31 @@ def run_training(
         signals.watch(trainer)
         with signals.at_once():
             step = trainer.compile(parts.shape)
-        check_classes(parts.train, step.classes)
+        if not resume and not settings.threads:  # a run goes on with those that it began with
+            threads = threads_for(step_flops(step), processors())
+            settings = replace(settings, threads=threads)
+        if settings.threads and step.target == "cpu":
+            held.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(settings.threads)
         if found is not None:
             restore(trainer, found)
         elif not resume:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
             held.enter_context(rundir.locked(out))
+            if not named:
+                say(f"the run folder is {out}")
         keep_about(out, parts.loaded[0])  # also of a run that was killed before it had one
         if trainer.augment is not None and not (out / augment.FILE).exists():
             augment.save(out, trainer.augment)
         trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, parts.loaded)]
         if trainer.augment is not None and (remark := augment.idle(trainer.augment, parts.train)):
             print(remark, file=sys.stderr, flush=True)
+        if settings.batch > len(parts.train):
+            say(
+                f"a batch of {settings.batch:,} is more than the {len(parts.train):,} training "
+                "images: each epoch is one step"
+            )
         if not quiet:
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)
@@ -112,9 +140,10 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     """Net, data and trainer of the settings, or of an existing run. Writes nothing."""
     drawn = augment.parse(settings.augment) if settings.augment else None
     torch.manual_seed(settings.seed)  # of the initial parameters
-    net = prepare(load_model(settings.model), settings)
+    net = prepare(load_model(settings.model, settings.classes), settings)
     shape = input_shape(net, settings.batch)
     train, test = loaded = (_load(settings, "train", shape), _load(settings, "test", shape))
+    check_outputs(net, settings, train, old=run is not None)
     reading = _reading(settings)
     batches = Batches(train, settings.batch, seed=settings.seed, reading=reading, cut="random")
     if settings.overfit_batches:
@@ -150,7 +179,6 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
     """
     parts = _build(replace(settings, uncached=True))
     step = parts.trainer.compile(parts.shape)
-    check_classes(parts.train, step.classes)
     x, y = next(iter(parts.batches))
     first = float(step(x, y))
     start = time.perf_counter()
@@ -186,6 +214,7 @@ def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunCon
     have = read_settings(out)
     names = {f.name for f in fields(RunConfig)}
     insisted = names if given is None else names & given
+    insisted = insisted if wanted.threads else insisted - {"threads"}  # 0 leaves them to the run
     differ = [
         f"{n} = {getattr(have, n)!r}, not {getattr(wanted, n)!r}"
         for n in sorted(insisted - _FREE)

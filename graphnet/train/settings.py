@@ -11,6 +11,7 @@ from typing import Any
 from graphnet.errors import LARGEST, ConfigError
 from graphnet.train.schedule import NAMES as SCHEDULES
 
+DATA = "mnist:DIR, cifar10:PATH, digits, synthetic or imagefolder:DIR"
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LOSSES = ("cross_entropy", "hinge", "multi_margin")
 INITS = ("torch", "gaussian", "he", "xavier")  # as gn.init.by_name takes them
@@ -26,7 +27,8 @@ class RunConfig:
     """The settings of a run, as config.toml holds them."""
 
     model: str = _setting("", "a model's name, or FILE.py:ATTRIBUTE")
-    data: str = _setting("", "mnist:DIR, cifar10:PATH, digits, synthetic or imagefolder:DIR")
+    data: str = _setting("", DATA)
+    classes: int = _setting(0, "outputs of a named model; 0 for its own number", min=0)
     epochs: int = _setting(3, "passes over the training data", min=1)
     batch: int = _setting(128, "images in a batch", min=1)
     target: str = _setting("auto", "auto, cuda, cpu or interpret")
@@ -54,6 +56,9 @@ class RunConfig:
         "", "what is drawn for each image: digits, cifar, photos, or rotate=10,scale=0.9:1.1,..."
     )
     seed: int = _setting(0, "of initial values, order, dropout and augmentation")
+    threads: int = _setting(
+        0, "of target cpu; 0: by the work of a step, and the run keeps the number", min=0
+    )
     workers: int = _setting(2, "processes that decode image files", min=0)
     resize: int = _setting(
         0, "keep image files in this size and train on random crops (0: the net's size)", min=0

@@ -11,10 +11,11 @@ import typer
 
 from graphnet.errors import ConfigError, printable
 from graphnet.frontends.loading import runs_code
-from graphnet.train.settings import RunConfig, kind, read_config_file, settings
+from graphnet.train.settings import DATA, RunConfig, kind, read_config_file, settings
 from graphnet.verbs.common import Batch, Json, Target, app, emit
 
-DATA = "as for train; default: the run's own"
+DATA_OF = "as for train; default: the run's own"
+OUT = "run folder to create; default: runs/MODEL-TIME"
 Run = Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")]
 _MODEL = "of a checkpoint that lies in no run; FILE.py:ATTRIBUTE where a run names it, which is run"
 ModelOf = Annotated[str, typer.Option("--model", help=_MODEL)]
@@ -46,7 +47,7 @@ def _options() -> list[inspect.Parameter]:
 
 def _train(
     ctx: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="run folder to create")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     dry_run: Annotated[
@@ -73,15 +74,21 @@ def _train(
         given |= set(file)
     if resume and dry_run:
         raise typer.BadParameter("a dry run starts from nothing", param_hint="--resume")
-    if not resume and (missing := [n for n in ("model", "data") if not values[n]]):
-        raise typer.BadParameter(f"no {missing[0]} is given", param_hint=f"{missing[0]}")
+    if not resume and not values["model"]:
+        from graphnet.frontends.models import MODELS
+
+        text = f"no model is given: {', '.join(sorted(MODELS))}, or FILE.py:ATTRIBUTE"
+        raise typer.BadParameter(text, param_hint="model")
+    if not resume and not values["data"]:
+        raise typer.BadParameter(f"no data is given: --data {DATA}", param_hint="--data")
     chosen = RunConfig(**values)
     if dry_run:
         _dry(run.dry_run(chosen), as_json)
         return
-    if out is None:
-        raise typer.BadParameter("where does the run go?", param_hint="--out")
+    if out is None and resume:
+        raise typer.BadParameter("which run goes on? --out RUN", param_hint="--out")
     result = run.run_training(chosen, out, resume=resume, quiet=as_json, given=given)
+    out = Path(result["run"])
     if as_json:
         emit(result)
     elif result["top1_error"] is not None and not result["signal"]:
@@ -114,10 +121,18 @@ def _dry(found: dict[str, Any], as_json: bool) -> None:
         f"{f['batches']} batches\n"
         f"loss {f['loss']:.4f}, on the same batch again {f['next_loss']:.4f}, "
         f"test {f['test_loss']:.4f}\n"
-        f"{1e3 * f['step_s']:.1f} ms a step, about {f['epoch_s']:.2g} s an epoch without reading; "
+        f"{1e3 * f['step_s']:.1f} ms a step, about {_time(f['epoch_s'])} an epoch without reading; "
         f"peak {f['peak_bytes'] / 2**20:.0f} MiB"
         + (f" in {f['launches']} launches" if f["launches"] else " beside what torch allocates")
     )
+
+
+def _time(seconds: float) -> str:
+    """3.2 s, 4 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _with_options(function: Any) -> Any:
@@ -136,7 +151,7 @@ app.command("train")(_with_options(_train))
 @app.command("eval")
 def evaluate(
     run: Run,
-    data: Annotated[str, typer.Option(help=DATA)] = "",
+    data: Annotated[str, typer.Option(help=DATA_OF)] = "",
     model: ModelsOf = None,
     batch: Batch = 256,
     target: Target = "auto",

@@ -45,7 +45,8 @@ def contents(folder):
 def test_taking_a_run_up_again(run, cli):
     before = contents(run)
     code, out, err = cli("train", "--resume", "--out", run)  # the run knows its model
-    assert (code, err) == (0, "") and "2 epochs, test accuracy" in out
+    assert code == 0 and "2 epochs, test accuracy" in out
+    assert err == f"{run} was finished before: nothing is left to do\n"
     code, _, err = cli("train", "--resume", "--workers", 0, "--uncached", "--out", run)
     assert code == 0, err
     assert contents(run) == before

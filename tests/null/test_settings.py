@@ -82,7 +82,7 @@ def test_usage_errors_are_one_line(tmp_path, capsys):
     for argv, says in (
         (["train"], "no model is given"),
         (["train", "lenet5", "--out", out], "no data is given"),
-        (["train", "lenet5", "--data", "digits"], "where does the run go"),
+        (["train", "--resume"], "which run goes on? --out RUN"),
         (["train", "lenet5", "--data", "digits", "--out", out, "--epochs", "0"], "epochs"),
         (["train", "lenet5", "--data", "digits", "--out", out, "--lr", "nan"], "lr=nan"),
         (["train", "lenet5", "--data", "digits", "--out", out, "--freeze", "conv9"], "conv9"),
