@@ -28,6 +28,7 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
 }  # fmt: skip
+TRIES = 5  # workers that a file may end, or that may be killed while they start
 START_S = 120.0  # for a process to come up, on a machine that is busy
 
 
@@ -80,21 +81,24 @@ class Decoders:
     def _ask(self, jobs: Sequence[Job]) -> list[bool | str]:
         worker = self._idle.get()
         try:
-            try:
-                return worker.ask(jobs)
-            except _WorkerFailed as error:
-                if len(jobs) == 1:
-                    return [str(error)]
+            if len(jobs) > 1:
+                with contextlib.suppress(_WorkerFailed):
+                    return worker.ask(jobs)
             # One of them ends the worker or holds it up: alone, it shows.
-            answers: list[bool | str] = []
-            for job in jobs:
-                try:
-                    answers += worker.ask([job])
-                except _WorkerFailed as error:
-                    answers.append(str(error))
-            return answers
+            return [self._alone(worker, job) for job in jobs]
         finally:
             self._idle.put(worker)
+
+    def _alone(self, worker: _Worker, job: Job) -> bool | str:
+        """The answer to one job. Somebody else may have killed the worker, for want of memory for
+        example: only a file that each of several workers dies over is no image."""
+        for left in reversed(range(TRIES)):
+            try:
+                return worker.ask([job])[0]
+            except _WorkerFailed as error:
+                if not (left and error.killed):
+                    return str(error)
+        raise AssertionError("TRIES is at least 1")
 
     def _handles(self) -> tuple[int, ...]:
         return (self._handle, *(self._kept() or ()))
@@ -124,7 +128,14 @@ class Decoders:
 
 
 class _WorkerFailed(Exception):
-    """The worker died over a request or took too long; the next request starts a new one."""
+    """The worker died over a request or took too long; the next request starts a new one.
+
+    killed  by a signal: by its own fault, or by somebody else
+    """
+
+    def __init__(self, message: str, killed: bool = False) -> None:
+        self.killed = killed
+        super().__init__(message)
 
 
 class _Worker:
@@ -140,24 +151,29 @@ class _Worker:
         return self._exchange(jobs, LIMIT_S * len(jobs))
 
     def _start(self) -> None:
+        """Starts the process, again where it is killed meanwhile; DataError where it cannot be."""
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, *sys.path)))
         env = {**_KEEP_MEMORY, **os.environ, "PYTHONPATH": path}
-        # A file: nobody reads along, and a full pipe would stop the worker.
-        with tempfile.TemporaryFile() as said:
-            try:
-                self.process = subprocess.Popen(
-                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
-                    bufsize=0, pass_fds=self.handles, env=env,
-                )  # fmt: skip
-                self._exchange([], START_S)  # whether it works at all is not the fault of a file
-            except (OSError, _WorkerFailed) as error:
-                said.seek(0)
-                lines = said.read().decode(errors="replace").strip().splitlines()
-                raise DataError(
-                    f"a decode worker does not start: {lines[-1] if lines else error}",
-                    help="use workers=0 to decode in this process",
-                ) from None
+        for left in reversed(range(TRIES)):
+            # A file: nobody reads along, and a full pipe would stop the worker.
+            with tempfile.TemporaryFile() as said:
+                try:
+                    self.process = subprocess.Popen(
+                        self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                        bufsize=0, pass_fds=self.handles, env=env,
+                    )  # fmt: skip
+                    self._exchange([], START_S)  # whether it works at all is no fault of a file
+                    return
+                except (OSError, _WorkerFailed) as error:
+                    if left and isinstance(error, _WorkerFailed) and error.killed:
+                        continue
+                    said.seek(0)
+                    lines = said.read().decode(errors="replace").strip().splitlines()
+                    raise DataError(
+                        f"a decode worker does not start: {lines[-1] if lines else error}",
+                        help="use workers=0 to decode in this process",
+                    ) from None
 
     def _exchange(self, jobs: Sequence[Job], limit: float) -> list[bool | str]:
         process = self.process
@@ -180,7 +196,7 @@ class _Worker:
         except BrokenPipeError:
             code = self.end()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise _WorkerFailed(f"the decoder ended with {how}") from None
+            raise _WorkerFailed(f"the decoder ended with {how}", killed=code < 0) from None
         return json.loads(answer)
 
     def end(self) -> int:

@@ -375,6 +375,42 @@ def test_a_file_that_kills_or_stalls_its_decoder_is_quarantined(tmp_path, monkey
         seen(Batches(train(tmp_path, cache=False), 4, reading=Reading(1)))
 
 
+KILLED = """
+import sys, os
+from pathlib import Path
+from graphnet.train import decode_worker
+def killed(name, times):
+    for k in range(times):
+        try:
+            os.close(os.open(Path(sys.argv[-1]) / f"{name}-{k}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        os.kill(os.getpid(), 9)
+whole = decode_worker.decode
+def decode(path, shape):
+    if "cat" in path: killed(Path(path).name, 3)
+    return whole(path, shape)
+decode_worker.decode = decode
+killed("start", 4)
+sys.exit(decode_worker.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("batch", [2, 12])
+def test_a_killed_worker_costs_no_image(tmp_path, monkeypatch, batch):
+    """In a chunk of one file and in larger ones, over a file and while it starts."""
+    make(tmp_path / "data")
+    (tmp_path / "kills").mkdir()
+    ours = decoding.Decoders._command
+    command = lambda self: [sys.executable, "-c", KILLED, *ours(self)[4:], str(tmp_path / "kills")]
+    monkeypatch.setattr(decoding.Decoders, "_command", command)
+    data = train(tmp_path / "data", cache=False, max_bad=0)
+    batches = Batches(data, batch, shuffle=False, reading=Reading(1))
+    assert sum(len(y) for _, y in batches) == 12 and data.quarantined == {}
+    files = len(list((tmp_path / "data/train/cat").iterdir()))
+    assert len(list((tmp_path / "kills").iterdir())) == 4 + 3 * files
+
+
 # ---- CIFAR-10 --------------------------------------------------------------------------------
 
 
