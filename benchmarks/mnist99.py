@@ -99,7 +99,8 @@ class Group:
         net, step = self.ready(seed)
         compile_s = time.perf_counter() - begin
         train_s = train(step, self.total, self.top)
-        infer = gn.compile(net, (min(1000, len(self.test.labels)), 1, 28, 28), target=self.target)
+        shape = (min(1000, len(self.test.labels)), 1, 28, 28)
+        infer = gn.compile(net, shape, target=self.target, precision="fp32")
         return {
             "seed": seed, "way": WAY, "batch": self.batch, "steps": self.total,
             "compile_s": compile_s, "train_s": train_s,

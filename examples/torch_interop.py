@@ -24,6 +24,7 @@ x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,))
 step = gn.compile(
     ours,
     tuple(x.shape),
+    precision="fp32",  # as torch computes here; on a GPU the default is tf32
     loss=gn.CrossEntropyLoss(),
     optimizer=gn.SGD(lr=0.1, momentum=0.9, weight_decay=1e-3),
 )
@@ -42,7 +43,7 @@ for key, value in ours.state_dict().items():
 
 # What torch has trained runs here, and what is saved here any safetensors reader opens.
 ours.load_state_dict(theirs.state_dict())
-infer = gn.compile(ours, (16, 3, 8, 8))
+infer = gn.compile(ours, (16, 3, 8, 8), precision="fp32")
 assert torch.allclose(infer(x), theirs(x), atol=1e-5)
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "net.safetensors"

@@ -24,7 +24,7 @@ from graphnet.frontends.tracing import trace
 from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling
 from graphnet.passes import pipeline
-from graphnet.passes.precision import POLICIES
+from graphnet.passes.precision import resolve
 from graphnet.runtime.accumulate import Accumulated
 from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
 from graphnet.runtime.state import state_of
@@ -38,7 +38,8 @@ BUILT_FOR = "h100"  # the GPU that we build for where there is none
 
 @dataclass(frozen=True)
 class Lowered:
-    """A net on its way to a program: the graphs, the plan, what it was asked for."""
+    """A net on its way to a program: the graphs, the plan, what it was asked for; target and
+    precision are never "auto"."""
 
     stages: Any
     plan: Any
@@ -53,7 +54,7 @@ def lower(
     shape: Sequence[int],
     *,
     target: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     loss: Any = None,
     optimizer: Any = None,
     grads: bool = False,
@@ -72,10 +73,11 @@ def lower(
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
 
-    _check_arguments(net, precision, loss, optimizer, grads)
+    _check_arguments(net, loss, optimizer, grads)
     _check_augment(augment, optimizer)
     handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
+    precision = resolve(precision, target)
     training = optimizer is not None or grads
     traced = trace(net, shape, loss=loss, training=training, augment=augment)
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
@@ -163,7 +165,7 @@ def compile(
     shape: Sequence[int],
     *,
     target: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     seed: int = 0,
     loss: Any = None,
     optimizer: Any = None,
@@ -180,8 +182,10 @@ def compile(
     loss, grads=True    g(x, y) -> (loss, {key: gradient})
     loss, optimizer     step(x, y) -> loss
 
-    target "auto" is cuda where there is a GPU, else cpu; precision is fp32, tf32 or bf16; `seed`
-    draws the dropout masks. All programs of one net on one device share its state.
+    target "auto" is cuda where there is a GPU, else cpu; precision is fp32 (IEEE, which a GPU has
+    no matrix units for), tf32 or bf16, and "auto" is tf32 on cuda, fp32 on cpu and interpret;
+    `program.precision` says which. `seed` draws the dropout masks. All programs of one net on one
+    device share its state.
 
     accumulate  a step applies the mean gradient of this many calls, at the last of them
     clip_norm   scales the gradients down to this global norm; `step.optimizer.clip_norm` sets it
@@ -275,7 +279,7 @@ def build(
     shape: Sequence[int],
     *,
     arch: str = "sm_90",
-    precision: str = "fp32",
+    precision: str = "auto",
     loss: Any = None,
     optimizer: Any = None,
     grads: bool = False,
@@ -287,7 +291,8 @@ def build(
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
 
-    `out` is a folder that receives the binaries and the generated files.
+    precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `out` is
+    a folder that receives the binaries and the generated files.
     """
     from graphnet.lowering.build.build import arch_number, build_plan
 
@@ -301,11 +306,11 @@ def build(
     }  # fmt: skip
     low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)
     return build_plan(
-        low.plan, arch=arch, precision=precision, out=out, start=start, before=fresh
+        low.plan, arch=arch, precision=low.precision, out=out, start=start, before=fresh
     )  # fmt: skip
 
 
-def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads: bool) -> None:
+def _check_arguments(net: Any, loss: Any, optimizer: Any, grads: bool) -> None:
     if not isinstance(net, Module):
         raise ConfigError(
             f"a gn.Module is compiled, not {called(net)}",
@@ -315,10 +320,6 @@ def _check_arguments(net: Any, precision: str, loss: Any, optimizer: Any, grads:
             "that net.load_state_dict(theirs.state_dict()) takes its weights"
             if is_torchs(net) else "gn.Sequential(...), or a class of your own under gn.Module",
         )
-    if precision not in POLICIES:
-        raise ConfigError(
-            f"unknown precision {precision!r}", help=f"one of {', '.join(POLICIES)}"
-        )  # fmt: skip
     if loss is None and (optimizer is not None or grads):
         raise ConfigError(
             "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"

@@ -221,7 +221,9 @@ def _step(target: str) -> list[float]:
     import graphnet as gn
 
     net, x, y, loss, sgd = _arguments()
-    step: Any = gn.compile(net, tuple(x.shape), target=target, loss=loss, optimizer=sgd)
+    step: Any = gn.compile(
+        net, tuple(x.shape), target=target, precision="fp32", loss=loss, optimizer=sgd
+    )
     if target == "cuda":
         x, y = x.cuda(), y.cuda()
     return [float(step(x, y)) for _ in range(2)]

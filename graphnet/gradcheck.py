@@ -63,7 +63,7 @@ def check_gradients(
     traced = trace(net, shape, loss=loss or CrossEntropyLoss(), training=True)
     params = {k: p.data.detach().to("cpu", torch.float64) for k, p in net.named_parameters()}
     keys = [k for k, p in net.named_parameters() if p.trainable]
-    joint = pipeline.run(traced, grads=True, trainable=keys).joint
+    joint = pipeline.run(traced, precision="fp32", grads=True, trainable=keys).joint
     classes = traced.eqns[-1].inputs[0].type.shape[1]
     rng = torch.Generator().manual_seed(seed)
     feed: dict[str, torch.Tensor] = {

@@ -122,8 +122,8 @@ class Race:
                       "weight_decay": spec.weight_decay * decay}]  # fmt: skip
         self.other = make(groups, spec.lr)
         self.step: Any = gn.compile(
-            self.net, (ROWS, WIDTH), target=target, loss=gn.MultiMarginLoss(margin=MARGIN),
-            optimizer=spec, **options,
+            self.net, (ROWS, WIDTH), target=target, precision="fp32",
+            loss=gn.MultiMarginLoss(margin=MARGIN), optimizer=spec, **options,
         )  # fmt: skip
         self.draw = torch.Generator().manual_seed(2)
 

@@ -70,7 +70,9 @@ class Twins:
         self.sgd = torch.optim.SGD(
             self.twin.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=DECAY
         )
-        common: dict[str, Any] = {"target": target, "loss": gn.CrossEntropyLoss()}
+        common: dict[str, Any] = {
+            "target": target, "precision": "fp32", "loss": gn.CrossEntropyLoss()
+        }  # fmt: skip
         optimizer = gn.SGD(lr=lr, momentum=MOMENTUM, weight_decay=decay)
         shape = (rows, 1, 28, 28)
         self.step: Any = gn.compile(self.net, shape, optimizer=optimizer, **common)

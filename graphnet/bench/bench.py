@@ -26,7 +26,7 @@ from graphnet.bench.result import SCHEMA, Found, layer_table, table
 from graphnet.bench.rounds import Contestant, Timing, measure, sentence
 from graphnet.errors import ConfigError, NumericsError
 from graphnet.frontends.loading import input_shape, load_model
-from graphnet.passes.precision import POLICIES
+from graphnet.passes.precision import resolve, told
 from graphnet.train.checkpoint import atomic_write
 
 TARGETS = ("auto", "cuda", "cpu")
@@ -46,7 +46,7 @@ class BenchConfig:
     model: str
     batch: int = 128
     mode: str = "train"
-    precision: str = "fp32"
+    precision: str = "auto"
     target: str = "auto"
     against: tuple[str, ...] = ("eager",)
     ablate: tuple[str, ...] = ()
@@ -64,20 +64,21 @@ def _one_of(what: str, names: tuple[str, ...], known: Any) -> None:
             raise ConfigError(f"unknown {what} {name!r}", help=f"one of {', '.join(known)}")
 
 
-def _check(c: BenchConfig) -> str:
-    """The target; ConfigError for what cannot be measured, before any work."""
+def _check(c: BenchConfig) -> tuple[BenchConfig, str]:
+    """(c with its precision resolved, target); ConfigError for what cannot be measured, before any
+    work."""
     _one_of("baseline", c.against, KINDS)
     _one_of("ablation", c.ablate, ABLATIONS)
     _one_of("mode", (c.mode,), MODES)
-    _one_of("precision", (c.precision,), POLICIES)
     _one_of("target", (c.target,), TARGETS)
     target = _resolve(c.target)
+    c = replace(c, precision=resolve(c.precision, target))
     if c.precision == "tf32" and target == "cpu":
         raise ConfigError(
             "tf32 is a mode of GPUs: a CPU would compute fp32 under that name",
             help="--precision fp32 or bf16",
         )
-    return target
+    return c, target
 
 
 def _work(c: BenchConfig, device: torch.device) -> Work:
@@ -240,7 +241,9 @@ def run_bench(c: BenchConfig, out: Path | None = None, say: Say = lambda text: N
     NumericsError where the two sides do not compute the same: no speed is reported then. After a
     KeyboardInterrupt the finished rounds have been printed and written.
     """
-    target = _check(c)
+    asked = c.precision
+    c, target = _check(c)
+    say(f"precision {told(asked, target)}, torch's too")
     with peers.torch_flags(c.precision):
         bench = _Bench(c, target, out, say)
         try:

@@ -17,9 +17,26 @@ from graphnet.ir.types import DType, bf16, f32
 from graphnet.passes.dce import cse, dce
 
 POLICIES = ("fp32", "tf32", "bf16")
+CHOICES = ("auto", *POLICIES)
 _PRODUCTS = ("conv2d", "linear", "conv2d_dgrad", "linear_dgrad")
 _WGRADS = ("conv2d_wgrad", "linear_wgrad")
 _LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
+
+
+def resolve(asked: str, target: str) -> str:
+    """The policy that a choice stands for on a target: "auto" is tf32 on cuda, and fp32 on cpu and
+    interpret, which have no TF32. ConfigError for what is no choice."""
+    if asked not in CHOICES:
+        raise ConfigError(f"unknown precision {asked!r}", help=f"one of {', '.join(CHOICES)}")
+    if asked != "auto":
+        return asked
+    return "tf32" if target == "cuda" else "fp32"
+
+
+def told(asked: str, target: str) -> str:
+    """The policy as the verbs print it: "tf32 (auto: cuda)" where "auto" has chosen it."""
+    chosen = resolve(asked, target)
+    return f"{chosen} (auto: {target})" if asked == "auto" else chosen
 
 
 def precision(joint: Graph, policy: str) -> Graph:

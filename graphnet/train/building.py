@@ -26,12 +26,13 @@ from graphnet.train.settings import RunConfig, settings
 
 
 def read_settings(run: Path) -> RunConfig:
-    """The settings in a run's config.toml; what an older version did not know has its default."""
+    """The settings in a run's config.toml; what an older version did not know has its default.
+    Where nothing says a precision, the run was started in fp32."""
     known = {f.name for f in settings()}
     data = {k: v for k, v in rundir.read_config(run).items() if k in known}
     if "model" not in data or "data" not in data:
         raise ConfigError(f"{run / rundir.CONFIG} is not of a run: it names no model or no data")
-    return RunConfig(**data)
+    return RunConfig(**{"precision": "fp32"} | data)
 
 
 def make_optimizer(s: RunConfig) -> Any:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from graphnet import __version__
+from graphnet.api import _resolve
 from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model, runs_code
+from graphnet.passes.precision import resolve, told
 from graphnet.train import augment, checkpoint, plots, rundir
 from graphnet.train.building import (
     check_outputs,
@@ -64,7 +66,8 @@ def run_training(
     resume  go on with the run in `out`, with its own settings; a finished run stays as it is
     given   settings that the caller insists on (all by default): ConfigError where a resumed
             run has others. A FILE.py that a run names is run only where the caller insists on it
-    The result's "signal" is the number of the signal that stopped the run, or 0.
+    The result's "signal" is the number of the signal that stopped the run, or 0. A precision of
+    "auto" is resolved where a run starts, and the run keeps what it became.
     """
     named, out = out is not None, out or default_folder(settings.model)
     with StopSignals() as signals, contextlib.ExitStack() as held:
@@ -75,6 +78,7 @@ def run_training(
             found = checkpoint.load_latest(out)
         else:
             rundir.check_free(out)  # before anything is read for it
+        asked, settings = settings, _resolved(settings)
         if found is not None and _finished(found.state, settings) and (out / _LAST).exists():
             if not quiet:
                 say(f"{out} was finished before: nothing is left to do")
@@ -116,11 +120,18 @@ def run_training(
                 "images: each epoch is one step"
             )
         if not quiet:
+            about = told(asked.precision, step.target)
+            say(f"precision {about}{', as the run was started' if resume else ''}")
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)
         stopped = 0 if trainer.epoch >= settings.epochs else signals.received
         _pictures(out, settings, parts)
         return _result(settings, out, trainer.history, trainer.step, stopped)
+
+
+def _resolved(settings: RunConfig) -> RunConfig:
+    """The settings with the precision that they stand for on their target."""
+    return replace(settings, precision=resolve(settings.precision, _resolve(settings.target)))
 
 
 @dataclass
@@ -177,6 +188,7 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
 
     Leaves nothing behind.
     """
+    settings = _resolved(settings)
     parts = _build(replace(settings, uncached=True))
     step = parts.trainer.compile(parts.shape)
     x, y = next(iter(parts.batches))
@@ -188,6 +200,7 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
     held = float(parts.trainer.evaluation(*next(iter(parts.tests)))[0])
     return {
         "model": settings.model, "data": settings.data, "target": step.target,
+        "precision": step.precision,
         "batches": len(parts.batches), "images": len(parts.train), "loss": first,
         "next_loss": again, "test_loss": held, "step_s": seconds,
         "epoch_s": seconds * len(parts.batches), "launches": len(step.plan.launches),
@@ -215,6 +228,8 @@ def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunCon
     names = {f.name for f in fields(RunConfig)}
     insisted = names if given is None else names & given
     insisted = insisted if wanted.threads else insisted - {"threads"}  # 0 leaves them to the run
+    if wanted.precision == "auto":  # the run has resolved it
+        insisted = insisted - {"precision"}
     differ = [
         f"{n} = {getattr(have, n)!r}, not {getattr(wanted, n)!r}"
         for n in sorted(insisted - _FREE)
@@ -261,6 +276,7 @@ def _result(
     error = round(100 * (1 - last["val_accuracy"]), 6) if "val_accuracy" in last else None
     return {
         "run": str(out), "model": settings.model, "data": settings.data,
+        "precision": settings.precision,
         "epochs": len(history), "steps": step, "signal": signal,
         "train_loss": last.get("train_loss"), "test_loss": last.get("val_loss"),
         "files": sorted(p.name for p in out.iterdir()) if out.is_dir() else [],

@@ -32,7 +32,7 @@ class RunConfig:
     epochs: int = _setting(3, "passes over the training data", min=1)
     batch: int = _setting(128, "images in a batch", min=1)
     target: str = _setting("auto", "auto, cuda, cpu or interpret")
-    precision: str = _setting("fp32", "fp32, tf32 or bf16")
+    precision: str = _setting("auto", "fp32 (IEEE), tf32 or bf16; auto: tf32 on a GPU, else fp32")
     optimizer: str = _setting("sgd", ", ".join(OPTIMIZERS))
     lr: float = _setting(0.01, "peak learning rate")
     momentum: float = _setting(0.9, "of SGD")

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from graphnet.api import compile_together
+from graphnet.api import _resolve, compile_together
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
 from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
+from graphnet.passes.precision import resolve
 from graphnet.runtime.diagnose import Finding
 from graphnet.runtime.program import Evaluate, TrainStep
 from graphnet.train.losses import Losses
@@ -90,7 +91,7 @@ class Trainer:
         *,
         augment: Augment | None = None,
         target: str = "auto",
-        precision: str = "fp32",
+        precision: str = "auto",
         seed: int = 0,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -107,7 +108,8 @@ class Trainer:
         self.net, self.loss, self.optimizer = net, loss, optimizer
         self.schedule: Any = schedule
         self.callbacks, self.augment = list(callbacks), augment
-        self.target, self.precision, self.seed = target, precision, seed
+        self.target, self.seed = target, seed
+        self.precision = resolve(precision, _resolve(target))
         self.epoch, self.step, self.stop = 0, 0, False
         self.history: list[dict[str, float]] = []
         self.partial: Partial | None = None

@@ -27,7 +27,7 @@ def bench(
     dropout: Annotated[
         bool, typer.Option("--dropout/--no-dropout", help="on both sides")
     ] = True,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     target: Target = "auto",
     against: Annotated[str, typer.Option(help=_AGAINST)] = "eager",
     ablate: Annotated[str, typer.Option(help=_ABLATE)] = "",

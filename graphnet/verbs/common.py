@@ -17,7 +17,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="a model's name, or FILE.py:ATTRIBUTE")]
 Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Precision = Annotated[str, typer.Option(help="fp32, tf32 or bf16")]
+Precision = Annotated[
+    str, typer.Option(help="fp32 (IEEE), tf32 or bf16; auto: tf32 for a GPU, fp32 elsewhere")
+]
 Target = Annotated[str, typer.Option(help="auto, cuda, cpu or interpret")]
 Train = Annotated[bool, typer.Option("--train", help="the training step instead of inference")]
 Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw")]

@@ -41,7 +41,7 @@ def inspect(
     model: Model,
     batch: Batch = 128,
     train: Train = False,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     target: Target = "cuda",
     gpu: Annotated[str, typer.Option(help="whose ceilings the floors are for")] = "h200",
     stage: Annotated[str, typer.Option(help="traced, joint, fused or plan")] = "plan",
@@ -54,6 +54,7 @@ def inspect(
 ) -> None:
     """The graph or the plan: one line per kernel with FLOPs, bytes, floor and bound."""
     from graphnet.api import kernels_of, lower
+    from graphnet.passes.precision import told
     from graphnet.report import check_choices, inspect_data, inspect_text, why_text
 
     check_choices(stage, gpu)
@@ -65,7 +66,7 @@ def inspect(
     kernels = None if target == "cpu" else kernels_of(target, gpu if target == "cuda" else None)
     low = lower(net, shape, target=target, precision=precision, kernels=kernels, **wanted)
     facts = {
-        "model": model, "batch": batch, "train": train, "precision": precision,
+        "model": model, "batch": batch, "train": train, "precision": low.precision,
         "target": target, "gpu": gpu, "stage": stage,
     }  # fmt: skip
     if as_json:
@@ -73,6 +74,7 @@ def inspect(
         if why:
             typer.echo(why_text(low), err=True)
     else:
+        facts["precision"] = told(precision, low.target)
         typer.echo(inspect_text(net, low, facts, why=why))
 
 
@@ -81,7 +83,7 @@ def compile_(
     model: Model,
     batch: Batch = 128,
     train: Train = False,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     optimizer: Optimizer = "sgd",
     accumulate: Accumulate = 1,
     clip_norm: ClipNorm = None,
@@ -92,6 +94,7 @@ def compile_(
 ) -> None:
     """Compile every kernel to a binary. Needs no GPU."""
     import graphnet as gn
+    from graphnet.passes.precision import told
 
     net = load_model(model)
     shape = input_shape(net, batch)
@@ -104,7 +107,7 @@ def compile_(
     if as_json:
         emit(report.as_dict())
     else:
-        typer.echo(str(report))
+        typer.echo(f"precision {told(precision, 'cuda')}\n{report}")
 
 
 @app.command()

@@ -83,7 +83,7 @@ def _train(
         raise typer.BadParameter(f"no data is given: --data {DATA}", param_hint="--data")
     chosen = RunConfig(**values)
     if dry_run:
-        _dry(run.dry_run(chosen), as_json)
+        _dry(run.dry_run(chosen), chosen.precision, as_json)
         return
     if out is None and resume:
         raise typer.BadParameter("which run goes on? --out RUN", param_hint="--out")
@@ -111,14 +111,16 @@ def _again(model: str) -> str:
     return f"{shlex.quote(model)} " if runs_code(model) else ""
 
 
-def _dry(found: dict[str, Any], as_json: bool) -> None:
+def _dry(found: dict[str, Any], asked: str, as_json: bool) -> None:
     if as_json:
         emit(found)
         return
+    from graphnet.passes.precision import told
+
     f = found
     typer.echo(
-        f"{f['model']} on {f['data']}, target {f['target']}: {f['images']} images in "
-        f"{f['batches']} batches\n"
+        f"{f['model']} on {f['data']}, target {f['target']}, precision {told(asked, f['target'])}: "
+        f"{f['images']} images in {f['batches']} batches\n"
         f"loss {f['loss']:.4f}, on the same batch again {f['next_loss']:.4f}, "
         f"test {f['test_loss']:.4f}\n"
         f"{1e3 * f['step_s']:.1f} ms a step, about {_time(f['epoch_s'])} an epoch without reading; "

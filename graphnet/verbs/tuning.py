@@ -21,7 +21,7 @@ def tune(
     model: Model,
     batch: Batch = 128,
     mode: Annotated[bool, typer.Option("--train/--infer", help="what is tuned")] = True,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     target: Target = "auto",
     seconds: Annotated[float, typer.Option(min=0.1, help="for the whole search")] = 120.0,
     again: Annotated[bool, typer.Option("--again", help="also what is known already")] = False,
@@ -35,6 +35,7 @@ def tune(
     from graphnet.bench.result import SCHEMA
     from graphnet.lowering.launch.files import write_whole
     from graphnet.lowering.tune import tables
+    from graphnet.passes.precision import told
 
     net = load_model(model)
     low = api.lower(
@@ -45,7 +46,7 @@ def tune(
     def result(found: Any) -> dict[str, Any]:
         return {
             "schema": SCHEMA, "kind": "tune", "date": date, "model": model,
-            "mode": "train" if mode else "infer", "batch": batch, "precision": precision,
+            "mode": "train" if mode else "infer", "batch": batch, "precision": low.precision,
             "target": low.target, "gpu": found.gpu, "machine": machine, "versions": versions,
             "keys": found.keys, "seconds": round(found.seconds, 1),
             "rank_correlation": {k: round(v, 3) for k, v in found.rank_correlations().items()},
@@ -54,11 +55,12 @@ def tune(
 
     def write(found: Any) -> None:
         if out is not None:
-            name = f"{found.gpu}-{facts.slug(model)}-tune-b{batch}-{precision}-{date[:10]}.json"
+            name = f"{found.gpu}-{facts.slug(model)}-tune-b{batch}-{low.precision}-{date[:10]}.json"
             text = json.dumps(result(found), indent=1)
             write_whole(out / name if out.is_dir() else out, text.encode())
 
     say = lambda line: typer.echo(line, err=True)
+    say(f"precision {told(precision, low.target)}")
     found = api.tune(low, seconds, say=say, each=write, again=again)
     write(found)
     if table is not None:
@@ -104,7 +106,7 @@ def why(
     model: Model,
     batch: Batch = 128,
     train: Train = False,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
     as_json: Json = False,
 ) -> None:

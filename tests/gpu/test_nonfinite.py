@@ -30,8 +30,9 @@ def test_the_step_and_the_layer_are_named(key):
     if key is None:
         data[3][0][2, 0, 4, 4] = math.nan
     t = gn.Trainer(
-        net, gn.CrossEntropyLoss(), gn.SGD(0.05), callbacks=[Spoil(key)], target="cuda"
-    )
+        net, gn.CrossEntropyLoss(), gn.SGD(0.05), callbacks=[Spoil(key)], target="cuda",
+        precision="fp32",
+    )  # fmt: skip
     said = "the parameter 3.bias held NaN" if key else "the input holds NaN in row 2"
     with pytest.raises(gn.NumericsError, match=f"at step 3: {said}") as e:
         t.fit(data, epochs=1, batch=4)

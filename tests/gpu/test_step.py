@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_bits(precision):
 def test_replay_does_no_work_on_the_host():
     torch.manual_seed(0)
     net = gn.models.lenet5()
-    step = gn.compile(net, SHAPE, target="cuda", loss=gn.CrossEntropyLoss(),
+    step = gn.compile(net, SHAPE, target="cuda", precision="fp32", loss=gn.CrossEntropyLoss(),
                       optimizer=gn.SGD(**SGD))  # fmt: skip
     x, y = (t.cuda() for t in batch_of(0, 64))
     with torch.cuda.device(0):

@@ -227,7 +227,7 @@ def test_our_first_step_is_timed_before_the_check_can_warm_it_up(monkeypatch):
         ({"against": ("eagre",)}, "unknown baseline 'eagre'.*eager, eager-graph, compile, comp"),
         ({"ablate": ("fusio",)}, "unknown ablation 'fusio'.*fusion, cudagraph, layout, update-f"),
         ({"model": "lenet6"}, "unknown model 'lenet6'.*alexnet.*lenet5"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'.*fp32, tf32, bf16"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'.*auto, fp32, tf32, bf16"),
         ({"precision": "tf32"}, "a CPU would compute fp32"),
         ({"target": "interpret"}, "unknown target 'interpret'.*cuda, cpu"),
     ],

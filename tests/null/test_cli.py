@@ -161,7 +161,7 @@ def test_inspect_reads_as_a_table(run):
     code, out, _ = run("inspect", "lenet5", "--train", "--gpu", "h100")
     lines = out.splitlines()
     assert code == 0 and max(map(len, lines)) <= 120
-    assert lines[0].startswith("lenet5, training step, batch 128, fp32, target cuda: ")
+    assert lines[0].startswith("lenet5, training step, batch 128, tf32 (auto: cuda), target cuda: ")
     assert "conv1, relu1" in lines[3] and lines[3].split()[-1] in ("compute", "memory")
     assert lines[-2].startswith("61,706 parameters; peak 4.")
     assert "hold batch" in lines[-1]
@@ -230,7 +230,7 @@ def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
         ("summary FILE:number", "is no gn.Module but 3"),
         ("summary FILE:broken", "broken() fails: ValueError: two; lines"),
         ("summary FILE:shapeless", "net.input_shape"),
-        ("inspect lenet5 --precision fp8", "one of fp32, tf32, bf16"),
+        ("inspect lenet5 --precision fp8", "one of auto, fp32, tf32, bf16"),
         ("inspect lenet5 --stage last", "one of traced, joint, fused, plan"),
         ("inspect lenet5 --gpu abacus", "one of h200, h100"),
         ("inspect lenet5 --target tpu", "one of auto, cuda, interpret, cpu"),

@@ -129,7 +129,7 @@ def test_optimizer_view():
 
 def test_compile_arguments():
     net, _ = pair()
-    with pytest.raises(gn.ConfigError, match="fp32, tf32, bf16"):
+    with pytest.raises(gn.ConfigError, match="auto, fp32, tf32, bf16"):
         compile(net, precision="fp8")
     with pytest.raises(gn.ConfigError, match="auto, cuda"):
         gn.compile(net, SHAPE, target="tpu")
