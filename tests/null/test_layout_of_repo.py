@@ -147,8 +147,10 @@ def test_files_are_short():
     assert not {k: n for k, n in lengths.items() if n > 440}  # "about 400"
 
 
-def test_the_wheel_holds_what_the_links_point_to(tmp_path):
-    copy = tmp_path / "copy"  # setuptools writes build/ and egg-info beside the sources
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy, named as the package is: setuptools writes build/ and egg-info beside the sources."""
+    copy = tmp_path_factory.mktemp("clone") / "graphnet"
     everywhere = shutil.ignore_patterns("__pycache__", "*_cache")
     here = shutil.ignore_patterns(".git", ".venv*", "runs", "data", "build", "dist")
 
@@ -156,12 +158,35 @@ def test_the_wheel_holds_what_the_links_point_to(tmp_path):
         return everywhere(folder, names) | (here(folder, names) if Path(folder) == ROOT else set())
 
     shutil.copytree(ROOT, copy, symlinks=True, ignore=drop)
+    return copy
+
+
+def test_a_script_beside_the_clone_imports_the_package(checkout, tmp_path):
+    """The editable install is a path file, so the clone is no namespace package of its name."""
+    hook = "import sys; from setuptools import build_meta as b; b.build_editable(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", hook, tmp_path], cwd=checkout, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site := tmp_path / "site")
+    assert [p.read_text().strip() for p in site.glob("*.pth")] == [str(checkout)]
+    script = checkout.parent / "script.py"
+    script.write_text("import graphnet\nprint(graphnet.__version__, graphnet.__file__)\n")
+    start = f"import runpy, site; site.addsitedir({str(site)!r}); runpy.run_path('script.py')"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path / "out", copy],
+        [sys.executable, "-c", start], cwd=checkout.parent, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.split()[1:] == [str(checkout / "graphnet/__init__.py")], done.stderr
+
+
+def test_the_wheel_holds_what_the_links_point_to(checkout, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, checkout],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (wheel,) = (tmp_path / "out").iterdir()
+    (wheel,) = tmp_path.iterdir()
     held = set(zipfile.ZipFile(wheel).namelist())
     missing = [
         str(p.relative_to(ROOT)) for p, _ in modules() if str(p.relative_to(ROOT)) not in held
