@@ -19,25 +19,30 @@ from graphnet.errors import ConfigError
 
 _PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "typer")
 _ROOT = Path(__file__).parent
-Line = tuple[str, str, bool]  # what, finding, whether it is a fault
+# What, finding, whether it is a fault; of what works but for something, that as a sentence.
+Line = tuple[str, str, bool | str]
 
 
 def doctor_text() -> tuple[str, bool]:
-    """(the findings, whether nothing is at fault). No GPU is no fault; a GPU that fails is."""
+    """(the findings and what follows from them, whether nothing is at fault). No GPU is no fault; a
+    GPU that fails is."""
     parts: list[tuple[str, Callable[[], list[Line]]]] = [
         ("versions", _versions), ("links", links), ("cache", cache), ("targets", _targets),
         ("flags", flags),
     ]  # fmt: skip
-    out, healthy = [], True
+    out, but, healthy = [], [], True
     for title, find in parts:
         lines = find()
         out.append(title)
         for what, finding, fault in lines:
-            mark = "!" if fault else " "
+            mark = "!" if fault is True else "?" if fault else " "
             out.append(f"{mark} {what:<12} {finding}".rstrip())
-            healthy &= not fault
-    out.append("all is well" if healthy else "faults are marked with !")
-    return "\n".join(out), healthy
+            healthy &= fault is not True
+            but += [f"  {fault}"] if isinstance(fault, str) and fault else []
+    end = "all is well" if healthy else "faults are marked with !"
+    if but:
+        end = f"{'it works' if healthy else end}, but (marked with ?):"
+    return "\n".join([*out, end, *but]), healthy
 
 
 def _one_line(error: BaseException) -> str:
@@ -74,7 +79,10 @@ def _assembler() -> Line:
     note = f"{version}, {path}; known to miscompile some kernels for Hopper"
     if _hopper():
         return "ptxas", f"{note}, as this GPU is: set TRITON_PTXAS_PATH to a newer one", True
-    return "ptxas", f"{note}, but there is no such GPU here, so what it makes does not run", False
+    return "ptxas", note, (
+        "binaries for Hopper (sm_90) that are made here may be wrong, and no GPU here can prove "
+        "them: set TRITON_PTXAS_PATH to a newer assembler before you take them to one"
+    )  # fmt: skip
 
 
 def _hopper() -> bool:
@@ -182,7 +190,9 @@ def _targets() -> list[Line]:
         try:
             got, took = _timed(lambda t=target: _step(t))  # type: ignore[misc]
         except Exception as error:
-            lines.append((target, f"fails: {_one_line(error)}", target == "cuda"))
+            note = "target interpret does not work here; the others do not need it"
+            fault = True if target == "cuda" else note
+            lines.append((target, f"fails: {_one_line(error)}", fault))
             continue
         off = max(abs(a - b) for a, b in zip(want, got, strict=True))
         wrong = not off < 1e-4  # NaN is wrong

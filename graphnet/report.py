@@ -1,7 +1,7 @@
 """What `graphnet inspect` prints: every kernel of a program, with what it has to do at the least.
 
 A row is a launch of the plan. The cpu target has no launches, it runs the fused graph on torch's
-own kernels; there a row is an equation of that graph, and no binary has a name.
+own kernels; there a row is an equation of that graph, no binary has a name, and no GPU a floor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ REACHED = 0.6  # share of its roofline that a launch without a measurement is ta
 
 @dataclass(frozen=True)
 class Kernel:
-    """A row: `kind` is the kernel family, `binary` names the code, `floor_us` on the given GPU.
+    """A row: `kind` is the kernel family, `binary` names the code, `floor_us` is that of the given
+    GPU and None on the cpu target.
 
     variant, config, source  what was chosen, and where the choice comes from; empty where there is
                              nothing to choose
@@ -49,13 +50,13 @@ class Kernel:
     source: str
     flops: int
     bytes: int
-    floor_us: float
+    floor_us: float | None
     measured_us: float | None
 
     @property
     def expected_us(self) -> float:
         """What was measured, else what a kernel takes that reaches REACHED of its floor."""
-        return self.floor_us / REACHED if self.measured_us is None else self.measured_us
+        return (self.floor_us or 0.0) / REACHED if self.measured_us is None else self.measured_us
 
 
 def check_choices(stage: str, gpu: str) -> None:
@@ -76,7 +77,7 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
     def row(name: str, kind: str, layers: tuple[str, ...], binary: str, flops: int, moved: int,
             math: str, choice: Choice | None = None) -> tuple[Kernel, str]:  # fmt: skip
         compute, memory = limits_us(flops, moved, math, gpu)
-        floor = round(max(compute, memory), 6)
+        floor = None if low.plan.target == "cpu" else round(max(compute, memory), 6)
         bound = "compute" if compute > memory else "memory"
         about: tuple[str, dict[str, Any], str] = ("", {}, "")
         us = None
@@ -124,14 +125,19 @@ def inspect_data(net: Module, low: Lowered, facts: dict[str, Any]) -> dict[str, 
     return {
         **facts,
         "target": low.target,
+        "gpu": None if low.target == "cpu" else facts["gpu"],
         "ops": dict(sorted(Counter(e.op for e in _graph(low, facts["stage"]).eqns).items())),
         "kernels": [{**asdict(k), "layers": list(k.layers)} for k in rows],
         "flops": sum(k.flops for k in rows),
         "bytes": sum(k.bytes for k in rows),
-        "floor_us": round(sum(k.floor_us for k in rows), 6),
+        "floor_us": None if low.target == "cpu" else round(_floors(rows), 6),
         "peak_bytes": low.plan.peak_bytes,
         "params": sum(p.numel() for p in net.parameters()),
     }
+
+
+def _floors(rows: Sequence[Kernel]) -> float:
+    return sum(k.floor_us or 0.0 for k in rows)
 
 
 # ---- text -----------------------------------------------------------------------------------
@@ -154,13 +160,15 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     cells = [
         (str(n), k.name, ", ".join(k.layers) or "-", k.variant, count(k.flops),
          f"+{max(0.0, padded[n] / k.flops - 1):.0%}" if padded[n] and k.flops else "",
-         count(k.bytes, "B"), f"{k.floor_us:.2f}",
+         count(k.bytes, "B"), f"{k.floor_us or 0.0:.2f}",
          f"{k.measured_us:.1f}" if k.measured_us else "", bound)
         for n, (k, bound) in enumerate(found)
     ]  # fmt: skip
     flops, moved = sum(k.flops for k in rows), sum(k.bytes for k in rows)
-    floor = f"{sum(k.floor_us for k in rows):.2f}"
+    floor = f"{_floors(rows):.2f}"
     total = ("", "total", "", "", count(flops), "", count(moved, "B"), floor, "", "")
+    on_cpu = low.target == "cpu"
+    shown = [0, 1, 2, 4, 6] if on_cpu else list(range(len(head)))  # no variants, no floors
     width = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
 
     def line(c: Sequence[str]) -> str:
@@ -168,6 +176,7 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
         parts = (
             v.rjust(w) if k in left else v.ljust(w)
             for k, (v, w) in enumerate(zip(c, width, strict=True))
+            if k in shown
         )
         return "  ".join(parts).rstrip()
 
@@ -176,7 +185,7 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     params = sum(p.numel() for p in net.parameters())
     title = (
         f"{facts['model']}, {what}, batch {facts['batch']}, {facts['precision']}, target "
-        f"{low.target}: {_steps(low, len(rows))}; floors of {facts['gpu']}"
+        f"{low.target}: {_steps(low, len(rows))}{'' if on_cpu else '; floors of ' + facts['gpu']}"
     )
     lines = [title, line(head), rule, *map(line, cells), rule, line(total)]
     return "\n".join([*lines, *_expected(rows), *_memory(low, params, facts["gpu"])])

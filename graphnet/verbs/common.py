@@ -8,11 +8,28 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compile CNNs from a Python DSL into fused Triton training steps.",
 )
+
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from graphnet import __version__
+
+        typer.echo(f"graphnet {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _graphnet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="and end")
+    ] = False,
+) -> None:
+    """Compile CNNs from a Python DSL into fused Triton training steps."""
+
 
 Model = Annotated[str, typer.Argument(help="a model's name, or FILE.py:ATTRIBUTE")]
 Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]

@@ -94,6 +94,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         emit({"entries": rows})
         return
+    typer.echo(f"{'kind':7} {'name':16} {'size':>11}  {'age':>16}  of")
     for r in rows:
         age = datetime.timedelta(seconds=round(r["age_s"]))
         typer.echo(f"{r['kind']:7} {r['name'][:16]} {r['bytes']:>9,} B  {age!s:>16}  {r['what']}")

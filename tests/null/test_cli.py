@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import graphnet as gn
-from graphnet import config, doctor
+from graphnet import __version__, config, doctor
 from graphnet.api import lower
 from graphnet.cli import main
 from graphnet.errors import ConfigError
@@ -157,6 +157,14 @@ def test_the_cpu_target_shows_equations(inspected):
     assert len(rows) == sum(data["ops"].values()) - views
 
 
+def test_the_cpu_target_has_no_floors_of_a_gpu(run, inspected):
+    data = inspected("lenet5", "--train", "--target", "cpu")
+    assert data["gpu"] is None is data["floor_us"]
+    assert {k["floor_us"] for k in data["kernels"]} == {None}
+    out = run("inspect", "lenet5", "--train", "--target", "cpu")[1]
+    assert "floor" not in out and "h200" not in out and "fused equations, no launches" in out
+
+
 def test_inspect_reads_as_a_table(run):
     code, out, _ = run("inspect", "lenet5", "--train", "--gpu", "h100")
     lines = out.splitlines()
@@ -185,14 +193,29 @@ def test_why_names_the_rule_the_place_and_the_reason(run):
 # ---- summary and compile --------------------------------------------------------------------
 
 
+def test_version_and_completion(run, monkeypatch, capsys):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"graphnet {__version__}\n")
+    monkeypatch.setenv("_GRAPHNET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "graphnet ins")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert "inspect" in run("")[1]
+
+
 def test_summary(run, net_file):
     code, out, _ = run("summary", "lenet5", "--batch", 2, "--json")
     data = json.loads(out)
     assert set(data) == {"model", "input", "layers", "params", "trainable", "macs"}
     assert data["params"] == 61706 and data["input"] == [2, 1, 28, 28]
-    assert set(data["layers"][0]) == {"layer", "type", "output", "params", "macs"}
+    assert set(data["layers"][0]) == {"layer", "path", "type", "output", "params", "macs"}
     assert sum(k["macs"] for k in data["layers"]) == data["macs"]
     assert "61,706 parameters" in run("summary", "lenet5")[1]
+    tree = run("summary", "alexnet_owt")[1].splitlines()
+    assert tree[2].split() == ["features", "Sequential"]
+    assert tree[3].split()[:3] == ["0", "conv1", "Conv2d"] and tree[3].startswith("  0 ")
+    assert [line.split()[0] for line in tree if line[0].isalpha()] == [
+        "attribute", "features", "avgpool", "flatten", "classifier", "alexnet_owt"
+    ]  # fmt: skip
     assert run("summary", f"{net_file}:net")[1] == run("summary", f"{net_file}:make")[1]
 
 
@@ -295,7 +318,7 @@ def test_help_imports_nothing_heavy():
 def test_doctor_is_well_here(run, monkeypatch):
     monkeypatch.setattr(doctor, "_build", lambda: [0.0])  # test_compile_cold_and_filled does it
     code, out, _ = run("doctor")
-    assert code == 0 and out.endswith("all is well\n")
+    assert code == 0 and ("all is well\n" in out) != ("it works, but" in out)
     for word in ("python", "torch", "triton", "numpy", "ptxas", "link to ../kernels", "interpret"):
         assert word in out
     for name, about in config.FLAGS.items():
@@ -313,8 +336,14 @@ def test_doctor_says_of_the_assembler_what_is_true_here(version, hopper, monkeyp
     what, finding, fault = doctor._assembler()
     bad = version == "12.8.93"
     assert what == "ptxas" and f"{version}, /bin/ptxas" in finding
-    assert fault == (bad and hopper) == ("set TRITON_PTXAS_PATH" in finding)
-    assert ("miscompile" in finding) == bad and ("does not run" in finding) == (bad and not hopper)
+    assert ("miscompile" in finding) == bad and (fault is True) == (bad and hopper)
+    assert ("set TRITON_PTXAS_PATH" in finding + str(fault)) == bad
+    # What it says of the assembler is what it ends with.
+    monkeypatch.setattr(doctor, "_targets", lambda: [])
+    text, healthy = doctor.doctor_text()
+    assert healthy == (fault is not True) and text.endswith(
+        "all is well" if not bad else "marked with !" if hopper else "before you take them to one"
+    )
 
 
 def test_doctor_believes_no_target_that_computes_something_else(monkeypatch):
