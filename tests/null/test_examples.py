@@ -1,6 +1,7 @@
 """Every example runs and holds what it asserts."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,19 @@ def test_example(path, tmp_path):
 
 def test_there_are_examples():
     assert len(EXAMPLES) >= 4
+
+
+def test_the_readmes_example_runs_as_pasted(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 120
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    (tmp_path / "pasted.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, *graph = done.stdout.splitlines()
+    assert float(loss) < 1 and "sgd_update" in done.stdout
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    assert len(links) > 5 and all((ROOT / link).exists() for link in links)
