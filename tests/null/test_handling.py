@@ -71,6 +71,16 @@ def test_clipping_is_torchs(target, accumulate):
     assert race.error() <= 2e-6
 
 
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+def test_a_limit_far_below_the_norm_is_kept(target):
+    """Gradients of a norm of about 1, cut to a millionth: a step of 1e6 then has the length 1."""
+    race = Race(gn.SGD(1e6), lambda p, lr: torch.optim.SGD(p, 1e6), target, clip_norm=1e-6)
+    before = race.net.state_dict()
+    together(race, (6,))
+    moved = torch.cat([(v - before[k]).flatten() for k, v in race.net.state_dict().items()])
+    assert float(moved.norm()) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     def lowered(**options):
         return gn.api.lower(

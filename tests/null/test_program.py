@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
 
 import graphnet as gn
+from graphnet.api import lower
 from tests.null.test_dsl import twin
 
 SHAPE = (16, 1, 28, 28)
 LOSS = gn.CrossEntropyLoss()
+STEP = {"loss": LOSS, "optimizer": gn.SGD(lr=0.1)}
 cross_entropy = torch.nn.functional.cross_entropy
 
 
@@ -69,6 +72,23 @@ def test_infer_evaluate_and_gradients(rows):
     assert list(grads) == [k for k, _ in other.named_parameters()]
     for key, p in other.named_parameters():
         torch.testing.assert_close(grads[key], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # it is the point
+@pytest.mark.parametrize("target", ["cpu", "interpret"])
+def test_a_smaller_batch_sees_nothing_of_the_one_before(target):
+    """A NaN that stayed in a dead row would be multiplied by its zero gradient: NaN."""
+    torch.manual_seed(0)
+    net = gn.Sequential(gn.Conv2d(1, 2, 3), gn.Tanh(), gn.Flatten(), gn.Linear(8, 3))
+    g = gn.compile(net, (4, 1, 4, 4), target=target, loss=LOSS, grads=True)
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([2, 0, 1])
+    want = g(x, y)
+    spoilt, _ = g(torch.full((4, 1, 4, 4), float("nan")), torch.tensor([1, 1, 2, 2]))
+    assert spoilt.isnan()
+    loss, grads = g(x, y)
+    assert torch.equal(loss, want[0]) and loss.isfinite()
+    for key, value in want[1].items():
+        assert torch.equal(grads[key], value) and value.isfinite().all(), key
 
 
 def test_results_are_fresh_and_losses_distinct():
@@ -167,6 +187,24 @@ def test_dropout_masks_are_the_public_ones():
         kept = torch.where(mask, x * 2, 0.0).flatten(1)
         want = cross_entropy(torch.nn.functional.linear(kept, w["2.weight"], w["2.bias"]), y)
         assert float(step(x, y)) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_shared_dropout_draws_anew_at_each_call():
+    torch.manual_seed(0)
+    drop = gn.Dropout(0.5)
+    net = gn.Sequential(drop, drop, gn.Flatten(), gn.Linear(12, 3))
+    streams = [e.attrs.stream for e in lower(net, (4, 3, 2, 2), **STEP).stages.traced.eqns
+               if e.op == "dropout"]  # fmt: skip
+    assert streams == [zlib.crc32(b"drop1"), zlib.crc32(b"drop1#2")]
+    step = gn.compile(net, (4, 3, 2, 2), seed=7, target="cpu", **STEP)
+    x, y = torch.rand(4, 3, 2, 2) + 1, torch.tensor([0, 1, 2, 0])
+    first, second = (torch.from_numpy(gn.random.dropout_mask(7, 0, x.shape, 0.5, name))
+                     for name in ("drop1", "drop1#2"))  # fmt: skip
+    assert not torch.equal(first, second)
+    w = net.state_dict()
+    kept = torch.where(first & second, x * 4, 0.0).flatten(1)
+    want = cross_entropy(torch.nn.functional.linear(kept, w["3.weight"], w["3.bias"]), y)
+    assert float(step(x, y)) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_bind_and_run_visit_every_row_once_an_epoch():

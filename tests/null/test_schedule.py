@@ -10,6 +10,7 @@ import graphnet as gn
 from graphnet.train import checkpoint
 from graphnet.train.callbacks import Checkpoints, restore
 from graphnet.train.schedule import NAMES, Plateau, by_name, turn
+from graphnet.train.trainer import Callback
 
 S = gn.schedule
 T = torch.optim.lr_scheduler
@@ -149,6 +150,37 @@ def test_whole_schedules_recompile_nothing(target, monkeypatch):
                 schedule.observe(1.0)
     assert built == [] and len(rates) > total
     monkeypatch.undo()
+
+
+def test_step_k_of_a_trainer_has_the_rate_of_k(tmp_path):
+    """From 0 on, across epochs, and where a run is taken up again."""
+
+    class Rates(Callback):
+        def on_step(self, trainer, loss):
+            seen.append((trainer.step - 1, trainer.program.optimizer.lr))
+
+    seen = []
+    rate = lambda k: 0.1 / (1 + k)
+    how = {"target": "cpu", "seed": 1}
+    first = gn.Trainer(net(), gn.CrossEntropyLoss(), gn.SGD(9.0), rate, [Rates()], **how)
+    before = first.net.state_dict()
+    first.callbacks.append(Checkpoints(tmp_path))
+    first.fit(data(), epochs=1, batch=16)
+    second = gn.Trainer(net(), gn.CrossEntropyLoss(), gn.SGD(9.0), rate, [Rates()], **how)
+    second.compile((16, 1, 3, 3))
+    restore(second, checkpoint.load_latest(tmp_path))
+    second.fit(data(), epochs=2, batch=16)
+    assert seen == [(k, pytest.approx(rate(k))) for k in range(4)]
+
+    # And the update itself has it: of the first step, against torch's gradient.
+    alone = gn.Trainer(net(), gn.CrossEntropyLoss(), gn.SGD(9.0), rate, **how)
+    x, y = (t[:16] for t in data())
+    w, b = (v.clone().requires_grad_() for v in before.values())
+    logits = torch.nn.functional.linear(x.flatten(1), w, b)
+    torch.nn.functional.cross_entropy(logits, y).backward()
+    alone.fit((x, y), epochs=1, batch=16)
+    for p, moved in zip((w, b), alone.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(moved, (p - rate(0) * p.grad).detach(), rtol=0, atol=1e-6)
 
 
 def trainer():
