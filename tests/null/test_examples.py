@@ -40,3 +40,16 @@ def test_the_readmes_example_runs_as_pasted(tmp_path):
     assert float(loss) < 1 and "sgd_update" in done.stdout
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     assert len(links) > 5 and all((ROOT / link).exists() for link in links)
+
+
+def test_the_callback_of_the_docs_stops_a_run(tmp_path):
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "Callback" in c]
+    code = code.replace("lr=0.05", "lr=0.0")  # a loss that never falls
+    (tmp_path / "pasted.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(r"stopped after epoch 4: \d+\.\d%\n", done.stdout), done.stdout
