@@ -7,7 +7,8 @@
 #
 #   OUT         folder for the results, at most 8 files with log.txt; benchmarks/results by default
 #   PYTHON      interpreter; python3 by default
-#   --part      of correctness, steps, peers, tune, sweep, mnist, history; all but history by default
+#   --part      of correctness, steps, peers, tune, sweep, mnist, streams, history; all but the last
+#               two by default
 #   --seconds   for all of it; 570 by default. What has no time left says so
 #   --dry-run   the same commands on the CPU with tiny budgets, to see that they run
 #
@@ -26,7 +27,7 @@ FAILED=0
 SHOWN=60 # lines of what a step says
 
 usage() {
-    sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 
@@ -47,7 +48,7 @@ while (($#)); do
 done
 [[ $BUDGET =~ ^[1-9][0-9]*$ && -n $PARTS ]] || usage
 for part in ${PARTS//,/ }; do
-    [[ ,$ALL,history, == *",$part,"* ]] || usage
+    [[ ,$ALL,streams,history, == *",$part,"* ]] || usage
 done
 
 mkdir -p "$OUT" || exit 1
@@ -106,14 +107,15 @@ step() {
     esac
 }
 
-# All kernels of these workloads, compiled in parallel: MODEL:BATCH:PRECISION...
+# All kernels of these workloads, compiled in parallel: MODEL:BATCH:PRECISION[:STREAMS]...
 warm() {
     ((DRY)) && return
-    local jobs=() work model batch precision
+    local jobs=() work model batch precision streams
     for work in "$@"; do
-        IFS=: read -r model batch precision <<<"$work"
+        IFS=: read -r model batch precision streams <<<"$work"
         timeout --kill-after=5 90 "$PYTHON" benchmarks/steps.py "$model" --batch "$batch" \
-            --precision "$precision" --target "$TARGET" --warm >>"$LOG" 2>&1 &
+            --precision "$precision" --target "$TARGET" --warm \
+            ${streams:+--streams "$streams"} >>"$LOG" 2>&1 &
         jobs+=($!)
     done
     wait "${jobs[@]}"
@@ -148,6 +150,16 @@ step_times() {
     ((DRY)) && return # the same twice
     steps 40 alexnet 128 tf32 --beside
     steps 30 lenet5 128 bf16 --beside
+}
+
+streams() { # what runs beside what: the updates of fully connected layers
+    local all=0,1,16,32,48 model=alexnet precision
+    ((DRY)) && model=lenet5
+    for precision in bf16 tf32; do
+        ((DRY)) || warm "$model:128:$precision:$all"
+        steps 100 "$model" 128 "$precision" --streams "$all" --no-launches --seconds 8
+        ((DRY)) && return # the same twice
+    done
 }
 
 sweep() {
@@ -217,6 +229,7 @@ asked peers && peers
 asked tune && tune 150 alexnet bf16
 asked sweep && sweep
 asked mnist && mnist
+asked streams && streams
 asked history && published
 say "== done at second $SECONDS; results in $OUT: $(cd "$OUT" && echo *)"
 exit $FAILED

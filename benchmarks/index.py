@@ -133,7 +133,7 @@ def steps(results: Results) -> str:
     for stem, r in of_kind(results, "steps").items():
         if r["machine"]["device"] == "cpu":
             continue
-        rows += [_run(stem, machine(r), run) for run in r["runs"]]
+        rows += [_run(stem, machine(r), run) for run in r["runs"] if not run.get("streams")]
     if not rows:
         rows.append(["-", "-", "-", _GPU, NOT_MEASURED, *["-"] * 6])
     head = ["model", "batch", "precision", "machine", "replay ms", "call ms", "eager / ours",
@@ -151,6 +151,26 @@ def _run(stem: str, where: str, run: Mapping[str, Any]) -> list[str]:
         *([str(len(launches)), *sums] if launches else ["-"] * 3),
         run["failure"] or run["date"][:10],
     ]  # fmt: skip
+
+
+STREAMS = (0, 1, 16, 32, 48)  # what `gpu.sh --part streams` replays
+
+
+def streams(results: Results) -> str:
+    """One line for each run of benchmarks/steps.py that replays under several GRAPHNET_STREAMS."""
+    rows = []
+    for stem, r in of_kind(results, "steps").items():
+        for run in r["runs"]:
+            if r["machine"]["device"] == "cpu" or not run.get("streams"):
+                continue
+            ways = [run["ways"].get(f"streams {n}") for n in STREAMS]
+            ms = ["-" if w is None else span(w["ms"], 3) for w in ways]
+            rows.append([_link(stem, run["model"]), str(run["batch"]), run["precision"],
+                         machine(r), *ms, run["failure"] or run["date"][:10]])  # fmt: skip
+    if not rows:
+        rows.append(["alexnet", "128", "bf16, tf32", _GPU, *[NOT_MEASURED] * len(STREAMS), "-"])
+    head = ["model", "batch", "precision", "machine", *(f"{n}, ms" for n in STREAMS), "date"]
+    return table(head, rows)
 
 
 def jax(results: Results) -> str:
@@ -230,7 +250,8 @@ def sections(results: Results) -> dict[str, str]:
     return {
         "results": benches(results), "goals": goals(results), "mnist": mnist(results),
         "tuning": tuning(results), "steps": steps(results), "jax": jax(results),
-        "plots": pictures(wanted(results)), "history": history(results),
+        "streams": streams(results), "plots": pictures(wanted(results)),
+        "history": history(results),
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ One run for each batch: replays of the captured step, calls, `step.run`, the tim
 table of launches. FILE keeps the runs of several processes; a run of the same work is replaced.
 A launch is timed twice: in its step between two events (`us`), and alone in a graph of repetitions
 (`alone_us`), where what it reads may still lie in the cache. `share` is that of its time which the
-GPU's arithmetic or memory needs at the least.
+GPU's arithmetic or memory needs at the least. `--streams 0,1,16` replays the step under each of
+these GRAPHNET_STREAMS in the same rounds, once they have been seen to compute the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,20 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import graphnet as gn  # noqa: E402
+from graphnet import config  # noqa: E402
 from graphnet.bench import facts, layers, ours, peers  # noqa: E402
 from graphnet.bench.peers import Variant, Work  # noqa: E402
 from graphnet.bench.result import SCHEMA  # noqa: E402
-from graphnet.bench.rounds import Contestant, Quartiles, measure, ratio, sentence, start  # noqa: E402
-from graphnet.errors import GraphnetError  # noqa: E402
+from graphnet.bench.rounds import (  # noqa: E402
+    Contestant,
+    Quartiles,
+    Run,
+    measure,
+    ratio,
+    sentence,
+    start,
+)
+from graphnet.errors import GraphnetError, NumericsError  # noqa: E402
 from graphnet.frontends.loading import input_shape, load_model  # noqa: E402
 from graphnet.lowering.launch.cost import CEILINGS, floor_us  # noqa: E402
 from graphnet.lowering.launch.steps import Launch  # noqa: E402
@@ -62,17 +72,25 @@ def work_of(model: str, batch: int, precision: str, mode: str, device: torch.dev
 # ---- the step --------------------------------------------------------------------------------
 
 
-def step_times(
-    work: Work, target: str, program: Any, seconds: float, beside: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """(a row for each way to step: replay, call, run, torch's eager; failures by name)."""
-    mine, failures = ours.start_all(work, target)
+def replays(program: Any) -> Run:
+    """The captured step alone."""
 
     def replay(steps: int) -> None:
         for _ in range(steps):
             program._run()
 
-    ways = [start("replay", "replay", lambda: replay, work.device), *mine]
+    return replay
+
+
+def step_times(
+    work: Work, target: str, program: Any, seconds: float, beside: bool, streams: list[int]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(a row for each way to step: replay, call, run, under other GRAPHNET_STREAMS, torch's eager;
+    failures by name)."""
+    mine, failures = ours.start_all(work, target)
+    ways = [start("replay", "replay", lambda: replays(program), work.device), *mine]
+    under, why = start_streams(work, target, streams)
+    ways, failures = ways + under, failures | why
     if beside:
         try:
             ways.append(start_eager(work))
@@ -81,6 +99,34 @@ def step_times(
     times = measure(ways, rounds=ROUNDS, seconds=seconds)
     rows = {c.name: row_of_way(c, times, work.x.shape[0]) for c in ways}
     return rows, failures
+
+
+def start_streams(
+    work: Work, target: str, streams: list[int]
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Replays of the step under each GRAPHNET_STREAMS; why one is missing, by name: also where its
+    first step leaves other bits than that of the first one."""
+    out, failures = [], {}
+    want: dict[str, torch.Tensor] = {}
+    for n in streams:
+        name, net = f"streams {n}", work.net.copy()
+        try:
+            with config.override(STREAMS=str(n)):
+                program = ours.compiled(replace(work, net=net), target, alone=False)
+            found = {"loss": answer(program, work)} | net.state_dict()
+            want = want or found
+            if wrong := [k for k, v in found.items() if not torch.equal(v, want[k])]:
+                raise NumericsError(f"other bits than streams {streams[0]}: {', '.join(wrong)}")
+            out.append(start(name, "replay", lambda p=program: replays(p), work.device))  # type: ignore[misc]
+        except Exception as error:  # the others are still measured
+            failures[name] = sentence(error)
+    return out, failures
+
+
+def answer(program: Any, work: Work) -> torch.Tensor:
+    """What the program returns for the batch, its loss where there is one."""
+    made = program(work.x) if work.mode == "infer" else program(work.x, work.y)
+    return (made[0] if isinstance(made, tuple) else made).clone()
 
 
 def start_eager(work: Work) -> Contestant:
@@ -181,6 +227,7 @@ def run(args: argparse.Namespace, batch: int, device: torch.device) -> dict[str,
         "model": args.model, "batch": batch, "mode": args.mode, "precision": args.precision,
         "target": args.target, "date": facts.now(), "failure": "", "compile": None, "ways": {},
         "failures": {}, "launches": None, "plan_bytes": None, "clocks": None,
+        "streams": args.streams,
     }  # fmt: skip
     try:
         if args.cold:
@@ -192,7 +239,7 @@ def run(args: argparse.Namespace, batch: int, device: torch.device) -> dict[str,
             program(*feed)
             result["plan_bytes"] = program.plan.peak_bytes or None
             result["ways"], failures = step_times(
-                work, args.target, program, args.seconds, args.beside
+                work, args.target, program, args.seconds, args.beside, args.streams
             )
             result["failures"] |= failures
             result["clocks"] = facts.clocks(device)
@@ -248,7 +295,8 @@ def _cell(value: float | None, width: int) -> str:
 
 def add(path: Path, machine: dict[str, Any], found: dict[str, Any]) -> None:
     """Adds a run to a file that other processes add to as well."""
-    key = lambda r: [r[k] for k in ("model", "batch", "mode", "precision", "target")]
+    work = ("model", "batch", "mode", "precision", "target")
+    key = lambda r: [*(r[k] for k in work), bool(r.get("streams"))]
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = {
@@ -268,7 +316,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     given = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     yes_no = argparse.BooleanOptionalAction
     given.add_argument("model", help="a name, FILE.py:ATTRIBUTE or FILE.onnx")
-    batches = lambda t: [int(b) for b in t.split(",")]
+    batches = lambda t: [int(b) for b in t.split(",")]  # and other numbers
     given.add_argument("--batch", type=batches, default=[128], help="one, or several: 32,64,128")
     given.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"))
     given.add_argument("--mode", default="train", choices=peers.MODES)
@@ -277,6 +325,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     given.add_argument("--launches", action=yes_no, default=True, help="time each launch")
     given.add_argument("--alone", action=yes_no, default=True, help="time launches alone as well")
     given.add_argument("--beside", action="store_true", help="torch's eager in the same rounds")
+    given.add_argument("--streams", type=batches, default=[], help="under GRAPHNET_STREAMS: 0,1,16")
     given.add_argument("--cold", action="store_true", help="compile over empty caches, too")
     given.add_argument("--warm", action="store_true", help="compile, print the seconds, and end")
     given.add_argument("--json", type=Path, help="file to add to, or a folder for it")
@@ -292,7 +341,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.warm:
         for batch in args.batch:
             work = work_of(args.model, batch, args.precision, args.mode, device)
-            ours.compiled(work, args.target)
+            for n in args.streams or [config.streams()]:
+                with config.override(STREAMS=str(n)):
+                    ours.compiled(work, args.target)
         print(f"{time.perf_counter() - BEGAN:.2f}")
         return 0
     machine = facts.machine(device)

@@ -19,9 +19,11 @@ FLAGS = {
     "DISABLE": "passes and rewrite rules to leave out, separated by commas (rules: by semicolons)",
     "CHECK": "1 compares every launch with its reference and stops at the first bad one",
     "TUNE": "1 lets compile search for launch configurations, 0 (default) uses the tables",
+    "STREAMS": "0 one stream, 1 (default) wide updates beside the rest, N > 1 by N programs there",
     "CACHE_DIR": "folder for compiled kernels and generated files",
     "DATA": "folder with real data sets; data tests skip without it",
 }
+MOST_PROGRAMS = 1024  # more than any GPU has processors
 _overrides: dict[str, str] = {}
 
 
@@ -46,8 +48,8 @@ def override(**flags: str) -> Iterator[None]:
         _overrides.update(before)
 
 
-def _number(name: str, most: int) -> int:
-    text = get(name, "0") or "0"
+def _number(name: str, most: int, default: str = "0") -> int:
+    text = get(name, default) or default
     if not text.isdigit() or int(text) > most:
         raise ConfigError(f"GRAPHNET_{name}={text!r}", help=f"use a number from 0 to {most}")
     return int(text)
@@ -64,6 +66,11 @@ def check() -> bool:
 
 def tune() -> bool:
     return bool(_number("TUNE", 1))
+
+
+def streams() -> int:
+    """0: one stream; 1: wide updates on a second one; more: by that many programs there."""
+    return _number("STREAMS", MOST_PROGRAMS, "1")
 
 
 def dump_dir() -> str:

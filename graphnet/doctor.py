@@ -154,7 +154,9 @@ def cache() -> list[Line]:
 def flags() -> list[Line]:
     """Every GRAPHNET_* flag with its value and what it does."""
     fault: dict[str, str] = {}
-    for name, read in (("DEBUG", config.debug), ("CHECK", config.check), ("TUNE", config.tune)):
+    numbers = {"DEBUG": config.debug, "CHECK": config.check, "TUNE": config.tune,
+               "STREAMS": config.streams}  # fmt: skip
+    for name, read in numbers.items():
         try:
             read()
         except ConfigError as error:

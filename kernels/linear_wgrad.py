@@ -8,7 +8,8 @@ each tile of rows, that sum dy and multiply nothing: no odd column disturbs 16-b
 
 Tiles: 64x64x64 with 4 warps, 32 accumulators a thread beside 32 values of each tensor of the
 update; above that it spills. A reduction over many rows of a batch is cut into SPLIT parts, which
-`linear.add_parts` adds.
+`linear.add_parts` adds. Where the update runs beside a convolution, PROGRAMS programs walk over the
+tiles, so that the other processors are left to that; each tile is computed as before, to the bit.
 """
 
 import triton
@@ -35,26 +36,22 @@ def batch_tile(
 
 
 @triton.jit
-def linear_wgrad(
-    x, dy, parts, args, args2,
+def one_tile(
+    x, dy, parts, args, args2, across_at, down_at, part,
     N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, DS0: tl.constexpr, DS1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr,
     EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, PRELOAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows are the K outputs, columns the C inputs; the sum runs over the N rows of the batch.
-
-    With SPLIT a part goes to parts[SPLIT, K, C], the bias gradient is whole all the same.
-    BOXED: x and dy are descriptors of the matrices.
-    """
+    """Tile (down_at, across_at) of the weight, of the sum's part `part`; behind the last column of
+    tiles the bias gradient of these rows."""
     PER: tl.constexpr = ((N + BK - 1) // BK + SPLIT - 1) // SPLIT * BK
-    part = tl.program_id(2)
-    k0 = tl.program_id(1) * BM
+    k0 = down_at * BM
     k = k0 + tl.arange(0, BM)
     rows = below(k, K, BM)
     down = k0 if BOXED else k
-    if HAS_BIAS and tl.program_id(0) == (C + BN - 1) // BN:
+    if HAS_BIAS and across_at == (C + BN - 1) // BN:
         sums = tl.zeros((BK, BM), tl.float32)  # reduced once, after the loop
         for first in range(0, N if SPLIT == 1 else tl.where(part == 0, N, 0), BK):
             n = first + tl.arange(0, BK)
@@ -63,7 +60,7 @@ def linear_wgrad(
         own = rows if SPLIT == 1 else rows & (part == 0)
         EPILOGUE2(tl.sum(sums, 0)[:, None], 0, k[:, None], 0, 0, 0, own[:, None], args2)
     else:
-        q0 = tl.program_id(0) * BN
+        q0 = across_at * BN
         q = q0 + tl.arange(0, BN)
         cols = below(q, C, BN)
         across = q0 if BOXED else q
@@ -84,3 +81,36 @@ def linear_wgrad(
             store_part(parts, acc, part, k, q, mask, K, C, SPLIT)
         else:
             EPILOGUE(acc, held, k[:, None], q[None, :], 0, 0, mask, args)
+
+
+@triton.jit
+def linear_wgrad(
+    x, dy, parts, args, args2,
+    N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    XS0: tl.constexpr, XS1: tl.constexpr, DS0: tl.constexpr, DS1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, PRELOAD: tl.constexpr,
+):  # fmt: skip
+    """Rows are the K outputs, columns the C inputs; the sum runs over the N rows of the batch.
+
+    With SPLIT a part goes to parts[SPLIT, K, C], the bias gradient is whole all the same.
+    BOXED: x and dy are descriptors of the matrices.
+    PROGRAMS: that many programs make all tiles, in the order of the grid of one program a tile; 0
+    is that grid.
+    """
+    ACROSS: tl.constexpr = (C + BN - 1) // BN + (1 if HAS_BIAS else 0)
+    DOWN: tl.constexpr = (K + BM - 1) // BM
+    if PROGRAMS == 0:
+        one_tile(
+            x, dy, parts, args, args2, tl.program_id(0), tl.program_id(1), tl.program_id(2),
+            N, C, K, XS0, XS1, DS0, DS1, BM, BN, BK, SPLIT, HAS_BIAS, BOXED, PRECISION,
+            EPILOGUE, EPILOGUE2, PRELOAD,
+        )  # fmt: skip
+    else:
+        for t in tl.range(tl.program_id(0), ACROSS * DOWN * SPLIT, PROGRAMS, num_stages=1):
+            one_tile(
+                x, dy, parts, args, args2, t % ACROSS, t // ACROSS % DOWN, t // (ACROSS * DOWN),
+                N, C, K, XS0, XS1, DS0, DS1, BM, BN, BK, SPLIT, HAS_BIAS, BOXED, PRECISION,
+                EPILOGUE, EPILOGUE2, PRELOAD,
+            )  # fmt: skip

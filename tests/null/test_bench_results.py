@@ -250,6 +250,12 @@ def test_steps_and_jax_stand_in_tables():
     found = on_gpu({"kind": "steps", "machine": {}, "runs": [run, run | {"launches": None}]})
     text = index.steps({"h200-steps": found})
     assert "| 128 | bf16 | H200 | 2.3 | 2.4 | 3.40 (3.40-3.40) | 2 | 0.12 | 0.08 | 2026" in text
+    assert "not measured" in index.streams({})
+    several = run | {"streams": [0, 32], "ways": ways | {"streams 32": {"ms": q(2.1)}}}
+    found = on_gpu({"kind": "steps", "machine": {}, "runs": [run, several]})
+    assert index.steps({"h200-steps": found}).count("alexnet") == 1
+    text = index.streams({"h200-steps": found})
+    assert "| 128 | bf16 | H200 | - | - | - | 2.100 (2.100-2.100) | - | 2026" in text
     row = {"model": "alexnet", "batch": 128, "precision": "bf16", "scan": 20, "failure": ""}
     rows = [row | {"ms": 3.5}, row | {"scan": 1, "failure": "OutOfMemory"}]
     found = on_gpu({"kind": "jax", "machine": {}, "rows": rows, "date": "2026-11-26"})
@@ -307,6 +313,31 @@ def test_steps_and_their_launches_of_several_processes_share_a_file(tmp_path, ca
     assert {"conv1", "fc3", "loss"} <= {n for row in three["launches"] for n in row["layers"]}
     text = capsys.readouterr().out
     assert f"{len(three['launches'])} in all" in text and "linear_wgrad" in text
+
+
+def test_steps_under_other_streams_stand_beside_the_plain_ones(tmp_path, capsys, monkeypatch):
+    plain = ["--precision", "fp32", "--target", "cpu", "--seconds", "0.1", "--no-launches",
+             "--json", str(tmp_path)]  # fmt: skip
+    assert steps.main(["lenet5", "--batch", "2", *plain]) == 0
+    real = steps.ours.compiled
+
+    def compiled(work, target, **how):
+        """One setting that computes something else."""
+        if steps.config.streams() == 3:
+            next(iter(work.net.parameters())).data += 1
+        return real(work, target, **how)
+
+    monkeypatch.setattr(steps.ours, "compiled", compiled)
+    assert steps.main(["lenet5", "--batch", "2", *plain, "--streams", "0,2,3,7777"]) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, SCHEMA)
+    one, several = found["runs"]  # neither replaces the other
+    assert one["streams"] == [] and several["streams"] == [0, 2, 3, 7777]
+    assert [n for n in several["ways"] if "streams" in n] == ["streams 0", "streams 2"]
+    assert "other bits than streams 0: loss, " in several["failures"]["streams 3"]
+    assert "use a number from 0 to 1024" in several["failures"]["streams 7777"]
+    assert "streams 2" in capsys.readouterr().out
 
 
 def test_a_step_that_cannot_be_measured_says_why(tmp_path, capsys):

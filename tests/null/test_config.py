@@ -14,12 +14,15 @@ def clean(monkeypatch):
 
 
 def test_exactly_the_documented_flags():
-    assert list(config.FLAGS) == ["DEBUG", "DUMP", "DISABLE", "CHECK", "TUNE", "CACHE_DIR", "DATA"]
+    assert list(config.FLAGS) == [
+        "DEBUG", "DUMP", "DISABLE", "CHECK", "TUNE", "STREAMS", "CACHE_DIR", "DATA"
+    ]  # fmt: skip
     assert all(text and "\n" not in text for text in config.FLAGS.values())
 
 
 def test_defaults():
     assert (config.debug(), config.check(), config.tune()) == (0, False, False)
+    assert config.streams() == 1
     assert config.dump_dir() == "" and config.disabled() == () and config.data_dir() is None
     assert config.cache_dir().name == "graphnet"
 
@@ -42,8 +45,10 @@ def test_override_ends_with_an_error():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DEBUG", "5"), ("DEBUG", "-1"), ("DEBUG", "yes"), ("CHECK", "2")]
-)
+    ("name", "value"),
+    [("DEBUG", "5"), ("DEBUG", "-1"), ("DEBUG", "yes"), ("CHECK", "2"), ("STREAMS", "-1"),
+     ("STREAMS", "two"), ("STREAMS", "1.5"), ("STREAMS", "1025")],
+)  # fmt: skip
 def test_bad_values_name_the_flag_and_the_range(name, value):
     match = rf"GRAPHNET_{name}='{value}'"
     with config.override(**{name: value}), pytest.raises(ConfigError, match=match):

@@ -71,6 +71,15 @@ def test_kernels_are_compiled_together_in_front_of_what_is_timed(tmp_path):
     assert warm == [0, 1, 2, 3] and len(said) == 8
 
 
+def test_streams_are_compared_in_one_process_for_each_precision(tmp_path):
+    done, said = stubbed(tmp_path, "--part", "streams")
+    assert done.returncode == 0 and ["--warm" in line for line in said] == [True, False] * 2
+    for line, precision in zip(timed(said), ("bf16", "tf32"), strict=True):
+        assert f"steps.py alexnet --batch 128 --precision {precision}" in line
+        assert "--streams 0,1,16,32,48 --no-launches" in line and f"--json {tmp_path}" in line
+    assert all("--streams 0,1,16,32,48" in line for line in said)
+
+
 def test_a_part_or_two_alone(tmp_path):
     done, said = stubbed(tmp_path, "--part", "correctness", LACKS="1")
     assert done.returncode == 0 and len(said) == 1 and "pytest" in said[0] and "-n" not in said[0]
@@ -99,12 +108,25 @@ def test_a_measurement_that_hangs_is_cut_off_and_the_others_run(tmp_path):
 def test_it_refuses(tmp_path, options):
     done, said = stubbed(tmp_path, *options)
     assert done.returncode == 2 and said == []
-    assert "--part      of correctness, steps, peers, tune, sweep, mnist, history" in done.stderr
+    assert "--part      of correctness, steps, peers, tune, sweep, mnist, streams" in done.stderr
+    assert "see that they run" in done.stderr  # all of the options
 
 
 def test_without_a_gpu_nothing_is_run(tmp_path):
     hidden, said = stubbed(tmp_path, NO_GPU="1")
     assert hidden.returncode == 1 and "sees no GPU" in hidden.stderr and said == []
+
+
+@pytest.mark.slow
+def test_streams_run_dry(tmp_path):
+    done = gpu_sh(tmp_path, "--dry-run", "--part", "streams", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    result = json.loads(path.read_text())
+    jsonschema.validate(result, SCHEMA)
+    (run,) = result["runs"]
+    assert run["streams"] == [0, 1, 16, 32, 48] and not run["failures"]
+    assert [n for n in run["ways"] if "streams" in n] == [f"streams {n}" for n in run["streams"]]
 
 
 @pytest.mark.slow

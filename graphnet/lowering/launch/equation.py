@@ -13,6 +13,7 @@ from math import prod
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
+from graphnet.lowering.launch.aside import confined
 from graphnet.lowering.launch.choice import Kernels, adjusted
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
 from graphnet.lowering.launch.config import PROCESSORS, cdiv, next_power
@@ -34,7 +35,7 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
     if work.anchors:
         choice = kernels.choose(work)
         steps = with_costs(work, choice.variant.launch(work, choice.config))
-        return [replace(s, choice=choice) for s in steps]
+        return [replace(confined(s), choice=choice) for s in steps]
     return list(with_costs(work, [_record(work) if eqn.op == "record_step" else _pointwise(work)]))
 
 

@@ -62,7 +62,8 @@ class LinearWgradPointers(Product):
             "N": n, "C": columns, "K": rows, **strides("X", work.type(e.inputs[0])),
             **strides("D", work.type(e.inputs[1])), **tiles(c), "SPLIT": c.SPLIT,
             "HAS_BIAS": has_bias, "BOXED": self.boxed, "PRECISION": work.problem.dtype,
-            "EPILOGUE": source(own), "EPILOGUE2": source(epi2), "PRELOAD": preload(own),
+            "PROGRAMS": 0, "EPILOGUE": source(own), "EPILOGUE2": source(epi2),
+            "PRELOAD": preload(own),
         }  # fmt: skip
         across, down = cdiv(columns, c.BN), cdiv(rows, c.BM)
         first = make(

@@ -6,7 +6,8 @@ as soon as its operands are complete, and they die there.
 
 A second stream holds what the budget says overlaps: long memory-bound steps that end in the state
 (the update of a fully connected layer, bound by traffic) beside the rest, which is bound by
-arithmetic. They wait for what they need, and the end of the step waits for them.
+arithmetic. They wait for what they need, and the end of the step waits for them. GRAPHNET_STREAMS=0
+leaves all of it on one stream.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from graphnet.lowering.launch.cost import HOUSE, limits_us
+from graphnet import config
+from graphnet.lowering.launch.aside import goes_aside
 from graphnet.lowering.launch.steps import Launch, Step
-
-ASIDE_US = 15.0  # a shorter step does not pay for the fork
 
 Edges = set[tuple[int, int]]
 
@@ -80,15 +80,13 @@ def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) 
 
 def streams_of(steps: Sequence[Step], edges: Edges) -> tuple[int, ...]:
     """The stream of each step: 1 for long memory-bound steps that nothing waits for, else 0."""
+    if config.streams() == 0:
+        return (0,) * len(steps)
     waited = {a for a, _ in edges}
-    out = []
-    for k, s in enumerate(steps):
-        aside = False
-        if isinstance(s, Launch) and k not in waited:
-            compute, memory = limits_us(s.flops, s.bytes, s.math, HOUSE)
-            aside = memory >= ASIDE_US and memory > compute
-        out.append(int(aside))
-    return tuple(out)
+    return tuple(
+        int(isinstance(s, Launch) and k not in waited and goes_aside(s))
+        for k, s in enumerate(steps)
+    )
 
 
 def chained(streams: Sequence[int], edges: Edges) -> Edges:
