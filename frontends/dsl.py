@@ -12,6 +12,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -213,6 +214,22 @@ class Module:
                 if f"{m.kind}{count[m.kind]}" not in names.values():
                     names[m] = f"{m.kind}{count[m.kind]}"
         return {m: names[m] for m in layers}
+
+    def path_of(self, layers: str | None) -> str | None:
+        """Attribute path of a layer, by its display name; of several ("conv1, relu1") of each."""
+        paths = {m: path for path, m in self.named_modules()}
+        named = {name: paths[m] for m, name in self.layer_names().items()}
+        found = [named[n] for n in (layers or "").split(", ") if n in named]
+        return ", ".join(found) or None
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Adds the attribute path to the errors that name a layer of this net."""
+        try:
+            yield
+        except GraphnetError as error:
+            error.path = error.path or self.path_of(error.layer)
+            raise
 
     def set_multipliers(
         self, pattern: str, lr: float | None = None, decay: float | None = None

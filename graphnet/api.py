@@ -38,7 +38,7 @@ BUILT_FOR = "h100"  # the GPU that we build for where there is none
 
 @dataclass(frozen=True)
 class Lowered:
-    """A net on its way to a program: the graphs, the plan, what it was asked for; target and
+    """A net on its way to a program: the graphs, the plan, and the arguments; target and
     precision are never "auto"."""
 
     stages: Any
@@ -84,13 +84,14 @@ def lower(
     if training and not keys:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
     kernels = kernels or kernels_of(target)
-    stages = pipeline.run(
-        traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
-        trainable=keys,
-        multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
-        handling=handling,
-    )  # fmt: skip
-    plan = make_plan(stages.fused, target, kernels)
+    with net.locating():
+        stages = pipeline.run(
+            traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
+            trainable=keys,
+            multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
+            handling=handling,
+        )  # fmt: skip
+        plan = make_plan(stages.fused, target, kernels)
     dump(plan)
     return Lowered(stages, plan, target, precision, keys, kernels)
 
@@ -98,9 +99,9 @@ def lower(
 def kernels_of(target: str, gpu: str | None = None, arch: int | None = None) -> Kernels | None:
     """What decides between kernels on a target, None where there are none of ours.
 
-    gpu   whose measurements decide: the one at hand by default, H100's where there is none, and
-          nobody's for "". The interpreter's tiles are part of tests: only who asks for tuned ones
-          gets them
+    gpu   the GPU whose measurements decide: the one at hand by default, an H100 where there is
+          none; "" uses none. Tests rely on the interpreter's tiles, so there tuned ones are used
+          only where GRAPHNET_TUNE asks for them
     arch  90 for sm_90; that of the GPU at hand by default
     """
     from graphnet.lowering.launch.registry import kernels_for

@@ -91,7 +91,7 @@ _showwarning = warnings.showwarning
 
 
 def _warn(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Our own warnings as a line, without the place in our source; others as ever."""
+    """Prints our own warnings as a line, without the place in our source; others as Python does."""
     if category.__module__.startswith("graphnet."):
         typer.echo(f"graphnet: {printable(str(message))}", err=True)
     else:

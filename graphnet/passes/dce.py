@@ -7,7 +7,7 @@ from dataclasses import replace
 from graphnet.ir.graph import Eqn, Graph, Value, substitute
 from graphnet.ir.op import get_op
 
-# Cheap to share and safe to: pure, and written more than once by independent rules.
+# Pure ops that independent rules write more than once; sharing them is cheap.
 _SHARED = ("reshape", "cast", "full", "relayout")
 
 

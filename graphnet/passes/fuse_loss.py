@@ -1,6 +1,6 @@
 """The loss and its gradient read the same logits: one kernel, and no probabilities in memory.
 
-The two are siblings, no chain, so that this is a small pass and no pattern of the driver.
+The two are siblings, not a chain, so this is a small pass of its own and not a rule of the driver.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The weight gradient meets its optimizer update: the gradient is never written.
 
 This is the only place that joins `%g` with `*_update`, and with what stands between them: a sum
-over steps, clipping, and the guard behind. The driver's ordinary law refuses it when `%g` is also
+over steps, clipping, and the guard behind. The driver refuses it when `%g` is also
 read by an all-reduce, a global norm or the `add` of a shared parameter; then what follows the norm
 is one kernel, and the gradient is written and read.
 """
@@ -32,7 +32,7 @@ def _rule(outer: str, inner: str, pattern: str) -> Rule:
     )
 
 
-# Each taker into its gradient's kernel, and into the taker before it where that kernel is closed.
+# Each consumer of a gradient joins the kernel that makes it, or else the consumer before it.
 RULES = [
     *(_rule(u, g, f"anchor:{g}") for g in WGRADS for u in (*TAKERS, "chain")),
     *(_rule(u, t, t) for t in ("clip", "accumulate") for u in (*TAKERS, "chain") if u != t),

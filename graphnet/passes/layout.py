@@ -26,14 +26,14 @@ _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
 
 
 class Kernels(Protocol):
-    """Who knows which layouts the kernels of the target take."""
+    """Tells the pass which layouts the kernels of the target take."""
 
     def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout]) -> bool:
         """Whether one computes an anchor with its operands and results in these layouts."""
 
 
 def _pinned(graph: Graph) -> set[Value]:
-    """Values whose layout is not to be chosen: that of an input, else row-major."""
+    """Values whose layout is given: that of an input, else row-major."""
     out = {*graph.input_values, *graph.returns}
     for e in graph.eqns:
         if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad"):
@@ -115,7 +115,7 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
 
 
 def _behind(graph: Graph, image: Value, packed: Value) -> Graph:
-    """A relayout of the image in front of all, which its readers read instead."""
+    """A relayout of the image at the start of the graph; its readers read that instead."""
     attrs = get_op("relayout").attrs_type(layout=str(packed.type.layout))  # type: ignore[call-arg]
     first = [e for e in graph.eqns if image in e.inputs]
     where = Where(first[0].where.layers, first[0].where.place, "layout")

@@ -1,4 +1,4 @@
-"""What each pass did, for whoever watches: GRAPHNET_DEBUG on stderr, GRAPHNET_DUMP in a folder."""
+"""Reports what each pass did: GRAPHNET_DEBUG on stderr, GRAPHNET_DUMP in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphnet.passes.rewrite import Log
 
 
 class Observer:
-    """Told of the traced graph, then of each pass.
+    """Gets the traced graph first, then the graph after each pass.
 
     GRAPHNET_DEBUG  1 a line for each pass; 3 also its rule hits and refusals; 4 also the graph
     GRAPHNET_DUMP   NAME-NN-PASS.txt, .dot and, where the pass changed something, .diff

@@ -134,7 +134,7 @@ class _Bf16:
         )
 
     def result_dtype(self, eqn: Eqn) -> DType:
-        """Logits, which a loss reads or the caller gets, stay fp32."""
+        """Logits stay fp32: a loss reads them, or the caller gets them."""
         out = eqn.out
         if out in self.escaping or any(e.op in _LOSSES for e in self.readers.get(out, ())):
             return f32

@@ -1,9 +1,9 @@
-"""Rewrite rules as data, and the driver that owns their legality.
+"""Rewrite rules as data, and the driver that decides whether each is legal.
 
 A rule has a `name` (its equation), a `pattern`, a `guard` that says *why not* in a sentence, and a
 `build`. The driver decides what a rule may do: a value that the rule would make interior must have
 no reader outside the match and must not leave the graph, unless the rule keeps it as a result, and
-the rewrite must not close a cycle. Rules cannot forget it.
+the rewrite must not close a cycle. So no rule has to check that itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class P:
 
 
 def _names(eqn: Eqn) -> set[str]:
-    """What patterns call an equation."""
+    """The names under which patterns find an equation."""
     anchor = anchor_of(eqn)
     return {eqn.op, f"anchor:{anchor}" if anchor or eqn.body is None else "chain"}
 
@@ -113,7 +113,7 @@ def _find(rule: Rule, root: Eqn, producers: dict[Value, Eqn]) -> Iterable[tuple[
 
 
 def _illegal(rule: Rule, m: Match) -> str | None:
-    """The driver's law."""
+    """Why the driver refuses a match, or None."""
     inside = set(map(id, m.eqns))
     escaping = m.graph.escaping()
     for v in m.edges:

@@ -16,7 +16,7 @@ from graphnet.ir.graph import Eqn, Input, Value
 from graphnet.ops.fused import run_eqn
 from graphnet.runtime.program import Program
 
-_BOOKS = ("record_step", "if_finite")  # what hides or only repeats a bad value
+_BOOKS = ("record_step", "if_finite")  # they hide a bad value, or only repeat one
 
 
 @dataclass(frozen=True)

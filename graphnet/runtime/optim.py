@@ -1,4 +1,4 @@
-"""The optimizer of a compiled step, as the user turns its knobs between steps."""
+"""The optimizer of a compiled step, whose settings the user may change between steps."""
 
 from __future__ import annotations
 

@@ -297,9 +297,9 @@ class TrainStep(Program):
         super()._step_with(run)
 
     def _join(self) -> None:
-        """Before the first step: zeroes the state of an optimizer that counts its steps where a
-        parameter joins it (a layer thaws). The count is that of all slots; a new one would be taken
-        for an old."""
+        """Before the first step: clears the state of an optimizer that counts its steps where a
+        parameter joins it (a layer thaws). All slots share one count, so a new slot would be
+        corrected for its start as an old one is."""
         if not self._unmet:
             return
         spec, stepped = self.optimizer.spec, self.state.stepped

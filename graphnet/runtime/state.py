@@ -88,7 +88,7 @@ def _bank_of(net: Any) -> _Bank:
 
 
 def lock_of(net: Any) -> threading.RLock:
-    """What a thread holds while it reads or changes the state of a net, on whatever device."""
+    """The lock that a thread holds while it reads or changes the state of a net, on any device."""
     return _bank_of(net).lock
 
 

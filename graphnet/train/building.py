@@ -129,7 +129,8 @@ def check_outputs(net: Module, s: RunConfig, data: Any, *, old: bool) -> None:
     place = made[v].where.located if v in made else {}
     named = not runs_code(s.model)
     fix = lambda n: f"--classes {n}" if named else f"make it {n} in the last layer of {s.model}"
-    check_classes(data, logits.type.shape[-1], old=old, fix=fix, **place)
+    with net.locating():
+        check_classes(data, logits.type.shape[-1], old=old, fix=fix, **place)
 
 
 def freeze(net: Module, names: Sequence[str]) -> None:

@@ -121,7 +121,7 @@ def keep_about(run: Path, data: Any) -> None:
 
 
 def _about(run: Path | None) -> dict[str, Any]:
-    """What `keep_about` left. Guessing it would give wrong answers without a word."""
+    """What `keep_about` wrote. Without it predictions would be wrong, and nobody would notice."""
     if run is None:
         return {}
     try:

@@ -257,7 +257,7 @@ class _Recycled:
         self.lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-        """An array that nobody else holds, with anything in it."""
+        """An array that nothing else refers to; its content is undefined."""
         with self.lock:
             for at, holders in enumerate(_holders(self.arrays)):
                 if holders == _ALONE and self.arrays[at].shape == shape:

@@ -38,7 +38,7 @@ class Taken:
 
 
 class Losses:
-    """Those of the steps of a trainer; its callbacks hear of them."""
+    """Collects the losses of a trainer's steps and tells them to its callbacks."""
 
     def __init__(self, trainer: Trainer, program: TrainStep) -> None:
         self.trainer, self.program = trainer, program
@@ -110,10 +110,11 @@ class Losses:
         text = f"the loss is {value} at step {step}"
         if skipping:
             text = f"{self.bad} steps in a row were not finite; {text}"
-        raise NumericsError(
-            f"{text}: {finding.what}" if finding else text,
-            layer=finding.layer or None if finding else None,
-            where=finding.where or None if finding else None,
-            help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
-            ' (nonfinite="skip")',
-        )
+        with trainer.net.locating():
+            raise NumericsError(
+                f"{text}: {finding.what}" if finding else text,
+                layer=finding.layer or None if finding else None,
+                where=finding.where or None if finding else None,
+                help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
+                ' (nonfinite="skip")',
+            )

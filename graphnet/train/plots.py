@@ -32,7 +32,7 @@ def curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """0.3 and not 3 x 10^-1; thinned out as ever."""
+        """Writes 0.3 instead of 3 x 10^-1, at the ticks that LogFormatter chooses."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""

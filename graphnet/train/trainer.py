@@ -75,7 +75,7 @@ class Trainer:
     nonfinite  "stop": a step whose loss is not finite leaves the state as it was and raises
                NumericsError, which names the layer; "skip": it is left out, as is one whose
                gradients are not finite (which costs the update fusion), and 50 in a row raise. A
-               GPU is asked about twice a second, so steps behind such a one may have run by then
+               GPU's losses are read about twice a second, so later steps may have run by then
     augment    a `gn.Augment`, drawn anew for each image in each epoch; the evaluation sees images
                as they are. Batches of a DataLoader are then what is stored: uint8, not normalised
     epoch, step, history: epochs and steps done, and one metrics dict per epoch

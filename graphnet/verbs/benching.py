@@ -1,4 +1,4 @@
-"""bench: how fast, beside whom."""
+"""bench: times our step beside torch's."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def here(tmp_path, monkeypatch):
 def test_outputs_are_the_classes_of_the_data(here, tmp_path):
     with pytest.raises(DataError) as caught:
         run_training(here, tmp_path / "r", quiet=True)
-    assert str(caught.value).startswith("layer 'fc1' (m.py:")
+    assert str(caught.value).startswith("layer 'fc1', net.2 (m.py:")
     assert "has 2 classes, the net has 10 outputs" in str(caught.value)
     assert "make it 2 in the last layer of m.py:net" in str(caught.value)
     assert not (tmp_path / "r").exists()
@@ -63,7 +63,7 @@ def test_outputs_are_the_classes_of_the_data(here, tmp_path):
 
 def test_a_named_model_takes_a_number_of_classes(cli, tmp_path):
     code, _, err = cli("train", "lenet5", "--data", "digits", "--classes", 12, "--dry-run")
-    assert code == 2 and "layer 'fc3' (lenet.py:" in err
+    assert code == 2 and "layer 'fc3', net.11 (lenet.py:" in err
     assert "digits has 10 classes, the net has 12 outputs; help: --classes 10" in err
     assert len(load_model("lenet5", 12).state_dict()["11.bias"]) == 12
     # A file of tensors that lies in no run says itself how many.

@@ -251,7 +251,7 @@ def compile_launches(
 
 
 def try_launches(launches: Sequence[Launch], arch: int = 90) -> list[dict[str, Any]]:
-    """What is known of each launch's binary; one that does not compile says so in "error"."""
+    """The facts about each launch's binary; for one that does not compile, "error" says why."""
     return [about for _, about in answers(launches, arch)[0]]
 
 

@@ -142,7 +142,8 @@ class Kernels:
         return Choice(p, pick, pick.rule(p), "rule")
 
     def _measured(self, p: Problem, able: Sequence[Variant]) -> Choice | None:
-        """The fastest row of a variant that can; ours only, once there is one of ours."""
+        """The fastest measured row of a variant that can compute the equation. Once a row of ours
+        exists, prototypes' rows are left out."""
         by_name = {v.name: v for v in able}
         rows = [r for r in self.table.get(p, ()) if r.variant in by_name]
         own = [r for r in rows if r.source == "graphnet"]
@@ -153,7 +154,7 @@ class Kernels:
         return Choice(p, by_name[best.variant], best.config, "measured", origin, best.us)
 
     def _passed_over(self, v: Variant, choice: Choice) -> str:
-        """Why a variant that could was not taken."""
+        """Why a variant that could compute the equation was not taken."""
         p = choice.problem
         if choice.source == "measured":
             rows = [r.us for r in self.table[p]

@@ -56,7 +56,7 @@ class Config:
         return (self.BM + self.BN + self.BT) * self.BK * itemsize * self.num_stages
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that say something, for JSON and for people."""
+        """The fields that are set, for JSON and for people."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     def __str__(self) -> str:
@@ -109,8 +109,7 @@ def columns(n: int, most: int, wide: int) -> tuple[int, int]:
 
 
 def distinct(*groups: Iterable[Config]) -> Iterator[Config]:
-    """Each configuration once, in the order in which they come: who wants the first makes no
-    other."""
+    """Each configuration once, in the given order; lazily, since most callers take the first."""
     seen: set[Config] = set()
     for c in chain(*groups):
         if c not in seen:

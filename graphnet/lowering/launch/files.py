@@ -66,7 +66,7 @@ def _ours(folder: Path, alone: bool = False) -> None:
         raise CompileError(
             f"the cache {folder} is a symbolic link", help="set GRAPHNET_CACHE_DIR to a real folder"
         )
-    # What is asked and what is changed is one and the same folder, whatever the name means by then.
+    # The folder is checked and changed through one descriptor: a renamed path cannot redirect it.
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         about = os.fstat(handle)

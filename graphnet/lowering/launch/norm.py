@@ -88,7 +88,7 @@ def shared(pool: Eqn, norm: Eqn, large: Value, small: Value) -> dict[str, Any]:
 
 def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn, c: Config) -> Launch:
     x, out = pool.inputs[0], norm.out.type.shape
-    # In inference nobody else keeps the pooled image.
+    # In inference no other kernel stores the pooled image.
     work, held, scratch = work.keeping(pool.out, work.type(x).layout)
     first = work.epilogue(pool.out, Index(out), also=pool.outputs[1])
     second = work.epilogue(norm.out, Index(out))

@@ -35,7 +35,7 @@ def _linear(e: Eqn) -> dict[str, int]:
 
 
 def _image(e: Eqn) -> dict[str, int]:
-    """The image in front of a pool or norm: the result of a gradient, else the operand."""
+    """The image that a pool or norm reads: for a gradient its result, else its operand."""
     image = e.out if e.op.endswith("_grad") else e.inputs[0]
     small = e.inputs[0] if e.op.endswith("_grad") else e.out
     n, c, h, w = image.type.shape

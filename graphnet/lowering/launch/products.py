@@ -119,7 +119,8 @@ def plain_wgrad(m: int, n: int, k: int, groups: int, math: str, held: int) -> Co
 
 
 def with_room(config: Config, held: int) -> Config:
-    """Fewer columns where an update holds many tensors; behind a split it has a pass of its own."""
+    """A narrower tile where the update reads many tensors. After a split reduction the update runs
+    in a second pass, and the tile stays."""
     most = UPDATE_ACCUMULATORS * UPDATE_TENSORS
     while config.SPLIT == 1 and held > UPDATE_TENSORS and config.accumulators * held > most:
         if not config.BT and config.BN <= 16:

@@ -1,8 +1,8 @@
 """What a kernel takes, read from its file: a launch that gives anything else is refused.
 
-Triton's launcher refuses a constant that the kernel does not know; its interpreter drops it
-without a word, and so a launch could pass every test off the GPU. Here all targets ask the same
-question, and no Triton is needed to answer it.
+Triton's launcher refuses a constant that the kernel does not know, but its interpreter drops it
+silently. So a wrong launch could pass every test that runs without a GPU. Here all targets ask the
+same question, and no Triton is needed to answer it.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def make(
         if e is not None:
             reads, writes = (*reads, *e.reads), (*writes, *e.writes)
             inplace += e.inplace
-    # What the anchor or two epilogues read is not read at one index only.
+    # An operand that the anchor or another epilogue also reads cannot be updated in place.
     often = [r for r in reads if reads.count(r) > 1]
     return Launch(
         kernel, f"graphnet.kernels.{module}", args, tuple(constants.items()),

@@ -2,8 +2,8 @@
 
 A variant is one way to compute an equation: it says which equations it takes and why not the
 others, which configurations are worth trying, and how a configuration becomes launches. A variant
-is one class in the file of its kernel family and one row in `registry.py`; whoever lists, chooses,
-searches or reports asks the registry, and nobody names kernels.
+is one class in the file of its kernel family and one row in `registry.py`. Code that lists,
+chooses, searches or reports asks the registry and names no kernel.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def assign(lives: Mapping[str, Life], reach: Sequence[int]) -> tuple[dict[str, S
     """(slot by buffer, bytes of the arena), the smallest of several packings.
 
     Each packs one buffer after the other into the tightest gap, first those beside which most
-    bytes live; then what ended at the top goes to the front, and all is packed again.
+    bytes live. Then the topmost buffer moves to the front of the order, and all is packed again.
     """
     beside: dict[str, set[str]] = {n: set() for n in lives}
     for a, b in combinations(lives, 2):

@@ -98,7 +98,7 @@ class Plan:
 
 
 class _Planner:
-    """Buffers by SSA value first; which of them are one memory is decided after the steps."""
+    """Gives each SSA value a buffer first; which buffers share memory is decided after the steps."""
 
     def __init__(self, graph: Graph, kernels: Kernels) -> None:
         self.graph, self.kernels = graph, kernels
@@ -164,7 +164,7 @@ class _Planner:
                 self.place[root] = old.name
                 storage[root] = old.name
                 continue
-            elif old.type.layout.s2d:  # its zeros lie where no kernel writes
+            elif old.type.layout.s2d:  # its padding holds zeros that no kernel writes
                 raise GraphError(f"{old}: {old.type} cannot be replaced in place")
             ends.append(Copy(root, old.name))
         self.steps += keeps + ends

@@ -1,4 +1,4 @@
-"""In which order the steps run, and what may run beside it.
+"""The order in which the steps run, and which of them may run at once.
 
 One stream by default: a total order lets buffers share memory by launch order. The order is chosen
 for memory: of the steps that can run, the one that leaves least behind. A weight gradient so runs

@@ -1,4 +1,4 @@
-"""What the cpu target runs: tasks over a flat environment, and the graph without its bodies."""
+"""The tasks that the cpu target runs over a flat environment, and the graph without its bodies."""
 
 from __future__ import annotations
 

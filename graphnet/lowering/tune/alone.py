@@ -1,6 +1,6 @@
 """One equation, alone: operands of its own, its reference, and any launches of it to run.
 
-What a tuner tries must neither read what another kernel left nor leave anything behind.
+A trial must neither read what another kernel has written nor leave anything behind.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Buffer = Callable[[Ref], torch.Tensor]
 
 @contextmanager
 def mode(target: str) -> Iterator[None]:
-    """What launches of a target have to be called in."""
+    """The context in which launches of a target are called."""
     from graphnet.lowering.targets.interpret import MODE, interpreted
 
     with interpreted() if target == "interpret" else MODE:
@@ -108,7 +108,7 @@ def _itemsize(launch: Launch, name: str) -> int:
 
 
 def _integers_first(values: Sequence[Value]) -> list[Value]:
-    """What comes from its producer fixes values that others are drawn freely for."""
+    """The integer operands first: the equations that make them also decide floating-point ones."""
     return sorted(dict.fromkeys(values), key=lambda v: v.type.dtype.torch.is_floating_point)
 
 

@@ -4,7 +4,7 @@ A measured row is advice. Its binary is refused where it spills or does not comp
 rules decide. On a GPU an equation whose binaries have not been proven there is run once, alone,
 over operands of its own and results full of NaN, against the float64 reference on the device. A
 wrong measured choice is replaced by the rules', loudly; if the rules' own is wrong, too, that is an
-error. What was right is remembered by everything that decides it.
+error. A right one is remembered under a hash of everything that its result depends on.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def computed(low: Any) -> Iterator[tuple[Eqn, list[Launch]]]:
 
 
 def name_of(steps: Sequence[Launch], arch: int) -> str:
-    """What names a computation: the code of its launches, their grids and tables."""
+    """The key of a computation: the code of its launches, their grids and tables."""
     about = [
         [key_of(request(s, arch)), s.grid, [t.values for t in s.tables]] for s in steps
     ]  # fmt: skip

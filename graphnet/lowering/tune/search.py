@@ -35,7 +35,7 @@ from graphnet.lowering.watch import clock
 KEEP = 24  # candidates of a problem that are tried, the likeliest
 GAIN = 0.97  # the rules' choice stays unless another takes at most this share of its time
 ROUNDS = 9
-MODEL_GPU = "h200"  # whose ceilings order candidates where the GPU is none that we know
+MODEL_GPU = "h200"  # the GPU whose ceilings order candidates where the one at hand is unknown
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Trial:
 
 @dataclass
 class Found:
-    """What a search found: every trial, and the entries that decide from now on."""
+    """What a search found: every trial, and the entries that are used from now on."""
 
     gpu: str
     trials: list[Trial] = field(default_factory=list)
@@ -201,7 +201,7 @@ def candidates(
 
 
 class _Job:
-    """One problem on its way: its equations, its candidates, what became of them."""
+    """The state of one problem's search: its equations, its candidates, and their verdicts."""
 
     def __init__(self, p: Problem, works: Sequence[Work], kernels: Kernels, model: str, keep: int):
         self.problem, self.works = p, works
@@ -213,7 +213,7 @@ class _Job:
     def trial(
         self, c: Candidate, verdict: str, error: str | None = None, us: float | None = None
     ) -> None:
-        """Records what became of a candidate."""
+        """Records the verdict on a candidate."""
         about = self.problem, self.layers, c.variant.name, c.config, c.predicted_us
         self.trials.append(Trial(*about, us, verdict, error))
 
@@ -289,11 +289,11 @@ def _check(
         try:
             run, tensor = job.prepare(group)
             why = job.verdict(run, tensor)
-        except Exception as error:  # a candidate's failure is a result, not ours
+        except Exception as error:  # a candidate that fails is a result, not our error
             return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200], []
         if why is not None:
             return "wrong", why, []
-        job.fill(tensor)  # what is timed reads operands, not NaN
+        job.fill(tensor)  # the timed runs read real operands, not the NaN of the check
         runs.append(run)
     return "right", None, runs
 

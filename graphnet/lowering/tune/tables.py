@@ -7,7 +7,7 @@ it decides as long as its variant is there and accepts the equation, and its bin
 spills. Whether a binary is right is another question (proof.py).
 
 The cache holds what `graphnet tune` found on this machine, a file for each row. A damaged file
-counts for nothing and is searched again.
+is ignored, and its problem is searched again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Entry:
         return self.variant, self.problem
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types, what says nothing left out."""
+        """Plain types, without the fields that are not set."""
         p = self.problem
         out = {
             "op": p.op, "shape": list(p.shape), "dtype": p.dtype, "variant": self.variant,
@@ -146,7 +146,7 @@ def remember(entries: Iterable[Entry]) -> None:
 
 
 def remembered() -> list[tuple[Path, Entry]]:
-    """What lies whole in the cache; a TuningWarning for each file that does not."""
+    """The rows of all sound files of the cache; a TuningWarning for each damaged file."""
     out = []
     for path in sorted(private_dir("tuning").glob("*.json")):
         try:
@@ -185,7 +185,7 @@ def table_for(gpu: str | None) -> dict[Problem, list[Measured]]:
 
 
 def as_table(entries: Iterable[Entry]) -> dict[Problem, list[Measured]]:
-    """Rows by problem; those of variants that are gone are left out, and that is said once."""
+    """Rows by problem. Those of variants that no longer exist are left out, with one warning."""
     registry = by_op()
     rows: dict[Any, tuple[Problem, Measured]] = {}
     for e in entries:
