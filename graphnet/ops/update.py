@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -196,6 +196,15 @@ class OptimizerSpec:
 
     op = ""
     structural: tuple[str, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if args and isinstance(args[0], Iterable) and not isinstance(args[0], str | torch.Tensor):
+            raise ConfigError(
+                f"{cls.__name__} is given a {type(args[0]).__name__} where its learning rate stands",
+                help=f"gn.{cls.__name__}(lr=0.01) holds settings alone: gn.compile(net, shape, "
+                "loss=..., optimizer=...) knows the parameters; p.trainable = False leaves one out",
+            )
+        return super().__new__(cls)
 
     @property
     def hypers(self) -> tuple[str, ...]:

@@ -115,6 +115,6 @@ class Losses:
                 f"{text}: {finding.what}" if finding else text,
                 layer=finding.layer or None if finding else None,
                 where=finding.where or None if finding else None,
-                help="lower the learning rate, clip the gradients (clip_norm), or leave such steps out"
-                ' (nonfinite="skip")',
+                help="lower the learning rate, clip the gradients (clip_norm), or leave such steps "
+                'out (nonfinite="skip")',
             )

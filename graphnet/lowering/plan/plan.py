@@ -98,7 +98,7 @@ class Plan:
 
 
 class _Planner:
-    """Gives each SSA value a buffer first; which buffers share memory is decided after the steps."""
+    """Gives each SSA value a buffer; which buffers share memory is decided after the steps."""
 
     def __init__(self, graph: Graph, kernels: Kernels) -> None:
         self.graph, self.kernels = graph, kernels
