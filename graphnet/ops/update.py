@@ -200,7 +200,8 @@ class OptimizerSpec:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if args and isinstance(args[0], Iterable) and not isinstance(args[0], str | torch.Tensor):
             raise ConfigError(
-                f"{cls.__name__} is given a {type(args[0]).__name__} where its learning rate stands",
+                f"{cls.__name__} is given a {type(args[0]).__name__} in the place of its learning "
+                "rate",
                 help=f"gn.{cls.__name__}(lr=0.01) holds settings alone: gn.compile(net, shape, "
                 "loss=..., optimizer=...) knows the parameters; p.trainable = False leaves one out",
             )

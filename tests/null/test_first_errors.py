@@ -101,7 +101,7 @@ CALLS = [
         "optimizer": torch.optim.Adam([nn.Parameter(torch.ones(1))])}), gn.ConfigError,
      ["torch's optim.Adam", "optimizer=gn.Adam(lr=0.01)", HERE]),
     (lambda: gn.SGD(small().parameters(), lr=0.1), gn.ConfigError,
-     ["SGD is given a generator where its learning rate stands", "gn.SGD(lr=0.01)"]),
+     ["SGD is given a generator in the place of its learning rate", "gn.SGD(lr=0.01)"]),
     (lambda: gn.Adam([{"params": []}]), gn.ConfigError, ["Adam is given a list"]),
     (lambda: gn.BatchNorm9d(3), gn.MissingError, ["graphnet has no 'BatchNorm9d'", "MaxPool2d"]),
     (lambda: gn.Conv2D(3), gn.MissingError, ["did you mean Conv2d?"]),
