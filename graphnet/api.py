@@ -191,7 +191,9 @@ def compile(
     accumulate  a step applies the mean gradient of this many calls, at the last of them
     clip_norm   scales the gradients down to this global norm; `step.optimizer.clip_norm` sets it
     nonfinite   "stop": a step whose loss is not finite leaves the state as it was; "skip": so does
-                one whose gradients are not, and its recorded loss is NaN
+                one whose gradients are not, and its recorded loss is NaN. None, the default, guards
+                nothing: a loss that is NaN makes the weights NaN. Neither raises: a `gn.Trainer`
+                does, and names the layer
     Clipping and "skip" read all gradients before the first update: `inspect --why` has the price.
 
     augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
