@@ -16,7 +16,8 @@ from graphnet.errors import ConfigError
 FLAGS = {
     "DEBUG": "1 pass summaries, 2 per-launch time and rates, 3 rule hits and refusals, 4 IR text",
     "DUMP": "folder for the numbered IR after each pass, DOT, generated files and the plan",
-    "DISABLE": "passes and rewrite rules to leave out, separated by commas (rules: by semicolons)",
+    "DISABLE": "passes, rewrite rules and variants of kernels to leave out, separated by commas "
+    "(rules: by semicolons)",
     "CHECK": "1 compares every launch with its reference and stops at the first bad one",
     "TUNE": "1 lets compile search for launch configurations, 0 (default) uses the tables",
     "STREAMS": "0 one stream, 1 (default) wide updates beside the rest, N > 1 by N programs there",
@@ -79,7 +80,8 @@ def dump_dir() -> str:
 
 
 def disabled() -> tuple[str, ...]:
-    """Names of the passes and rules to leave out. Rule names hold commas, so `;` separates too."""
+    """Names of the passes, rules and variants to leave out. Rule names hold commas, so `;`
+    separates, too."""
     text = get("DISABLE")
     if "=>" in text or ";" in text:
         return tuple(filter(None, (part.strip() for part in text.split(";"))))

@@ -22,6 +22,8 @@ conv.py         implicit-GEMM convolution: forward, input gradient, weight gradi
 conv_taps.py    the same for channels-last images with many channels, tap by tap
 conv_rows.py    forward and input gradient, tiles of images by the copy engine
 wgrad_rows.py   the weight gradient by filter rows, in segments, by the copy engine
+gl_conv.py      forward and input gradient by specialised warps, in Gluon
+gl_wgrad.py     the weight gradient by filter rows and specialised warps, in Gluon
 augment.py      crops, warps, colours and the normalization of stored images
 pack.py         space-to-depth
 linear.py       the fully connected products, and the ordered sum of their parts

@@ -169,6 +169,36 @@ assert len(plans) == 3 and len(pools) == 1 and set(pools[0]) == keys and not com
     run(tmp_path, text)
 
 
+def test_a_kernel_in_gluon_is_loaded_like_the_others(tmp_path):
+    """Its descriptors, its source and its key are Gluon's; what the worker built is what the
+    launcher asks for."""
+    text = """
+from tests.gluon_cases import SAME, Grad, tiles, form, variant_of
+from graphnet.lowering.launch.work import take_apart
+from graphnet.lowering.tune.alone import Alone
+
+class OnCpu(Alone):
+    def __init__(self, graph, eqn):
+        super().__init__(graph, eqn, "interpret")
+        self.module = cuda
+
+for case, config_ in ((SAME, tiles(128, 16)),
+                      (Grad(2, 8, (2, 2), 8, (1, 1), dtype="bf16"), form("d", 128, 16))):
+    graph = case.graph()
+    work = take_apart(graph.eqns[0], lambda v: v.name)
+    steps = variant_of(work.problem.op, "gluon_rows").launch(work, config_)
+    loads.clear()
+    alone = OnCpu(graph, work.eqn)
+    alone.arena = torch.empty(1 << 24, dtype=torch.uint8)
+    alone.arena = alone.arena[-alone.arena.data_ptr() % 256:]
+    alone.prepare(steps)
+    assert len(loads) == len(steps) and not compiled
+    assert loads[0].src.__class__.__name__ == "GluonASTSource"
+    assert loads[0].metadata.name == steps[0].kernel
+"""
+    run(tmp_path, text)
+
+
 LIBCUDA = "".join(
     f"int {name}() {{ return 0; }}\n"
     for name in (

@@ -30,10 +30,10 @@ def gpu_sh(tmp_path, *options, **env):
     )  # fmt: skip
 
 
-def stubbed(tmp_path, *options, **env):
+def stubbed(tmp_path, *options, text=STUB, **env):
     """(outcome, commands) of gpu.sh with a python that only writes down what it is asked for."""
     stub, log = tmp_path / "python", tmp_path / "log"
-    stub.write_text(STUB)
+    stub.write_text(text)
     stub.chmod(0o755)
     log.write_text("")
     given = {"PYTHON": str(stub), "SAID": str(log), "FAILS": "nothing", "HANGS": "nothing"}
@@ -49,7 +49,8 @@ def timed(said):
 def test_everything_in_order_of_value_and_on_past_a_failure(tmp_path):
     done, said = stubbed(tmp_path, GRAPHNET_DATA=str(tmp_path), FAILS="bench lenet5")
     assert "bench lenet5 b128 fp32: failed (3)" in done.stdout and done.returncode == 1
-    tests, *rest = timed(said)
+    gluon, tests, *rest = timed(said)
+    assert gluon.endswith("tests/gpu/test_gluon.py") and "-n 12" in gluon
     assert "-p benchmarks.record" in tests and "-n 12" in tests
     files = [w.removeprefix("tests/gpu/") for w in tests.split() if w.startswith("tests/gpu")]
     assert files[:2] == ["test_parity.py", "test_step.py"]
@@ -59,10 +60,21 @@ def test_everything_in_order_of_value_and_on_past_a_failure(tmp_path):
     assert order == [*["steps.py"] * 4, *["graphnet bench"] * 2, "jax_peer", "graphnet tune",
                      "steps.py", "mnist99"]  # fmt: skip
     assert "--batch 32,64,256,512,1024" in rest[8] and "--no-launches" in rest[8]
-    writes = [w for line in timed(said) for w in ("--json", "--record", "--out") if w in line]
+    writes = [w for line in [tests, *rest] for w in ("--json", "--record", "--out") if w in line]
     # Runs of steps share a file; with the log that is at most 8.
-    assert len(writes) == len(timed(said)) and len(writes) - 4 + 1 <= 8
-    assert all(str(tmp_path / "out") in line for line in timed(said))
+    assert len(writes) == len([tests, *rest]) and len(writes) - 4 + 1 <= 8
+    assert all(str(tmp_path / "out") in line for line in [tests, *rest])
+
+
+def test_specialised_warps_that_do_not_hold_are_left_out(tmp_path):
+    """They are tried alone, and what comes behind is told not to choose them."""
+    text = STUB.replace('echo "$@"', 'echo "$@ [${GRAPHNET_DISABLE:-}]"')
+    done, said = stubbed(tmp_path, "--part", "correctness,tune", text=text, FAILS="-x -p")
+    gluon, tests, tune = timed(said)
+    assert gluon.endswith("tests/gpu/test_gluon.py []")
+    assert "left out from here on, GRAPHNET_DISABLE=gluon_rows" in done.stdout
+    assert "test_gluon.py" not in tests and "graphnet tune" in tune
+    assert all(s.endswith("[gluon_rows,gluon_pairs,gluon_resident]") for s in (tests, tune))
 
 
 def test_kernels_are_compiled_together_in_front_of_what_is_timed(tmp_path):
@@ -82,7 +94,8 @@ def test_streams_are_compared_in_one_process_for_each_precision(tmp_path):
 
 def test_a_part_or_two_alone(tmp_path):
     done, said = stubbed(tmp_path, "--part", "correctness", LACKS="1")
-    assert done.returncode == 0 and len(said) == 1 and "pytest" in said[0] and "-n" not in said[0]
+    assert done.returncode == 0 and len(said) == 2
+    assert all("pytest" in line and "-n" not in line for line in said)
     done, said = stubbed(tmp_path, "--part", "history,mnist", GRAPHNET_DATA=str(tmp_path))
     assert [("mnist99" in s, "alexnet" in s) for s in said] == [(True, False), *[(False, True)] * 2]
     done, said = stubbed(tmp_path, "--part", "peers", LACKS="1")

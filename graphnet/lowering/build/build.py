@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from graphnet.errors import CompileError, ConfigError
+from graphnet.lowering.build.descriptors import passed_box
 from graphnet.lowering.build.pool import Pool
 from graphnet.lowering.build.tools import arch_number, kernels_hash, ptxas
 from graphnet.lowering.launch.cost import floor_us
@@ -133,7 +134,7 @@ def _passed(a: Arg) -> Any:
     if isinstance(a, tuple):
         return [r.dtype for r in a]
     if isinstance(a, Box):
-        return {"dtype": a.ref.dtype, "size": a.size, "strides": a.steps, "block": a.block}
+        return passed_box(a)
     if isinstance(a, Table):
         return a.ref.dtype
     return None if a is None else a.dtype

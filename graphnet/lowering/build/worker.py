@@ -84,9 +84,9 @@ def _argument(a: Any) -> Any:
     if isinstance(a, list):
         return tuple(_argument(v) for v in a)
     if isinstance(a, dict):
-        from triton.tools.tensor_descriptor import TensorDescriptor
+        from graphnet.lowering.build.descriptors import descriptor
 
-        return TensorDescriptor(Pointer(a["dtype"]), a["size"], a["strides"], a["block"])
+        return descriptor(Pointer(a["dtype"]), a)
     return None if a is None else Pointer(a)
 
 

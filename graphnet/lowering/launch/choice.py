@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from graphnet import config as flags
 from graphnet.errors import ConfigError, UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
@@ -62,6 +63,10 @@ class Choice:
 
 Table = Mapping[Problem, Sequence[Measured]]
 
+# What a prototype may take of the times that it has to beat: a tenth is what a kernel may lose in
+# its place, by masks, bias sums and cold caches.
+AHEAD = 0.9
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -88,6 +93,8 @@ class Kernels:
         self, variant: Variant, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
     ) -> str | None:
         """Why a variant cannot compute an equation here; None where it can."""
+        if variant.name in flags.disabled():
+            return "GRAPHNET_DISABLE names it"
         if self.interpreted and not variant.interpreted:
             return "Triton's interpreter cannot run it"
         return variant.accepts(eqn, layouts, dtype, self.arch)
@@ -142,12 +149,9 @@ class Kernels:
         return Choice(p, pick, pick.rule(p), "rule")
 
     def _measured(self, p: Problem, able: Sequence[Variant]) -> Choice | None:
-        """The fastest measured row of a variant that can compute the equation. Once a row of ours
-        exists, prototypes' rows are left out."""
+        """The row that decides among those of variants that can compute the equation."""
         by_name = {v.name: v for v in able}
-        rows = [r for r in self.table.get(p, ()) if r.variant in by_name]
-        own = [r for r in rows if r.source == "graphnet"]
-        best = min(own or rows, key=lambda r: r.us, default=None)
+        best = fastest([r for r in self.table.get(p, ()) if r.variant in by_name])
         if best is None:
             return None
         origin = f"{best.source}, {best.origin}"
@@ -157,12 +161,32 @@ class Kernels:
         """Why a variant that could compute the equation was not taken."""
         p = choice.problem
         if choice.source == "measured":
-            rows = [r.us for r in self.table[p]
-                    if r.variant == v.name and choice.origin.startswith(r.source)]  # fmt: skip
-            return f"measured {min(rows):.1f} us there" if rows else "not measured there"
+            rows = [r for r in self.table[p] if r.variant == v.name]
+            same = [r.us for r in rows if choice.origin.startswith(r.source)]
+            if rows and not same:
+                return f"measured {min(r.us for r in rows):.1f} us by another source"
+            return f"measured {min(same):.1f} us there" if same else "not measured there"
         if choice.source == "forced":
             return "another was asked for"
         return v.suits(p) or f"the rules prefer {choice.variant.name}"
+
+
+def fastest(rows: Sequence[Measured]) -> Measured | None:
+    """The row that decides: the fastest of ours, once there is one of ours.
+
+    A variant that was never measured in its place can still be taken by its prototype. That has to
+    be ahead of the fastest prototype of the variant that our fastest row names, which is of one
+    source with it, and of that row, whose configuration no prototype may have had.
+    """
+    own = [r for r in rows if r.source == "graphnet"]
+    best = min(own or rows, key=lambda r: r.us, default=None)
+    if not own or best is None:
+        return best
+    prototypes = [r for r in rows if r.source == "prototype"]
+    ours = [r.us for r in prototypes if r.variant == best.variant]
+    known = {r.variant for r in own}
+    new = min((r for r in prototypes if r.variant not in known), key=lambda r: r.us, default=None)
+    return new if new is not None and ours and new.us <= AHEAD * min(*ours, best.us) else best
 
 
 # ---- what tests and searches force -----------------------------------------------------------

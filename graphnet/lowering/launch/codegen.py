@@ -206,6 +206,17 @@ def _written(signature: str, lines: Sequence[str], notes: str) -> Source:
     return Source(f"{_HEADER}{signature}\n{body}\n\n\n{notes}\n")
 
 
+# What makes a tensor of its own in generated code: in a Gluon kernel it would lack a layout.
+_MAKERS = ("tl.arange(", "tl.full(", "tl.zeros(", "tl.zeros_like(")
+
+
+def makes_tensors(e: Eqn) -> bool:
+    """Whether the code of an elementwise equation makes ranges or constant tensors."""
+    context = _Context(e.results[0].type.shape)
+    code = get_op(e.op).emit(["v"] * len(e.inputs), e.attrs, context)
+    return any(maker in text for text in code for maker in _MAKERS)
+
+
 def write_epilogue(
     index: Index,
     name: Mapping[Value, str],

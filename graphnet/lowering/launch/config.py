@@ -28,8 +28,8 @@ class Config:
 
     LPT: 1 starts the programs with the longest sums first, 0 in the order of storage.
 
-    SWAP and PROGRAMS are of weight gradients by filter rows: whether the rows of a tile are columns
-    of the filter, and for how many programs the sums are cut.
+    SWAP is of weight gradients by filter rows: whether the rows of a tile are columns of the
+    filter. PROGRAMS is for how many programs their sums are cut, or how many take tiles in turn.
 
     Normalization: BM pixels by BN channels, BK rows of a gradient's task, SPLIT programs.
     """

@@ -164,7 +164,7 @@ def order(g: Geometry) -> Table | None:
 class _Images(Variant):
     """What both variants share. pixels: neighbours that a program makes."""
 
-    ops = ("conv2d", "conv2d_dgrad")
+    ops: tuple[str, ...] = ("conv2d", "conv2d_dgrad")
     pixels: int
 
     def accepts(
@@ -193,8 +193,8 @@ class _Images(Variant):
         x, w = (work.ref(v) for v in e.inputs[:2])
         epi = work.epilogue(e.out, Index(e.out.type.shape), bias=work.bias)
         operands = (
-            _image(x, g, c), _filters(w, g, c.BN, c.BK),
-            _filters(w, g, c.BT, c.BK) if c.BT else None, order(g) if c.LPT else None,
+            _image(x, g, c), filters_box(w, g, c.BN, c.BK),
+            filters_box(w, g, c.BT, c.BK) if c.BT else None, order(g) if c.LPT else None,
         )  # fmt: skip
         constants = {
             **g.constants(), "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK,
@@ -220,7 +220,7 @@ def _image(x: Ref, g: Geometry, c: Config) -> Box:
     return Box(x, (g.H, g.W, g.N, g.C), block, (row, g.C, g.H * row, 1))
 
 
-def _filters(w: Ref, g: Geometry, width: int, depth: int) -> Box:
+def filters_box(w: Ref, g: Geometry, width: int, depth: int) -> Box:
     """Boxes of filters by values of a run, or of summed channels by result channels of a tap."""
     if g.TURNED:
         rows = g.R if g.span else g.R * g.S
@@ -247,7 +247,7 @@ class Rows(_Images):
         heights = [bm for bm in (128, ROWS) if bm <= max(ROWS, next_power(g.N))]
         tiles = [_tile(g, bm, *width, dtype) for bm in heights for width in _columns(g.K)]
         held = [c for c in tiles if c.accumulators <= MOST[dtype]]
-        first, *others = sorted(held, key=lambda c: _cost(g, c))
+        first, *others = sorted(held, key=lambda c: cost_of(g, c))
         yield from distinct(
             [first, *_changed(g, first, dtype), *others[:3], *(c for c in held if c.BN == 256)]
         )  # fmt: skip
@@ -329,7 +329,7 @@ def _depth(g: Geometry, dtype: str) -> int:
     return min((bk for bk in (most, most // 2) if bk >= 16), key=cost)
 
 
-def _cost(g: Geometry, c: Config) -> float:
+def cost_of(g: Geometry, c: Config) -> float:
     """Work of the busiest processor. Thin tiles read their operands more often."""
     width = c.BN + c.BT
     programs = cdiv(g.K, width) * g.OH * g.OW * cdiv(g.N, c.BM) * g.G

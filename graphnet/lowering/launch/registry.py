@@ -11,6 +11,8 @@ from graphnet.lowering.launch.chunks import Chunks, PoolThenNorm, TwoPass
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
 from graphnet.lowering.launch.conv_rows import Pairs, Rows
 from graphnet.lowering.launch.conv_taps import Taps, TapsWgrad
+from graphnet.lowering.launch.gl_conv import GluonPairs, GluonResident, GluonRows
+from graphnet.lowering.launch.gl_wgrad import GluonWgrad
 from graphnet.lowering.launch.linear import LinearBoxes, LinearPointers
 from graphnet.lowering.launch.linear_wgrad import LinearWgradBoxes, LinearWgradPointers
 from graphnet.lowering.launch.loss import Losses
@@ -28,6 +30,10 @@ VARIANTS: tuple[Variant, ...] = (
     WgradRows(),
     TapsWgrad(),
     FlatWgrad(),
+    GluonRows(),
+    GluonPairs(),
+    GluonResident(),
+    GluonWgrad(),
     LinearBoxes(),
     LinearPointers(),
     LinearWgradBoxes(),

@@ -23,12 +23,15 @@ class Box:
     `block`; what a box holds beyond the array is zero.
 
     strides  elements from one index to the next of each axis, the last one 1; row-major if empty
+    gluon    the kernel is written in Gluon, where a descriptor also says how a box lies in shared
+             memory
     """
 
     ref: Ref
     size: tuple[int, ...]
     block: tuple[int, ...]
     strides: tuple[int, ...] = ()
+    gluon: bool = False
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ work, so that all programs finish together, and the table of segments is a const
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,6 +240,12 @@ def _waste(r: Rows, c: Config) -> float:
     return cdiv(r.k, kt) * kt * cdiv(r.cols, xt) * xt / (r.k * r.cols)
 
 
+def by_time(problem: Problem, forms: Iterable[Config]) -> list[Config]:
+    """By predicted time."""
+    r = _rows(problem)
+    return sorted(forms, key=lambda c: (predicted(r, c), _waste(r, c)))
+
+
 # ---- the variant -----------------------------------------------------------------------------
 
 
@@ -288,7 +294,7 @@ class WgradRows(Variant):
             return
         few = min(r.k, r.cols) <= FEW
         for forms in (_SMALL, _BF16, _NEW) if few else (_BF16, _NEW, _SMALL):
-            yield from sorted(forms, key=lambda c: (predicted(r, c), _waste(r, c)))
+            yield from by_time(problem, forms)
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c = work.anchor, config

@@ -23,6 +23,7 @@ import torch
 
 from graphnet.errors import BackendUnavailableError
 from graphnet.ir.types import DTYPES
+from graphnet.lowering.build.descriptors import descriptor, passed_box
 from graphnet.lowering.launch import files
 from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source
@@ -179,13 +180,12 @@ def buffers(plan: Plan, storage: Storage, arena: torch.Tensor) -> Callable[[Ref]
 
 def operands(args: tuple[Arg, ...], tensor: Callable[[Ref], torch.Tensor]) -> list[Any]:
     """What a launch passes for its arguments. Descriptors are made here, once."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     def real(a: Arg) -> Any:
         if isinstance(a, tuple):
             return tuple(tensor(r) for r in a)
         if isinstance(a, Box):
-            return TensorDescriptor(tensor(a.ref), list(a.size), list(a.steps), list(a.block))
+            return descriptor(tensor(a.ref), passed_box(a))
         if isinstance(a, Table):
             return tensor(a.ref)
         return None if a is None else tensor(a)
