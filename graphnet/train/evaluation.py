@@ -338,7 +338,8 @@ def evaluate_run(
     if tally is None:
         raise DataError("the evaluation data holds no batch")
     return {
-        "model": first.name, "data": spec, "checkpoint": str(first.file), **tally.as_dict(),
+        "model": first.name, "data": spec, "checkpoint": str(first.file),
+        "target": programs[0].target, "precision": programs[0].precision, **tally.as_dict(),
         "classes": list(test.classes), "ten_crop": ten_crop, "members": len(members),
         "left_out": test.report() if isinstance(test, Folder) else [],
         "seconds": time.perf_counter() - start,

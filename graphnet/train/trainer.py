@@ -76,6 +76,7 @@ class Trainer:
                NumericsError, which names the layer; "skip": it is left out, as is one whose
                gradients are not finite (which costs the update fusion), and 50 in a row raise. A
                GPU's losses are read about twice a second, so later steps may have run by then
+    target, precision  as for gn.compile; `trainer.precision` is what "auto" became
     augment    a `gn.Augment`, drawn anew for each image in each epoch; the evaluation sees images
                as they are. Batches of a DataLoader are then what is stored: uint8, not normalised
     epoch, step, history: epochs and steps done, and one metrics dict per epoch

@@ -179,12 +179,14 @@ def evaluate(
     if left := result["left_out"]:
         text = f"{len(left)} image files left out, the first: {left[0]['path']}: "
         typer.echo(printable(text + left[0]["reason"]), err=True)
+    from graphnet.passes.precision import told
+
     how = ", ten crops" if ten_crop else ""
     how += f", {result['members']} nets averaged" if result["members"] > 1 else ""
     typer.echo(
         f"{result['model']} on {result['data']}{how}: top-1 error {result['top1_error']:.2f} %, "
         f"top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}, "
-        f"{result['images']} images"
+        f"{result['images']} images, precision {told('auto', result['target'])}"
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import graphnet as gn
+from graphnet import config
 from graphnet.lowering.targets import cuda
 from tests.twin import Twins, batch_of, hold
 
@@ -48,6 +49,31 @@ def test_the_same_seed_gives_the_same_bits(precision):
     for losses, state in runs[1:]:
         assert losses == runs[0][0]
         assert all(torch.equal(state[k], runs[0][1][k]) for k in state)
+
+
+def test_every_way_to_run_updates_beside_the_rest_has_the_same_bits():
+    """GRAPHNET_STREAMS: one stream, two, and few programs that walk over the second one's tiles."""
+    x, y = torch.randn(128, 8, 16, 16), torch.randint(0, 1000, (128,))
+    found = {}
+    for streams in ("0", "1", "16", "132"):
+        torch.manual_seed(0)
+        net = gn.Sequential(
+            gn.Conv2d(8, 16, 3, padding=1), gn.ReLU(), gn.Flatten(), gn.Linear(4096, 4096),
+            gn.ReLU(), gn.Linear(4096, 1000),
+        )  # fmt: skip
+        with config.override(STREAMS=streams):
+            step = gn.compile(
+                net, x.shape, target="cuda", precision="bf16", loss=gn.CrossEntropyLoss(),
+                optimizer=gn.SGD(**SGD),
+            )  # fmt: skip
+        assert any(step.plan.streams) == (streams != "0")
+        walks = [s.grid for s in step.plan.launches if dict(s.constants).get("PROGRAMS") and
+                 s.kernel == "linear_wgrad"]  # fmt: skip
+        assert walks == [(int(streams), 1, 1)] * (2 if int(streams) > 1 else 0)
+        found[streams] = [float(step(x, y)) for _ in range(3)], net.state_dict()
+    losses, state = found["1"]
+    for other, values in found.values():
+        assert other == losses and all(torch.equal(values[k], state[k]) for k in state)
 
 
 def test_replay_does_no_work_on_the_host():

@@ -164,6 +164,11 @@ def test_a_run_records_it_and_keeps_it(tmp_path, capsys):
     assert err.startswith("precision fp32 (auto: cpu)\n")
     assert read_config(tmp_path / "a")["precision"] == "fp32"
 
+    found = json.loads(ended(capsys, "eval", tmp_path / "a", "--target", "cpu", "--json")[0])
+    assert (found["target"], found["precision"]) == ("cpu", "fp32")
+    said = ended(capsys, "eval", tmp_path / "a", "--target", "cpu")[0]
+    assert said.endswith("images, precision fp32 (auto: cpu)\n")
+
     # A run that was started elsewhere in tf32 stays one, whatever "auto" is here.
     config = tmp_path / "a" / "config.toml"
     more = config.read_text().replace("epochs = 1", "epochs = 2")
