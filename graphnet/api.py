@@ -186,7 +186,7 @@ def compile(
     target "auto" is cuda where there is a GPU, else cpu; precision is fp32 (IEEE, which a GPU has
     no matrix units for), tf32 or bf16, and "auto" is tf32 on cuda, fp32 on cpu and interpret;
     `program.precision` says which. `seed` draws the dropout masks. All programs of one net on one
-    device share its state.
+    device share its state; called from several threads, they take turns.
 
     accumulate  a step applies the mean gradient of this many calls, at the last of them
     clip_norm   scales the gradients down to this global norm; `step.optimizer.clip_norm` sets it

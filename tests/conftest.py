@@ -1,4 +1,5 @@
-"""Tests that read real data sets skip, and say so, where GRAPHNET_DATA names none."""
+"""Tests that read real data sets skip, and say so, where GRAPHNET_DATA names none; a cache for a
+module."""
 
 import pytest
 
@@ -12,3 +13,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("data"):
                 item.add_marker(NO_DATA)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """One cache for the module: what was built once stays built."""
+    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
+        yield

@@ -3,19 +3,14 @@
 import pytest
 
 import graphnet as gn
-from graphnet import config
 from graphnet.ir.types import bf16, f32
 from tests.configs import hold
 from tests.convs import ROWS
 from tests.convs import hold as hold_row
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 KEEP = 24  # configurations of a problem, as many as a tuner tries
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 @pytest.mark.parametrize(

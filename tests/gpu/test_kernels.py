@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from graphnet import config
 from graphnet.lowering.launch.choice import forced
 from tests.case import attrs, f
 from tests.cases import CASES
@@ -11,11 +10,7 @@ from tests.interp.test_cases import CONVS, EDGES, drawn
 from tests.kinds import PRODUCTS, WGRADS
 from tests.poisoned import graph_of, run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

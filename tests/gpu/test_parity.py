@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from graphnet.bench import ours, parity
 from graphnet.bench.parity import FACTOR, SLACK
 from graphnet.bench.peers import Work, torch_flags
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # The tensor cores cut off the low bits of a TF32 operand, torch rounds them: measured on an H100 we
 # are up to 12 times as far off (LeNet-5's last bias, 6.7e-4). `graphnet bench` refuses that; here
@@ -19,12 +20,6 @@ MARGIN = {"fp32": FACTOR, "bf16": FACTOR, "tf32": 15.0}
 # of such a flip, 1e-6 behind it.
 FLIP = 1e-2
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 def checked(model, batch, precision, mode="train", **wrong):

@@ -2,14 +2,9 @@
 
 import pytest
 
-from graphnet import config
 from tests.wgrads import CASES, TILES, hold
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("row, c", [*CASES, *TILES])

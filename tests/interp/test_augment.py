@@ -11,6 +11,8 @@ from graphnet import api, config
 from graphnet.lowering.build.build import build_plan
 from tests.cases_augment import COMPONENTS
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PHOTOS = {
     "crop": True, "flip": 0.5, "brightness": 0.1, "contrast": 0.2, "pca": 0.1,
     "components": COMPONENTS, "mean": (0.4, 0.5, 0.6), "std": (0.2,),
@@ -18,12 +20,6 @@ PHOTOS = {
 WARP = {"rotate": 15.0, "scale": (0.9, 1.2), "shear": 5.0, "stretch": 1.1, "lens": 0.1,
         "translate": 0.05}  # fmt: skip
 HOW = {"loss": gn.CrossEntropyLoss(), "optimizer": gn.SGD(lr=0.01, momentum=0.9)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 def first(low):

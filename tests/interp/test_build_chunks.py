@@ -10,6 +10,8 @@ from graphnet import config
 from graphnet.api import kernels_of, lower
 from graphnet.lowering.build.build import compile_launches
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 MODULES = ("chunks", "pool_tiles", "pack")
 # (16-byte loads, loads, 16-byte stores, stores): bf16 chunks, 8 bytes of indices, halos of 4 and 8.
 WIDTHS = {
@@ -20,12 +22,6 @@ WIDTHS = {
 }
 REGISTERS = {"lrn_grad_chunks": 40, "maxpool2d_lrn_chunks": 64, "maxpool2d_grad_chunks": 64,
              "space_to_depth": 32, "maxpool2d_tiles": 80, "maxpool2d_grad_tiles": 144}  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 def taken(precision):

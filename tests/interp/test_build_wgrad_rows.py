@@ -5,7 +5,6 @@ import re
 import pytest
 
 import graphnet as gn
-from graphnet import config
 from graphnet.api import lower
 from graphnet.ir.text import parse
 from graphnet.lowering.build.build import compile_launches
@@ -14,13 +13,9 @@ from graphnet.lowering.launch.files import private_dir
 from graphnet.lowering.launch.wgrad_rows import WgradRows
 from graphnet.lowering.launch.work import take_apart
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Results and workspaces are filled with NaN first, so an element that no program 
 import pytest
 import torch
 
-from graphnet import config
 from graphnet.ir.graph import Graph
 from graphnet.ir.op import get_op
 from graphnet.lowering.launch.choice import forced
@@ -15,11 +14,7 @@ from tests.cases import CASES
 from tests.kinds import PRODUCTS, WGRADS
 from tests.poisoned import graph_of, run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

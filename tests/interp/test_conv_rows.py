@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from graphnet.api import lower
 from graphnet.ir.graph import Builder
 from graphnet.ir.types import TensorType, bf16, f32
@@ -22,6 +21,8 @@ from tests.case import attrs
 from tests.convs import Row, hold
 from tests.twin import relative
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 VARIANTS = (Rows(), Pairs())
 OPS = Rows.ops
 CASES = [
@@ -34,12 +35,6 @@ CASES = [
     Row(2, 24, 4, 3, 16, (3, 2), stride=2, padding=(1, 0), note="stride"),
     Row(2, 24, 3, 3, 24, (2, 2), padding=(1, 1), dilation=2, note="dilation"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 @pytest.mark.parametrize("row", CASES, ids=lambda r: r.note.replace(" ", "-"))

@@ -4,16 +4,11 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from graphnet.ir.types import bf16, f32
 from tests.configs import hold as hold_configurations
 from tests.convs import ROWS, hold
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)

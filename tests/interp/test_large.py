@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from graphnet import config
 from graphnet.lowering.launch import files
 from graphnet.lowering.launch.files import Source
 from graphnet.lowering.targets import interpret
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 BLOCK, FIRST = 64, 2**31 - 32  # the block in which int32 ends
 RECORD = Source(f"""import triton
@@ -29,12 +30,6 @@ SIZES = {
     "N": FIRST + BLOCK, "D0": FIRST + BLOCK, "COUNT_PAD": False, "NHWC": False, "DIVISOR": 0,
     "BLOCK": BLOCK,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path):
-    with config.override(CACHE_DIR=str(tmp_path / "cache")):
-        yield
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from graphnet.api import lower
 from graphnet.ir.graph import Eqn, Graph
 from graphnet.ir.text import parse
@@ -24,14 +23,10 @@ from graphnet.lowering.targets.interpret import interpreted
 from graphnet.lowering.tune.alone import Alone
 from tests.twin import relative
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 OPS = ("linear", "linear_dgrad", "linear_wgrad")
 SGD = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 def variant(op: str, name: str):

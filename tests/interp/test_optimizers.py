@@ -4,14 +4,9 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from tests.optimizers import TABLE, many_steps
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(100, marks=pytest.mark.slow)])

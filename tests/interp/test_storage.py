@@ -18,18 +18,14 @@ from tests.storage import (
     step_of,
 )
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WAYS = {
     "sgd": ({}, gn.SGD(0.05, momentum=0.9, weight_decay=1e-3)),
     "adam": ({"nonfinite": "skip"}, gn.Adam(0.01)),
     "clip": ({"clip_norm": 0.3}, gn.SGD(0.05, momentum=0.9)),
     "accumulate": ({"accumulate": 2}, gn.AdamW(0.01)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
 
 
 @pytest.mark.parametrize("targets", [("interpret", "cpu"), ("cpu", "interpret")], ids="-".join)

@@ -4,16 +4,11 @@ import pytest
 import torch
 
 import graphnet as gn
-from graphnet import config
 from graphnet.lowering.launch.choice import forced
 from tests.twin import relative
 from tests.wgrads import CASES, hold
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("row, c", CASES)
