@@ -109,8 +109,9 @@ class Decoders:
     def _command(self) -> list[str]:
         numbers = [str(v) for v in (self.stride, self._handle, *(self._kept() or (-1, -1)))]
         shape = ",".join(map(str, self.shape))
-        # -S: what `site` would set up is not needed, and is a third of the time to start.
-        return [sys.executable, "-S", "-m", "graphnet.train.decode_worker", shape, *numbers]
+        # -P: `-m` would import from the working folder first, whosever it is. -S: what `site` would
+        # set up is not needed, and is a third of the time to start.
+        return [sys.executable, "-P", "-S", "-m", "graphnet.train.decode_worker", shape, *numbers]
 
     def close(self) -> None:
         """Ends the workers. The memory goes when its last view does."""

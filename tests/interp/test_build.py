@@ -175,3 +175,11 @@ def test_average_pools_compile():
     steps = [s for case in rows for s in make_plan(graph_of(case), "cuda").launches]
     for about in build.try_launches(steps):
         assert "error" not in about and about["spill_bytes"] == 0
+
+
+def test_what_lies_in_the_working_folder_is_not_imported(tmp_path, monkeypatch):
+    """A worker is a module that Python runs, and would look there first: in a run of others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base64.py").write_text("raise SystemExit('it ran')")
+    text = "graph g(%x: f32[3,5] data) { %0: f32[3,5] = relu(%x) return %0 }"
+    assert build_plan(make_plan(parse(text), "cuda")).rows[0].registers > 0

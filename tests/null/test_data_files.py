@@ -358,7 +358,7 @@ sys.exit(decode_worker.main(sys.argv[1:]))
 def test_a_file_that_kills_or_stalls_its_decoder_is_quarantined(tmp_path, monkeypatch):
     make(tmp_path)
     ours = decoding.Decoders._command
-    command = lambda self: [sys.executable, "-c", HOSTILE, *ours(self)[4:]]
+    command = lambda self: [sys.executable, "-c", HOSTILE, *ours(self)[-5:]]
     monkeypatch.setattr(decoding.Decoders, "_command", command)
     monkeypatch.setattr(decoding, "LIMIT_S", 1)
     data = train(tmp_path, max_bad=1)
@@ -396,13 +396,22 @@ sys.exit(decode_worker.main(sys.argv[1:-1]))
 """
 
 
+def test_what_lies_in_the_working_folder_is_not_imported(tmp_path, monkeypatch):
+    """A worker is a module that Python runs, and would look there first: in a run of others."""
+    make(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit('it ran')")
+    data = train(tmp_path / "data", cache=False)
+    assert sum(len(y) for _, y in Batches(data, 12, reading=Reading(1))) == 12
+
+
 @pytest.mark.parametrize("batch", [2, 12])
 def test_a_killed_worker_costs_no_image(tmp_path, monkeypatch, batch):
     """In a chunk of one file and in larger ones, over a file and while it starts."""
     make(tmp_path / "data")
     (tmp_path / "kills").mkdir()
     ours = decoding.Decoders._command
-    command = lambda self: [sys.executable, "-c", KILLED, *ours(self)[4:], str(tmp_path / "kills")]
+    command = lambda self: [sys.executable, "-c", KILLED, *ours(self)[-5:], str(tmp_path / "kills")]
     monkeypatch.setattr(decoding.Decoders, "_command", command)
     data = train(tmp_path / "data", cache=False, max_bad=0)
     batches = Batches(data, batch, shuffle=False, reading=Reading(1))

@@ -112,7 +112,8 @@ class Pool:
             if self.stopped:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-m", "graphnet.lowering.build.worker", launchers()],
+                # -P: `-m` would import from the working folder first, whosever it is.
+                [sys.executable, "-P", "-m", "graphnet.lowering.build.worker", launchers()],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env=environment, start_new_session=True,
             )  # fmt: skip
