@@ -22,16 +22,16 @@ from graphnet.ops.update import SGD
 from graphnet.runtime.program import Program
 from graphnet.train import rundir, schedule
 from graphnet.train.data import check_classes
-from graphnet.train.settings import RunConfig, settings
+from graphnet.train.settings import RunConfig, settings, typed
 
 
 def read_settings(run: Path) -> RunConfig:
     """The settings in a run's config.toml; what an older version did not know has its default.
     Where nothing says a precision, the run was started in fp32."""
-    known = {f.name for f in settings()}
-    data = {k: v for k, v in rundir.read_config(run).items() if k in known}
+    path, found = run / rundir.CONFIG, rundir.read_config(run)
+    data = {f.name: typed(path, f, found[f.name]) for f in settings() if f.name in found}
     if "model" not in data or "data" not in data:
-        raise ConfigError(f"{run / rundir.CONFIG} is not of a run: it names no model or no data")
+        raise ConfigError(f"{path} is not of a run: it names no model or no data")
     return RunConfig(**{"precision": "fp32"} | data)
 
 

@@ -112,10 +112,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
             continue
         if key not in known:
             raise ConfigError(f"{path}: unknown setting {key!r}", help=f"one of {', '.join(known)}")
-        want = kind(known[key])
-        if want is float and type(value) is int:
-            value = float(value)
-        if type(value) is not want:
-            raise ConfigError(f"{path}: {key} = {value!r} is no {want.__name__}")
-        out[key] = value
+        out[key] = typed(path, known[key], value)
     return out
+
+
+def typed(path: Path, f: Field[Any], value: Any) -> Any:
+    """The value of a setting as a file holds it; ConfigError where it is of another type."""
+    want = kind(f)
+    if want is float and type(value) is int:
+        value = float(value)
+    if type(value) is not want:
+        raise ConfigError(f"{path}: {f.name} = {value!r:.80} is no {want.__name__}")
+    return value

@@ -189,6 +189,17 @@ def test_a_hostile_data_json_gets_one_line(run, image, change):
     assert "\n" not in error.value.message and len(error.value.message) < 400
 
 
+@pytest.mark.parametrize("line", ["model = 5", "epochs = 'x'", "lr = [1]", "data = {}"])
+def test_a_hostile_config_gets_one_line(run, image, line, cli):
+    out = run("lenet5")
+    name = line.partition(" ")[0]
+    kept = [t for t in (out / "config.toml").read_text().splitlines() if not t.startswith(name)]
+    (out / "config.toml").write_text("\n".join([*kept, line]))
+    for argv in (("predict", out, image), ("train", "--resume", "--out", out)):
+        code, _, err = cli(*argv)
+        assert code == 2 and f"config.toml: {name} = " in err and err.count("\n") == 1, err
+
+
 def test_names_of_classes_reach_no_terminal(run, image, cli):
     out = run("lenet5")
     net = gn.models.lenet5()
