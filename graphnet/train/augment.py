@@ -134,7 +134,8 @@ def stored(run: Path) -> Augment:
     try:
         return Augment(**json.loads(disk.read(run / FILE, 1 << 20)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {run / FILE}: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {run / FILE}: {why}") from None
 
 
 # ---- looking at it --------------------------------------------------------------------------

@@ -130,8 +130,9 @@ def _about(run: Path | None) -> dict[str, Any]:
         _check_about(**about)
         return about
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot read {run / ABOUT}, by which images are normalised: {error}",
+            f"cannot read {run / ABOUT}, by which images are normalised: {why}",
             help="graphnet train --resume writes it again, if the run is not finished",
         ) from None
 
