@@ -45,8 +45,8 @@ def refusal(eqn: Eqn, dtype: str, arch: int) -> str | None:
 
 
 class Specialised(Variant):
-    """A variant whose kernel has a loading warp and two consumers. It stands before the variant of
-    the same equation in Triton's language, which is the fallback."""
+    """A variant whose kernel has a loading warp and two consumers. The class behind it computes the
+    same equation in Triton's language, says what the shape has to be, and is the fallback."""
 
     interpreted = False
 
