@@ -32,7 +32,6 @@ from graphnet.lowering.launch.work import Work
 from graphnet.passes.templates import anchors_of
 
 DEEPEST = 128  # values of a run in one box of resident filters
-ACCUMULATORS = 128  # a thread of a consumer
 
 
 def _images(x: Ref, g: Geometry, c: Config, depth: int) -> Box:

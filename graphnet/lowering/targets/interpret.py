@@ -54,7 +54,7 @@ def _exchange() -> list[tuple[ModuleType, str, Any]]:
     from triton.runtime.jit import JITFunction
 
     before = []
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # in one go: another thread may import
         if module is None or not (name == "triton" or name.startswith("triton.")):
             continue
         for key, value in list(vars(module).items()):
