@@ -25,7 +25,7 @@ wgrad_rows.py   the weight gradient by filter rows, in segments, by the copy eng
 gl_conv.py      forward and input gradient by specialised warps, in Gluon
 gl_wgrad.py     the weight gradient by filter rows and specialised warps, in Gluon
 augment.py      crops, warps, colours and the normalization of stored images
-pack.py         space-to-depth
+pack.py         space-to-depth; images innermost
 linear.py       the fully connected products, and the ordered sum of their parts
 linear_wgrad.py the weight gradient of fully connected layers with its update
 lrn.py          local response normalization, alone and fused with a max-pool

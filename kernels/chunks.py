@@ -9,6 +9,10 @@ in storage [B, 8] as its first index and 0 for the others: one division less for
 that stay free for loads. Else it gets the channel as [B, 8] and the rest as [B, 1]: the image, 0,
 and the number of the pixel in its image, which can stand for row and column because both dense
 layouts step from row to row as from pixel to pixel.
+
+Where a result also lies with its images innermost, as TF32's weight gradients read it, neighbouring
+threads hold a pixel of IMAGES images by GROUP chunks: with 8 images the stores fill whole sectors
+of 32 bytes there, and with 4 chunks the loads take 128 bytes of an image.
 """
 
 import triton
@@ -139,15 +143,30 @@ def gradient_chunk(
 
 
 @triton.jit
-def place(i, CHUNKS: tl.constexpr, PIXELS: tl.constexpr):
-    """Of the i-th chunk: its number in the pixel [B]; its places in storage [B, 8]; image [B, 1],
-    channels [B, 8] and number of the pixel in its image [B, 1]."""
-    chunk = i % CHUNKS
-    pixel = i // CHUNKS
+def place(
+    i, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, IMAGES: tl.constexpr, GROUP: tl.constexpr
+):
+    """Of the i-th chunk: its number in the pixel [B]; its start in storage [B], and its places
+    there [B, 8]; image [B, 1], channels [B, 8] and number of the pixel in its image [B, 1].
+
+    IMAGES 1: chunks count as they are stored. Else, fastest first: GROUP chunks, IMAGES images, the
+    chunks of a pixel, the pixels of an image, all images; those beyond the last one are not there.
+    """
+    if IMAGES == 1:
+        chunk = i % CHUNKS
+        pixel = i // CHUNKS
+        at = i * 8
+        n = pixel // PIXELS
+        pixel = pixel % PIXELS
+    else:
+        rest = i // (GROUP * IMAGES)
+        chunk = rest % (CHUNKS // GROUP) * GROUP + i % GROUP
+        rest = rest // (CHUNKS // GROUP)
+        pixel = rest % PIXELS
+        n = rest // PIXELS * IMAGES + i // GROUP % IMAGES
+        at = ((n * PIXELS + pixel) * CHUNKS + chunk) * 8
     j = tl.arange(0, 8)[None, :]
-    at = (i * 8)[:, None] + j
-    c = (chunk * 8)[:, None] + j
-    return chunk, at, (pixel // PIXELS)[:, None], c, (pixel % PIXELS)[:, None]
+    return chunk, at, at[:, None] + j, n[:, None], (chunk * 8)[:, None] + j, pixel[:, None]
 
 
 @triton.jit
@@ -172,10 +191,10 @@ def lrn_chunks(
     TOTAL: tl.constexpr = N * H * W * CHUNKS
     i = elements(TOTAL, N * H * W * C, BLOCK)
     live = i < TOTAL
-    chunk, at, n, c, pixel = place(i, CHUNKS, H * W)
-    below = load_columns(x, i * 8 - BELOW, live & (chunk > 0), BLOCK, BELOW)
-    own = load_columns(x, i * 8, live, BLOCK, 8)
-    above = load_columns(x, i * 8 + 8, live & (chunk < CHUNKS - 1), BLOCK, ABOVE)
+    chunk, start, at, n, c, pixel = place(i, CHUNKS, H * W, 1, 1)
+    below = load_columns(x, start - BELOW, live & (chunk > 0), BLOCK, BELOW)
+    own = load_columns(x, start, live, BLOCK, 8)
+    above = load_columns(x, start + 8, live & (chunk < CHUNKS - 1), BLOCK, ABOVE)
     y = normalised_chunk(below, own, above, BLOCK, LOW, HIGH, K, A, BETA)
     hand_over(y, 0, at, n, c, pixel, live[:, None], args, FLAT, EPILOGUE)
 
@@ -192,9 +211,9 @@ def lrn_grad_chunks(
     TOTAL: tl.constexpr = N * H * W * CHUNKS
     i = elements(TOTAL, N * H * W * C, BLOCK)
     live = i < TOTAL
-    chunk, at, n, c, pixel = place(i, CHUNKS, H * W)
+    chunk, start, at, n, c, pixel = place(i, CHUNKS, H * W, 1, 1)
     dx = gradient_chunk(
-        x, dy, i * 8, chunk, live, CHUNKS, BLOCK, LOW, HIGH, XW, DLOW, DHIGH, K, A, BETA
+        x, dy, start, chunk, live, CHUNKS, BLOCK, LOW, HIGH, XW, DLOW, DHIGH, K, A, BETA
     )
     hand_over(dx, 0, at, n, c, pixel, live[:, None], args, FLAT, EPILOGUE)
 
@@ -205,16 +224,21 @@ def pooled_chunks(
     CHUNKS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PT: tl.constexpr, PL: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    N: tl.constexpr, IMAGES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and place of the i-th chunks of the pooled image, and where they are (`place`)."""
-    chunk, at, n, c, pixel = place(i, CHUNKS, OH * OW)
+    """Maximum and place of the i-th chunks of the pooled image, which of them are there, and where
+    they are (`place`)."""
+    chunk, start, at, n, c, pixel = place(i, CHUNKS, OH * OW, IMAGES, GROUP)
+    live = live[:, None]
+    if N % IMAGES:
+        live = live & (n < N)
     C: tl.constexpr = CHUNKS * 8
     base = x + (n * (H * W * C) + c)
     best, first = window_max(
-        base, pixel // OW, pixel % OW, live[:, None], H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW,
+        base, pixel // OW, pixel % OW, live, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW,
         W * C, C,
     )  # fmt: skip
-    return best, first, chunk, at, n, c, pixel
+    return best, first, live, chunk, start, at, n, c, pixel
 
 
 @triton.jit
@@ -229,10 +253,10 @@ def maxpool2d_chunks(
     TOTAL: tl.constexpr = N * OH * OW * C // 8
     i = elements(TOTAL, N * H * W * C, BLOCK)
     live = i < TOTAL
-    best, first, chunk, at, n, c, pixel = pooled_chunks(
-        x, i, live, C // 8, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW
+    best, first, live, chunk, start, at, n, c, pixel = pooled_chunks(
+        x, i, live, C // 8, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW, N, 1, 1
     )
-    hand_over(best, first, at, n, c, pixel, live[:, None], args, FLAT, EPILOGUE)
+    hand_over(best, first, at, n, c, pixel, live, args, FLAT, EPILOGUE)
 
 
 @triton.jit
@@ -244,30 +268,31 @@ def maxpool2d_lrn_chunks(
     DH: tl.constexpr, DW: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
     K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, EPILOGUE: tl.constexpr,
-    EPILOGUE2: tl.constexpr,
+    TILE: tl.constexpr, IMAGES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, FLAT: tl.constexpr, EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
 ):  # fmt: skip
     """lrn(maxpool2d(x)). A program is TILE whole pixels, so that a chunk's neighbours are its own:
     EPILOGUE writes `pooled` and the index, behind a barrier the halo is read back from there, and
-    EPILOGUE2 writes what is normalised."""
+    EPILOGUE2 writes what is normalised. IMAGES divides TILE."""
     CHUNKS: tl.constexpr = C // 8
-    TOTAL: tl.constexpr = N * OH * OW * CHUNKS
+    TOTAL: tl.constexpr = (N + IMAGES - 1) // IMAGES * IMAGES * OH * OW * CHUNKS
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0)
     if N * H * W * C > INT32_MAX:
         program = program.to(tl.int64)
     i = program * (TILE * CHUNKS) + lane
     live = (lane < TILE * CHUNKS) & (i < TOTAL)
-    best, first, chunk, at, n, c, pixel = pooled_chunks(
-        x, i, live, CHUNKS, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW
+    best, first, there, chunk, start, at, n, c, pixel = pooled_chunks(
+        x, i, live, CHUNKS, H, W, OH, OW, KH, KW, SH, SW, PT, PL, DH, DW, N, IMAGES, GROUP
     )
-    hand_over(best, first, at, n, c, pixel, live[:, None], args, FLAT, EPILOGUE)
+    hand_over(best, first, at, n, c, pixel, there, args, FLAT, EPILOGUE)
     tl.debug_barrier()
-    below = load_columns(pooled, i * 8 - BELOW, live & (chunk > 0), BLOCK, BELOW)
-    above = load_columns(pooled, i * 8 + 8, live & (chunk < CHUNKS - 1), BLOCK, ABOVE)
+    live = tl.reshape(there, (BLOCK,))
+    below = load_columns(pooled, start - BELOW, live & (chunk > 0), BLOCK, BELOW)
+    above = load_columns(pooled, start + 8, live & (chunk < CHUNKS - 1), BLOCK, ABOVE)
     own = columns(best, BLOCK, 8)
     y = normalised_chunk(below, own, above, BLOCK, LOW, HIGH, K, A, BETA)
-    hand_over(y, 0, at, n, c, pixel, live[:, None], args2, FLAT, EPILOGUE2)
+    hand_over(y, 0, at, n, c, pixel, there, args2, FLAT, EPILOGUE2)
 
 
 @triton.jit
@@ -284,6 +309,7 @@ def maxpool2d_grad_chunks(
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
+    IMAGES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, FLAT: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """A chunk of SH x SW pixels a thread: those windows that reach one of them are read once."""
@@ -292,10 +318,12 @@ def maxpool2d_grad_chunks(
     BW: tl.constexpr = (W + PL + SW - 1) // SW
     ACROSS: tl.constexpr = (KW + SW - 1) // SW
     WINDOWS: tl.constexpr = (KH + SH - 1) // SH * ACROSS
-    TOTAL: tl.constexpr = N * BH * BW * CHUNKS
+    TOTAL: tl.constexpr = (N + IMAGES - 1) // IMAGES * IMAGES * BH * BW * CHUNKS
     i = elements(TOTAL, N * BH * SH * BW * SW * C, BLOCK)
-    live = i < TOTAL
-    chunk, at, n, c, block = place(i, CHUNKS, BH * BW)
+    chunk, start, at, n, c, block = place(i, CHUNKS, BH * BW, IMAGES, GROUP)
+    live = (i < TOTAL)[:, None]
+    if N % IMAGES:
+        live = live & (n < N)
     a = block // BW
     b = block % BW
     last = n * (OH * OW * C) + (a * OW + b) * C + c
@@ -304,7 +332,7 @@ def maxpool2d_grad_chunks(
     for k in tl.static_range(2 * WINDOWS):  # all places first: it takes fewer registers
         oh = a - k % WINDOWS // ACROSS
         ow = b - k % WINDOWS % ACROSS
-        ok = live[:, None] & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+        ok = live & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         q = last - (k % WINDOWS // ACROSS * OW + k % WINDOWS % ACROSS) * C
         if k < WINDOWS:
             places = places + (tl.load(index + q, mask=ok, other=255).to(tl.int32),)
@@ -314,7 +342,7 @@ def maxpool2d_grad_chunks(
     left = b * SW - PL
     corner = top * W + left
     for k in tl.static_range(SH * SW):
-        ok = live[:, None] & (top < H - k // SW) & (left < W - k % SW)
+        ok = live & (top < H - k // SW) & (left < W - k % SW)
         if PT > 0:
             ok = ok & (top >= -(k // SW))
         if PL > 0:

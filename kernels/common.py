@@ -23,6 +23,15 @@ def round_bf16(x):
 
 
 @triton.jit
+def round_tf32(x):
+    """fp32 rounded to the nearest TF32 number, ties to even; still fp32. NaN stays NaN: its bits
+    are left alone, because the sum could carry into the sign."""
+    bits = x.to(tl.int32, bitcast=True)
+    kept = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
+    return tl.where(x == x, kept.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """fp32 that went through DTYPE, "bf16" or "f32"."""
     if DTYPE == "bf16":
@@ -44,7 +53,11 @@ def cast_store(ptr, value, mask):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32. PRECISION: "ieee", "tf32" or "bf16" (operands rounded to bf16)."""
+    """acc + a b in fp32. PRECISION: "ieee", "tf32" or "bf16" (operands rounded to bf16).
+
+    In TF32 the tensor cores drop the low bits of an operand, and the interpreter multiplies what it
+    is given: operands come rounded (ops/round_tf32.py), so that both compute the same.
+    """
     if PRECISION == "bf16":
         if INTERPRET:
             if a.dtype != tl.bfloat16:

@@ -15,8 +15,9 @@ many bytes of filters for each product, a few more zeros at the border.
 
 Tiles, in bf16: 128x128x64 with 4 warps and 3 stages twice on a processor (96 KiB, 168 registers),
 128x256x64 with 8 warps and 4 stages once. BT is a second accumulator: 96 columns are 64 + 32.
-Limits: a batch that is no multiple of BM wastes rows; the gradient is for stride 1 alone, and in
-TF32, whose products take K-major operands, it turns each tile of filters through registers.
+Limits: a batch that is no multiple of BM wastes rows; the gradient is for stride 1 alone. TF32
+products take K-major operands (the summed axis innermost), so its gradient reads the filters from
+a copy with their result channels innermost ("turned").
 """
 
 import triton
@@ -88,11 +89,13 @@ def block_at(
 @triton.jit
 def filter_box(
     w, g, tap, k0, c0,
-    K: tl.constexpr, TURNED: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, FILTERS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tile of BK summed values from c0 by BN result channels from k0."""
-    if TURNED:
+    if FILTERS == "forward":
         box = w.load([tap, g * K + k0, c0]).reshape(BN, BK).T
+    elif FILTERS == "turned":
+        box = w.load([tap, g, k0, c0]).reshape(BN, BK).T
     else:
         box = w.load([g, c0, tap * K + k0]).reshape(BK, BN)
     return box
@@ -105,17 +108,18 @@ def conv2d_rows(
     OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, OFFH: tl.constexpr, OFFW: tl.constexpr,
     STEPH: tl.constexpr, STEPW: tl.constexpr, G: tl.constexpr,
-    SPAN: tl.constexpr, TURNED: tl.constexpr, PIXELS: tl.constexpr,
+    SPAN: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """A program makes PIXELS neighbours of BM / PIXELS images, K channels of a group as columns.
 
     Tap (r, s) of pixel (oh, ow) is pixel (oh SH + OFFH + r STEPH, ...) of x; C channels of one of
     G groups are summed up. x is a descriptor of [H, N, W G C], of [H, W, N, C] for two pixels. w
-    holds the filters, and w2 those of the second accumulator's boxes: TURNED [rows of taps, G K,
-    S C] if SPAN, else [taps, G K, C]; not TURNED [G, C, taps K]. order has a number of each pixel
-    (of each pair), None for the order of storage. Grid: (column tiles, pixels, images; groups).
+    holds the filters, and w2 those of the second accumulator's boxes: "forward" [rows of taps, G K,
+    S C] if SPAN, else [taps, G K, C]; "gradient" [G, C, taps K], "turned" [taps, G, K, C]. order
+    has a number of each pixel (of each pair), None for the order of storage.
+    Grid: (column tiles, pixels, images; groups).
     """
     BI: tl.constexpr = BM // PIXELS
     g = tl.program_id(1)
@@ -133,9 +137,9 @@ def conv2d_rows(
         else:
             a = x.load([h, v, n0, c])
         a = a.reshape(BM, BK)
-        acc = dot(a, filter_box(w, g, tap, k0, c, K, TURNED, BK, BN), acc, PRECISION)
+        acc = dot(a, filter_box(w, g, tap, k0, c, K, FILTERS, BK, BN), acc, PRECISION)
         if BT > 0:
-            b = filter_box(w2, g, tap, k0 + BN, c, K, TURNED, BK, BT)
+            b = filter_box(w2, g, tap, k0 + BN, c, K, FILTERS, BK, BT)
             acc2 = dot(a, b, acc2, PRECISION)
     row = tl.arange(0, BM)[:, None]
     n = n0 + row
@@ -144,8 +148,26 @@ def conv2d_rows(
         n = n0 + row % BI
         ow += row // BI
         live = (n < N) & (ow < OW)
-    k = k0 + tl.arange(0, BN)[None, :]
-    EPILOGUE(acc, 0, n, g * K + k, oh, ow, live & (k < K), args)
+    in_pieces(acc, n, g * K, k0, oh, ow, live, args, K, BM, BN, AT_ONCE, EPILOGUE)
     if BT > 0:
-        k = k0 + BN + tl.arange(0, BT)[None, :]
-        EPILOGUE(acc2, 0, n, g * K + k, oh, ow, live & (k < K), args)
+        k0 += BN
+        in_pieces(acc2, n, g * K, k0, oh, ow, live, args, K, BM, BT, AT_ONCE, EPILOGUE)
+
+
+@triton.jit
+def in_pieces(
+    acc, n, group, k0, oh, ow, live, args,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of BN columns from k0 of a group, which begins at channel `group`, AT_ONCE
+    elements after the other; 0 for all at once. On its way out a tile is held once more, by places
+    that it is stored at, and once more for each further order that it is stored in."""
+    if AT_ONCE == 0 or BM * BN <= AT_ONCE:
+        k = k0 + tl.arange(0, BN)[None, :]
+        EPILOGUE(acc, 0, n, group + k, oh, ow, live & (k < K), args)
+    else:
+        low, high = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        in_pieces(low, n, group, k0, oh, ow, live, args, K, BM, BN // 2, AT_ONCE, EPILOGUE)
+        k0 += BN // 2
+        in_pieces(high, n, group, k0, oh, ow, live, args, K, BM, BN // 2, AT_ONCE, EPILOGUE)

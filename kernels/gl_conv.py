@@ -81,7 +81,7 @@ def fetch(
     N: gl.constexpr, OH: gl.constexpr, OW: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     SH: gl.constexpr, SW: gl.constexpr, OFFH: gl.constexpr, OFFW: gl.constexpr,
     STEPH: gl.constexpr, STEPW: gl.constexpr, G: gl.constexpr,
-    SPAN: gl.constexpr, TURNED: gl.constexpr, PIXELS: gl.constexpr,
+    SPAN: gl.constexpr, FILTERS: gl.constexpr, PIXELS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def fetch(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * BK * (BM + BN + BT))
-            if TURNED:
+            if FILTERS == "forward":
                 tma.async_copy_global_to_shared(w, [tap, g * K + k0, c], bar, ws.index(stage))
                 if BT > 0:
                     second = [tap, g * K + k0 + BN, c]
@@ -119,9 +119,9 @@ def fetch(
 
 
 @gluon.jit
-def filters(ws, stage, TURNED: gl.constexpr, BK: gl.constexpr, WIDE: gl.constexpr):
+def filters(ws, stage, FILTERS: gl.constexpr, BK: gl.constexpr, WIDE: gl.constexpr):
     """The filters of a stage as [BK summed values, WIDE columns]."""
-    if TURNED:
+    if FILTERS == "forward":
         b = ws.index(stage).reshape((WIDE, BK)).permute((1, 0))
     else:
         b = ws.index(stage).reshape((BK, WIDE))
@@ -135,7 +135,7 @@ def multiply(
     N: gl.constexpr, OH: gl.constexpr, OW: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     SH: gl.constexpr, SW: gl.constexpr, OFFH: gl.constexpr, OFFW: gl.constexpr,
     STEPH: gl.constexpr, STEPW: gl.constexpr, G: gl.constexpr,
-    SPAN: gl.constexpr, TURNED: gl.constexpr, PIXELS: gl.constexpr,
+    SPAN: gl.constexpr, FILTERS: gl.constexpr, PIXELS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
@@ -157,9 +157,9 @@ def multiply(
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             a = xs.index(stage).reshape((HM, BK))
-            acc = warpgroup_mma(a, filters(ws, stage, TURNED, BK, BN), acc, is_async=True)
+            acc = warpgroup_mma(a, filters(ws, stage, FILTERS, BK, BN), acc, is_async=True)
             if BT > 0:
-                acc2 = warpgroup_mma(a, filters(ws2, stage, TURNED, BK, BT), acc2, is_async=True)
+                acc2 = warpgroup_mma(a, filters(ws2, stage, FILTERS, BK, BT), acc2, is_async=True)
                 acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
             else:
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -186,7 +186,7 @@ def conv2d_specialised(
     OH: gl.constexpr, OW: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     SH: gl.constexpr, SW: gl.constexpr, OFFH: gl.constexpr, OFFW: gl.constexpr,
     STEPH: gl.constexpr, STEPW: gl.constexpr, G: gl.constexpr,
-    SPAN: gl.constexpr, TURNED: gl.constexpr, PIXELS: gl.constexpr,
+    SPAN: gl.constexpr, FILTERS: gl.constexpr, PIXELS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
@@ -200,13 +200,13 @@ def conv2d_specialised(
     empty = barriers(STAGES, 2)
     xs0 = gl.allocate_shared_memory(x.dtype, [STAGES, 1, HM, BK], x.layout)
     xs1 = gl.allocate_shared_memory(x.dtype, [STAGES, 1, HM, BK], x.layout)
-    if TURNED:
+    if FILTERS == "forward":
         ws = gl.allocate_shared_memory(w.dtype, [STAGES, 1, BN, BK], w.layout)
     else:
         ws = gl.allocate_shared_memory(w.dtype, [STAGES, 1, BK, BN], w.layout)
     ws2 = ws
     if BT > 0:
-        if TURNED:
+        if FILTERS == "forward":
             ws2 = gl.allocate_shared_memory(w.dtype, [STAGES, 1, BT, BK], w2.layout)
         else:
             ws2 = gl.allocate_shared_memory(w.dtype, [STAGES, 1, BK, BT], w2.layout)
@@ -216,7 +216,7 @@ def conv2d_specialised(
                 multiply,
                 (
                     0, xs0, ws, ws2, full, empty, order, args, TILES, C, H, W, K, N, OH, OW, R, S,
-                    SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, TURNED, PIXELS, BM, BN, BT, BK,
+                    SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, FILTERS, PIXELS, BM, BN, BT, BK,
                     STAGES, PROGRAMS, EPILOGUE,
                 ),
             ),
@@ -224,7 +224,7 @@ def conv2d_specialised(
                 multiply,
                 (
                     1, xs1, ws, ws2, full, empty, order, args, TILES, C, H, W, K, N, OH, OW, R, S,
-                    SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, TURNED, PIXELS, BM, BN, BT, BK,
+                    SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, FILTERS, PIXELS, BM, BN, BT, BK,
                     STAGES, PROGRAMS, EPILOGUE,
                 ),
             ),
@@ -232,7 +232,7 @@ def conv2d_specialised(
                 fetch,
                 (
                     x, w, w2, xs0, xs1, ws, ws2, full, empty, order, TILES, C, H, W, K, N, OH, OW,
-                    R, S, SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, TURNED, PIXELS, BM, BN, BT,
+                    R, S, SH, SW, OFFH, OFFW, STEPH, STEPW, G, SPAN, FILTERS, PIXELS, BM, BN, BT,
                     BK, STAGES, PROGRAMS,
                 ),
             ),
@@ -310,14 +310,14 @@ def multiply_resident(
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             a = xs.index(stage).reshape((HM, BK))
-            acc = warpgroup_mma(a, filters(ws, r, True, BK, BN), acc, is_async=True)
+            acc = warpgroup_mma(a, filters(ws, r, "forward", BK, BN), acc, is_async=True)
             if BT > 0:
-                acc2 = warpgroup_mma(a, filters(ws2, r, True, BK, BT), acc2, is_async=True)
+                acc2 = warpgroup_mma(a, filters(ws2, r, "forward", BK, BT), acc2, is_async=True)
             if REST > 0:
                 b = ys.index(stage).reshape((HM, REST))
-                acc = warpgroup_mma(b, filters(us, r, True, REST, BN), acc, is_async=True)
+                acc = warpgroup_mma(b, filters(us, r, "forward", REST, BN), acc, is_async=True)
                 if BT > 0:
-                    acc2 = warpgroup_mma(b, filters(us2, r, True, REST, BT), acc2, is_async=True)
+                    acc2 = warpgroup_mma(b, filters(us2, r, "forward", REST, BT), acc2, is_async=True)
             if BT > 0:
                 acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
             else:

@@ -25,7 +25,9 @@ def batch_tile(
     S0: tl.constexpr, S1: tl.constexpr, N: tl.constexpr, BOXED: tl.constexpr,
 ):  # fmt: skip
     """Rows n (from `first`) of a batch by columns `at`; zeros beyond it."""
-    if BOXED:
+    if BOXED and S0 == 1:  # the batch is innermost
+        tile = x.load([at, first]).T
+    elif BOXED:
         tile = x.load([first, at])
     else:
         if N * S0 > INT32_MAX:
@@ -95,7 +97,8 @@ def linear_wgrad(
     """Rows are the K outputs, columns the C inputs; the sum runs over the N rows of the batch.
 
     With SPLIT a part goes to parts[SPLIT, K, C], the bias gradient is whole all the same.
-    BOXED: x and dy are descriptors of the matrices.
+    BOXED: x and dy are descriptors of the matrices as they lie, with the batch innermost for TF32,
+    whose products take the summed axis so.
     PROGRAMS: that many programs make all tiles, in the order of the grid of one program a tile; 0
     is that grid.
     """

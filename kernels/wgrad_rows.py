@@ -13,12 +13,15 @@ an fp32 tile of its own, and `segment_reduce` (reduce.py) adds those of a tile i
 
 The rows of the accumulators are dy's channels, or with SWAP the columns of x, so that the wider
 side can be 256 or 256 + 128 wide. In bf16 wgmma reads both operands transposed from shared memory.
+TF32 products take K-major operands alone (the summed axis innermost): x and dy are read from copies
+with the images innermost ({hwcn}), as [H, W C, N] and [OH OW K, N]. Turned in registers the same
+tiles ran at 44 TFLOP/s on an H100, from copies at 265 to 380.
 The bias gradient is one more product, 16 columns wide, of the boxes of dy that the first column
 tiles of one unit fetch anyway: programs that only summed dy would fetch all of it once more.
 
 Tiles: 128x256x64 with 8 warps and 4 stages takes 194 KiB of shared memory and 182 registers,
 128x(256 + 128)x64 with 3 stages 194 KiB and 250. One program fills a processor.
-Limits: a batch that is no multiple of BK multiplies zeros; fp32 operands are turned in registers.
+Limits: a batch that is no multiple of BK multiplies zeros; IEEE products on FMAs are slow.
 """
 
 import triton
@@ -61,15 +64,34 @@ def step_at(
 
 
 @triton.jit
+def gradients(dy, n, at, WIDTH: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr):
+    """[WIDTH channels, BK images] of dy; TURNED: the images are innermost."""
+    if TURNED:
+        box = dy.load([at, n])
+    else:
+        box = dy.load([n, at]).T
+    return box
+
+
+@triton.jit
+def columns(x, h, n, at, WIDTH: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr):
+    """[WIDTH columns, BK images] of an image row of x."""
+    if TURNED:
+        box = x.load([h, at, n]).reshape(WIDTH, BK)
+    else:
+        box = x.load([h, n, at]).reshape(BK, WIDTH).T
+    return box
+
+
+@triton.jit
 def wgrad_segment(
     x, x2, dy, dy2, out, sums_out, first, count, dh, k0, at0,
     BLOCKS: tl.constexpr, OW: tl.constexpr, SH: tl.constexpr, SWC: tl.constexpr,
     DK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SWAP: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    SWAP: tl.constexpr, SUMS: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`count` steps of the sum from step `first`, into a tile at `out`; SUMS: those of dy too."""
     XT: tl.constexpr = BM if SWAP else BN + BT
-    EXACT: tl.constexpr = "bf16" if PRECISION == "bf16" else "ieee"
     acc = tl.zeros((BM, BN), tl.float32)
     if BT > 0:
         acc2 = tl.zeros((BM, BT), tl.float32)
@@ -81,22 +103,23 @@ def wgrad_segment(
         if SWAP and BT > 0:
             sums2 = tl.zeros((BT, 16), tl.float32)
     for it in range(first, first + count):
-        h, n, at, of_dy = step_at(it, dh, k0, at0, BLOCKS, OW, SH, SWC, DK, BK)
-        d = dy.load([n, of_dy])
+        h, n, at, k = step_at(it, dh, k0, at0, BLOCKS, OW, SH, SWC, DK, BK)
         if SWAP:
-            a = x.load([h, n, at]).reshape(BK, BM).T
-            acc = dot(a, d, acc, PRECISION)
+            a = columns(x, h, n, at, BM, BK, TURNED)
+            d = gradients(dy, n, k, BN, BK, TURNED)
+            acc = dot(a, d.T, acc, PRECISION)
             if BT > 0:
-                d2 = dy2.load([n, of_dy + BN])
-                acc2 = dot(a, d2, acc2, PRECISION)
+                d2 = gradients(dy2, n, k + BN, BT, BK, TURNED)
+                acc2 = dot(a, d2.T, acc2, PRECISION)
                 if SUMS:
-                    sums2 = dot(d2.T, one, sums2, EXACT)
+                    sums2 = dot(d2, one, sums2, PRECISION)
         else:
-            acc = dot(d.T, x.load([h, n, at]).reshape(BK, BN), acc, PRECISION)
+            d = gradients(dy, n, k, BM, BK, TURNED)
+            acc = dot(d, columns(x, h, n, at, BN, BK, TURNED).T, acc, PRECISION)
             if BT > 0:
-                acc2 = dot(d.T, x2.load([h, n, at + BN]).reshape(BK, BT), acc2, PRECISION)
+                acc2 = dot(d, columns(x2, h, n, at + BN, BT, BK, TURNED).T, acc2, PRECISION)
         if SUMS:
-            sums = dot(d.T, one, sums, EXACT)
+            sums = dot(d, one, sums, PRECISION)
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     if SWAP:
@@ -122,7 +145,7 @@ def conv2d_wgrad_rows(
     R: tl.constexpr, S: tl.constexpr, COLS: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PT: tl.constexpr, PL: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, G: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SWAP: tl.constexpr, SEGMENTS: tl.constexpr, CARRIER: tl.constexpr,
+    SWAP: tl.constexpr, SEGMENTS: tl.constexpr, CARRIER: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program sums one segment, (slot, tile, first step, steps), into work[slot, KT, XT].
@@ -132,8 +155,8 @@ def conv2d_wgrad_rows(
     blocks of the COLS columns of a unit, units (R rows, or R S taps where S is not 1) and groups.
     A group has C channels of the XC of a pixel and K of dy's. The first column tiles of unit
     CARRIER, if it is not negative, leave the sums of dy behind all tiles, as work[SEGMENTS, KT].
-    x is a descriptor of [H, N, W XC], dy of [N, OH OW G K]; x2 or dy2 are the second
-    accumulator's boxes.
+    x is a descriptor of [H, N, W XC], dy of [N, OH OW G K], TURNED of [H, W XC, N] and [OH OW G K,
+    N]; x2 or dy2 are the second accumulator's boxes.
     """
     KT: tl.constexpr = BN + BT if SWAP else BM
     XT: tl.constexpr = BM if SWAP else BN + BT
@@ -147,15 +170,15 @@ def conv2d_wgrad_rows(
     if CARRIER < 0:
         wgrad_segment(
             x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
-            G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
+            G * K, BM, BN, BT, BK, SWAP, False, TURNED, PRECISION,
         )  # fmt: skip
     elif (unit == CARRIER) & (part == 0):
         wgrad_segment(
             x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
-            G * K, BM, BN, BT, BK, SWAP, True, PRECISION,
+            G * K, BM, BN, BT, BK, SWAP, True, TURNED, PRECISION,
         )  # fmt: skip
     else:
         wgrad_segment(
             x, x2, dy, dy2, out, sums, first, count, dh, k0, at0, BLOCKS, OW, SH, SW * XC,
-            G * K, BM, BN, BT, BK, SWAP, False, PRECISION,
+            G * K, BM, BN, BT, BK, SWAP, False, TURNED, PRECISION,
         )  # fmt: skip

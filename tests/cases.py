@@ -31,6 +31,12 @@ def _from_output(name: str) -> Callable[..., torch.Tensor]:
     return lambda y, dy: pulled_back(_UNARY[name], [inverse(y)], dy)[0]
 
 
+def nearest_tf32(x: torch.Tensor) -> torch.Tensor:
+    """11 significant bits, by arithmetic: halves go to the even neighbour."""
+    mantissa, exponent = np.frexp(x.float().numpy().astype(np.float64))
+    return torch.from_numpy(np.ldexp(np.rint(mantissa * 2048), exponent - 11)).to(x.dtype)
+
+
 def _draw_output(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     x, dy = (fill(t, g, dtype) for t in c.ins)
     return [_UNARY[c.op.removesuffix("_grad")](x), dy]
@@ -50,6 +56,7 @@ ELEMENTWISE = [
     Case("mul", (f(2, 3, 4, 5),) * 2, torch.mul, wrt=(0, 1)),
     Case("mul", (f(6, 5), f()), torch.mul, note="scalar", wrt=(0,)),
     Case("cast", (f(3, 5),), lambda x: x, attrs("cast", dtype="f32"), exact=True, wrt=(0,)),
+    Case("round_tf32", (f(2, 3, 4, 5),), nearest_tf32, exact=True),
     Case(
         "full", (), lambda: torch.full((2, 3), 0.25),
         attrs("full", value=0.25, shape=(2, 3), dtype="f32"), exact=True,

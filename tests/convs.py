@@ -14,6 +14,7 @@ from graphnet.ir.op import get_op
 from graphnet.ir.types import DType, TensorType, f32
 from graphnet.lowering.launch.choice import forced
 from graphnet.lowering.plan.plan import make_plan
+from graphnet.ops.round_tf32 import rounded
 from tests.case import attrs, fill
 from tests.kinds import convs_of
 from tests.poisoned import run
@@ -90,12 +91,15 @@ MATH = {"f32": "ieee", "bf16": "bf16"}
 
 def hold(
     op: str, row: Row, dtype: DType, variant: str, *, filters: str = "nhwc",
-    target: str = "interpret", **forces: int,
+    target: str = "interpret", math: str = "", **forces: int,
 ) -> str:  # fmt: skip
     """Runs one convolution over poisoned memory against the oracle; the variant that ran."""
-    graph = row.graph(op, dtype, MATH[dtype.name], filters)
+    math = math or MATH[dtype.name]
+    graph = row.graph(op, dtype, math, filters)
     g = torch.Generator().manual_seed(1)
     drawn = [fill(i.value.type, g, i.value.type.dtype.torch) for i in graph.inputs]
+    if math == "tf32":
+        drawn = [rounded(t) for t in drawn]
     tiles = {"BM": 16, "BN": row.BN, "BT": row.BT, "BK": 16, **forces}
     with forced(op, variant=variant, **tiles):
         choices = [s.choice for s in make_plan(graph, target).launches]

@@ -14,7 +14,7 @@ from graphnet.ir.text import parse
 from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.config import Config
 from graphnet.lowering.launch.steps import Launch
-from graphnet.lowering.launch.wgrad_rows import WgradRows
+from graphnet.lowering.launch.wgrad_rows import _TF32, WgradRows
 from graphnet.lowering.launch.work import take_apart
 from graphnet.lowering.targets.interpret import interpreted
 from graphnet.lowering.tune.alone import Alone
@@ -25,6 +25,7 @@ class Row:
     """A convolution; filters and momentum lie channels-last.
 
     wants  "update" of weight and bias with a bf16 copy, "gradients", "weight" or "bias" alone
+    dtype  of the operands; "tf32" is fp32 with the images innermost
     """
 
     n: int
@@ -46,14 +47,17 @@ class Row:
         oh = (h + t + b - d * (r - 1) - 1) // self.stride + 1
         ow = (w + le + ri - d * (s - 1) - 1) // self.stride + 1
         lies = f"s2d{self.block}" if self.block else "nhwc"
-        x = f"{self.dtype}[{self.n},{self.c},{h},{w}]{{{lies}}}"
-        dy = f"{self.dtype}[{self.n},{self.o},{oh},{ow}]{{nhwc}}"
+        turned = self.dtype == "tf32"
+        kind = "f32" if turned else self.dtype
+        image = ("hwcn" + (f",s2d{self.block}" if self.block else "")) if turned else lies
+        x = f"{kind}[{self.n},{self.c},{h},{w}]{{{image}}}"
+        dy = f"{kind}[{self.n},{self.o},{oh},{ow}]{{{'hwcn' if turned else 'nhwc'}}}"
         shape = f"[{self.o},{self.c // self.groups},{r},{s}]"
         bias, filters = f"f32[{self.o}]", f"f32{shape}{{nhwc}}"
         wgrad = (
             f"conv2d_wgrad(%x, %dy) {{stride=({self.stride},{self.stride}),"
             f" padding=({t},{b},{le},{ri}), dilation=({d},{d}), groups={self.groups},"
-            f" math='{'bf16' if self.dtype == 'bf16' else 'ieee'}', kernel=({r},{s})}}"
+            f" math='{'ieee' if self.dtype == 'f32' else self.dtype}', kernel=({r},{s})}}"
         )
         scalars = "%lr, %momentum, %decay"
         own = {"bias": f"%b: {bias} param, %mb: {bias} slot(%b)"}
@@ -132,7 +136,14 @@ CASES = [
     (Row(2, 8, (2, 3), 16, (2, 2), padding=(2, 1, 0, 3)), tiles("d", 16, 16)),
     (Row(2, 8, (2, 2), 16, (4, 1), padding=(3, 0, 0, 0)), tiles("x", 16, 16, programs=40)),
     (Row(1, 8, (1, 1), 8, (1, 1), wants="update"), tiles("d", 16, 16)),
-]
+    # TF32: descriptors want whole 16 bytes of images.
+    (replace(PADDED, n=8, dtype="tf32"), tiles("d", 16, 16)),
+    (replace(PADDED, n=20, dtype="tf32"), tiles("x", 16, 16, 16, programs=7)),
+    (Row(4, 3, (23, 19), 16, (11, 11), 4, block=4, dtype="tf32"), tiles("d", 16, 128, 16)),
+    (Row(4, 16, (4, 5), 48, (3, 2), padding=(1, 1, 0, 1), groups=2, dtype="tf32"),
+     tiles("x", 16, 16, 16)),
+    (Row(4, 3, (7, 8), 5, (3, 3), 2, padding=(1, 1, 1, 1), dtype="tf32"), tiles("d", 16, 16)),
+]  # fmt: skip
 
 # Tiles of wgmma, of each kind that a rule may take; images, rows and columns that do not fill them.
 WIDE = Row(130, 48, (6, 5), 80, (3, 3), padding=(1, 1, 1, 1), wants="update", dtype="bf16")
@@ -144,4 +155,6 @@ TILES = [
     (WIDE, Config(256, 128, 64, BT=64, num_stages=3, num_warps=8, PROGRAMS=33)),
     (WIDE, Config(128, 128, 64, num_stages=3, num_warps=4, PROGRAMS=264)),
     (WIDE, Config(64, 64, 64, BT=32, num_stages=4, num_warps=4, PROGRAMS=264)),
+    *((replace(WIDE, n=132, dtype="tf32"), c) for c in _TF32),
+    (replace(FIRST, n=72, dtype="tf32"), _TF32[6]),
 ]

@@ -64,7 +64,9 @@ DTYPES = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, u8, i1)}
 class Layout:
     """How a tensor lies in memory.
 
-    order  "row" (row-major) or "nhwc" (channels innermost; four dimensions)
+    order  "row" (row-major), "nhwc" (channels innermost; four dimensions) or "hwcn" (images
+           innermost: [H, W, C, N], and [C, N] of a matrix [N, C]). "hwcn" is the transpose of
+           "nhwc", seen as a matrix with one row an image
     flat   p of the padded-flat-shift layout: images are stored as (H+p) x (W+p) pixels that share
            one zero column and row, between guards of p*(W+p)+p pixels; None for no padding
     s2d    block b of space-to-depth: b x b pixels become channels, 0 for none
@@ -89,7 +91,7 @@ class Layout:
         return self == ROW
 
     def _check(self, shape: Shape) -> None:
-        if not self.is_default and len(shape) != 4:
+        if not self.is_default and len(shape) != 4 and (self.order, len(shape)) != ("hwcn", 2):
             raise ShapeError(
                 f"layout {{{self}}} needs 4 dimensions, the shape {list(shape)} has {len(shape)}",
                 help="keep tensors of other ranks row-major",
@@ -100,6 +102,9 @@ class Layout:
         self._check(shape)
         if self.is_default:
             return shape
+        if self.order == "hwcn":
+            n, *rest = shape if len(shape) == 2 else self._images_first.stored(shape)
+            return (*rest, n)
         n, c, h, w = shape
         if self.s2d:
             b = self.s2d
@@ -108,10 +113,17 @@ class Layout:
             h, w = h + self.flat, w + self.flat
         return (n, h, w, c) if self.order == "nhwc" or self.s2d else (n, c, h, w)
 
+    @property
+    def _images_first(self) -> Layout:
+        """The layout whose transpose this one is, as a matrix of one row an image."""
+        return replace(self, order="nhwc")
+
     def guard(self, shape: Shape) -> int:
         """Elements in front of the first and behind the last pixel."""
         if self.flat is None:
             return 0
+        if self.order == "hwcn":
+            raise ShapeError(f"layout {{{self}}} has no guards", help="pad {nhwc} or row-major")
         _, _, w, c = self.stored(shape)
         return (self.flat * w + self.flat) * c
 
@@ -124,6 +136,9 @@ class Layout:
         self._check(shape)
         if self.s2d:
             raise ShapeError(f"layout {{{self}}} has no strides", help="use offset(shape, index)")
+        if self.order == "hwcn":
+            rest = (1,) if len(shape) == 2 else self._images_first.strides(shape)[1:]
+            return (1, *(shape[0] * s for s in rest))
         if self.order == "nhwc":
             n, h, w, c = self.stored(shape)
             return (h * w * c, 1, w * c, c)
@@ -140,6 +155,8 @@ class Layout:
                 i * s for i, s in zip(index, self.strides(shape), strict=True)
             )
         b, (n, c, h, w) = self.s2d, index
+        if self.order == "hwcn":
+            return self._images_first.offset(shape, (0, c, h, w)) * shape[0] + n
         _, sh, sw, sc = self.stored(shape)
         inner = ((h % b) * b + w % b) * shape[1] + c
         return ((n * sh + h // b) * sw + w // b) * sc + inner
@@ -172,9 +189,13 @@ class Layout:
         return tensor if self.packed else self._ordered(tensor).reshape(-1)
 
     def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.order == "hwcn":
+            return tensor.permute(2, 3, 1, 0) if tensor.ndim == 4 else tensor.t()
         return tensor.permute(0, 2, 3, 1) if self.order == "nhwc" else tensor
 
     def _logical(self, stored: torch.Tensor) -> torch.Tensor:
+        if self.order == "hwcn":
+            return stored.permute(3, 2, 0, 1) if stored.ndim == 4 else stored.t()
         return stored.permute(0, 3, 1, 2) if self.order == "nhwc" else stored
 
     def write(self, source: torch.Tensor, storage: torch.Tensor) -> None:
@@ -200,8 +221,9 @@ class Layout:
             )
             return
         b, (n, c, _, _) = self.s2d, shape
-        _, rows, cols, _ = self.stored(shape)
-        blocks = storage.view(n, rows, cols, b, b, c).permute(0, 5, 1, 3, 2, 4)
+        _, rows, cols, _ = self._images_first.stored(shape)
+        image = storage.view(-1, n).t() if self.order == "hwcn" else storage.view(n, -1)
+        blocks = image.unflatten(1, (rows, cols, b, b, c)).permute(0, 5, 1, 3, 2, 4)
         # Row i of the image is row i % b of block i // b.
         for i in range(b):
             for j in range(b):
@@ -211,6 +233,7 @@ class Layout:
 
 ROW = Layout()
 NHWC = Layout("nhwc")
+HWCN = Layout("hwcn")
 
 
 def layout_of_parameter(shape: Shape) -> Layout:
@@ -225,12 +248,14 @@ def parse_layout(text: str) -> Layout:
     for part in filter(None, text.split(",")):
         if part == "nhwc":
             layout = replace(layout, order="nhwc")
+        elif part == "hwcn":
+            layout = replace(layout, order="hwcn")
         elif m := re.fullmatch(r"flat\(p=(\d+)\)", part):
             layout = replace(layout, flat=int(m[1]))
         elif m := re.fullmatch(r"s2d(\d+)", part):
             layout = replace(layout, s2d=int(m[1]))
         else:
-            raise ParseError(f"unknown layout {part!r}", help="use nhwc, flat(p=N) or s2dN")
+            raise ParseError(f"unknown layout {part!r}", help="use nhwc, hwcn, flat(p=N) or s2dN")
     return layout
 
 

@@ -8,6 +8,7 @@ from graphnet.ir.op import get_op
 from graphnet.ir.text import eqn_text
 
 STAGES = ("traced", "joint", "fused", "plan")
+_BODY = "body"  # of a fused equation
 _ACTIVATIONS = ("relu", "tanh", "sigmoid")
 
 
@@ -31,6 +32,8 @@ def _vocabulary(eqn: Eqn, stage: str) -> str | None:
     backward = eqn.op.endswith(("_grad", "grad")) or eqn.op.endswith("_update")
     if stage == "traced" and (backward or eqn.op == "record_step"):
         return f"{eqn.op} is written by autodiff and cannot stand in a traced graph"
+    if eqn.op == "fused" and stage == _BODY:
+        return "a body holds no fused equation"
     if stage in ("traced", "joint") and eqn.op in ("fused", "relayout"):
         return f"{eqn.op} comes after the {stage} stage"
     return None
@@ -71,7 +74,7 @@ def verify(graph: Graph, stage: str, *, fusing: bool = True) -> Graph:
 
     `fusing=False` accepts missed fusions in the fused stage (for ablation).
     """
-    if stage not in STAGES:
+    if stage not in (*STAGES, _BODY):
         raise GraphError(f"unknown stage {stage!r}", help=f"stages: {', '.join(STAGES)}")
     known: set[Value] = set()
     names: set[str] = set()
@@ -93,7 +96,7 @@ def verify(graph: Graph, stage: str, *, fusing: bool = True) -> Graph:
         if problem is None and stage in ("fused", "plan") and fusing:
             problem = _missed_fusion(graph, eqn)
         if problem is None and eqn.body is not None:
-            verify(eqn.body, "joint", fusing=fusing)
+            verify(eqn.body, _BODY, fusing=fusing)
         for k, value in enumerate(eqn.outputs):
             if value is None:
                 if eqn.body is not None or k not in get_op(eqn.op).optional:

@@ -14,6 +14,7 @@ from graphnet.ops import (  # noqa: F401
     loss,
     lrn,
     pool,
+    round_tf32,
     shape,
     update,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -172,7 +172,8 @@ class RelayoutAttrs(Attrs):
 
 @register
 class Relayout(_Moves):
-    """The same logical tensor in another storage layout; only the layout pass writes it."""
+    """The same logical tensor in another storage layout; only the layout pass writes it. In a body
+    the kernel that makes the tensor writes it in that layout, too."""
 
     name = "relayout"
     attrs_type = RelayoutAttrs
@@ -187,3 +188,6 @@ class Relayout(_Moves):
 
     def reference(self, attrs: RelayoutAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (args[0],)
+
+    def emit(self, expr: Sequence[str], attrs: Attrs, ctx: Any) -> list[str]:
+        return [expr[0]]  # its store works out where it goes

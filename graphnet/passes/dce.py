@@ -8,7 +8,7 @@ from graphnet.ir.graph import Eqn, Graph, Value, substitute
 from graphnet.ir.op import get_op
 
 # Pure ops that independent rules write more than once; sharing them is cheap.
-_SHARED = ("reshape", "cast", "full", "relayout")
+_SHARED = ("reshape", "cast", "round_tf32", "full", "relayout")
 
 
 def cse(graph: Graph) -> Graph:

@@ -18,12 +18,14 @@ BACKWARD = (
 )  # fmt: skip
 LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
 POINTWISE = (*ACTIVATIONS, *ACTIVATION_GRADS, "add", "mul", "cast", "dropout")
+# What is only rounded for products may be read as it was, too: then the kernel writes both.
+BOTH = ("round_tf32",)
 
 
 def _epilogue(outer: str, inner: str) -> Rule:
     name = f"{outer}({inner}(...)) => fused"
     pattern = P((outer,), P((f"anchor:{inner}",)), result=None)
-    return Rule(name, pattern, build_merge, fits)
+    return Rule(name, pattern, build_merge, fits, keeps=outer in BOTH)
 
 
 def _sink_reshape(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
@@ -103,6 +105,35 @@ def _dropped_guard(m: Match) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _rounded(m: Match) -> Eqn | str:
+    """The rounding of what masks, or of the value that it is a view of."""
+    y = m.root.inputs[0]
+    view = m.producers.get(y)
+    for v in (y, view.inputs[0]) if view is not None and view.op == "reshape" else (y,):
+        for e in m.readers.get(v, ()):
+            if e.op == "round_tf32":
+                return e
+    return "no product reads what masks, so nobody rounds it"
+
+
+def _rounded_guard(m: Match) -> str | None:
+    found = _rounded(m)
+    return found if isinstance(found, str) else None
+
+
+def _mask_rounded(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
+    """Rounding keeps the sign: where a product reads the activation rounded, the mask can."""
+    round = _rounded(m)
+    assert isinstance(round, Eqn)
+    y, views = m.root.inputs[0], []
+    if round.inputs[0] == y:
+        y = round.out
+    else:
+        view, y = m.producers[y], Value(fresh(), y.type)
+        views = [Eqn("reshape", (round.out,), (y,), view.attrs)]
+    return [*views, Eqn(m.root.op, (y, m.root.inputs[1]), m.root.outputs, m.root.attrs)]
+
+
 def _is_one(m: Match) -> str | None:
     one = getattr(m.inner.attrs, "value", None) == 1.0 and m.edges[0] == m.root.inputs[1]
     return None if one else "the factor is not the constant 1"
@@ -122,6 +153,12 @@ MOVES = [
         P(("relu_grad",), P(("dropout",)), at=1),
         _mask_dropped,
         _dropped_guard,
+    ),
+    Rule(
+        "relu_grad(y, d) => relu_grad(round_tf32(y), d)",
+        P(("relu_grad",)),
+        _mask_rounded,
+        _rounded_guard,
     ),
     Rule("mul(x, full(1)) => x", P(("mul",), P(("full",))), _drop_factor, _is_one, keeps=True),
     *(
@@ -145,11 +182,16 @@ MOVES = [
 ]
 
 EPILOGUES = [
-    _epilogue(outer, inner) for inner in (*FORWARD, *BACKWARD, *LOSSES) for outer in POINTWISE
-] + [_epilogue("cast", "augment")]
+    _epilogue(outer, inner)
+    for inner in (*FORWARD, *BACKWARD, *LOSSES)
+    for outer in (*POINTWISE, *BOTH)
+] + [_epilogue(outer, "augment") for outer in ("cast", *BOTH)]
 # What has no anchor above it at least shares one kernel.
 CHAINS = [
-    Rule(f"{outer}({inner}(...)) => fused", P((outer,), P((inner,))), build_merge, fits)
-    for outer in POINTWISE
+    Rule(
+        f"{outer}({inner}(...)) => fused", P((outer,), P((inner,))), build_merge, fits,
+        keeps=outer in BOTH,
+    )
+    for outer in (*POINTWISE, *BOTH)
     for inner in POINTWISE
-]
+]  # fmt: skip

@@ -13,9 +13,12 @@ from graphnet.passes.rewrite import P, Rule
 RULES = [
     Rule(
         "lrn(maxpool2d(x)) => fused",
-        P(("lrn",), P(("maxpool2d",)), at=0, result=0), build_merge, fits, keeps=True,
+        P(("anchor:lrn",), P(("maxpool2d",)), at=0, result=0), build_merge, fits, keeps=True,
     ),
-    Rule("maxpool2d(lrn(x)) => fused", P(("maxpool2d",), P(("lrn",)), at=0), build_merge, fits),
+    Rule(
+        "maxpool2d(lrn(x)) => fused",
+        P(("anchor:maxpool2d",), P(("lrn",)), at=0), build_merge, fits,
+    ),
     Rule(
         "maxpool2d_grad(lrn_grad(x, dy), i) => fused",
         P(("anchor:maxpool2d_grad",), P(("anchor:lrn_grad",))), build_merge, fits,

@@ -45,6 +45,7 @@ RULES = [
 ]
 # The low-precision copy is written by the kernel that writes the master; both are results.
 COPIES = [
-    Rule(f"cast({inner}(...)) => fused", P(("cast",), P((op,))), build_merge, fits, keeps=True)
+    Rule(f"{copy}({inner}(...)) => fused", P((copy,), P((op,))), build_merge, fits, keeps=True)
+    for copy in ("cast", "round_tf32")
     for inner, op in [(g, f"anchor:{g}") for g in WGRADS] + [(u, u) for u in (*UPDATES, "chain")]
 ]

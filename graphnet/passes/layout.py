@@ -8,18 +8,24 @@ Parameters come typed as they are stored: filters channels-last. What replaces o
 gradient that is written too, and elementwise code in between follows its operands. The first
 layer's image and its derived weight copy go space-to-depth where that makes a strided convolution
 of few channels one of stride 1 with many.
+
+Then every product is asked how it wants its operands. What it wants otherwise than it lies (TF32:
+the summed axis innermost) becomes a relayout, once for all readers, and joins the kernel that makes
+the operand where that can write it in whole runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain, count
 from typing import Protocol
 
 from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
 from graphnet.ir.op import get_op
 from graphnet.ir.types import NHWC, Layout
-from graphnet.passes.templates import is_pointwise
+from graphnet.passes.fuse import merge
+from graphnet.passes.templates import anchors_of, is_pointwise
 
 CHANNELS = 8  # 16 bytes of bf16
 _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
@@ -30,6 +36,12 @@ class Kernels(Protocol):
 
     def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout]) -> bool:
         """Whether one computes an anchor with its operands and results in these layouts."""
+
+    def wanted(self, eqn: Eqn) -> Mapping[Value, Layout]:
+        """The operands that the kernel of an equation reads in other layouts than they lie in."""
+
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        """Whether the kernel of an equation writes its result in another layout, too."""
 
 
 def _pinned(graph: Graph) -> set[Value]:
@@ -58,6 +70,11 @@ def layout(graph: Graph, kernels: Kernels | None) -> Graph:
                 chosen[v] = kept[v]
             elif len(v.type.shape) == 4 and _channels_last(e, v, chosen):
                 chosen.setdefault(v, NHWC)
+    return _as_wanted(_laid(graph, chosen), kernels)
+
+
+def _laid(graph: Graph, chosen: Mapping[Value, Layout]) -> Graph:
+    """The graph with values in the layouts chosen for them."""
     if not chosen:
         return graph
     env = {v: Value(v.name, v.type.with_layout(to)) for v, to in chosen.items()}
@@ -91,8 +108,8 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
     pinned = _pinned(graph)
     derived = {i.value for i in graph.inputs if i.role == "derived"}
     readers = graph.readers()
-    names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
-    made = {e.out for e in graph.eqns if any(p.op == "augment" for p in e.plain)}
+    data = {i.value for i in graph.inputs if i.role == "data"}
+    made = {e.out: e for e in graph.eqns if len(e.results) == 1 and _from_data(e, data)}
     for image in [*(i.value for i in graph.inputs if i.role == "data"), *made]:
         uses = [p for r in readers.get(image, ()) for p in r.plain if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
@@ -104,31 +121,88 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
         if not all(_read_by_conv2d(w, readers) for w in weights):
             continue
         to = Layout("row", None, uses[0].attrs.stride[0])  # type: ignore[attr-defined]
-        if image in made:
-            chosen |= {v: to for v in (image, *weights)}
+        chosen |= {v: to for v in weights}
+        if image in made and anchors_of(made[image]):
+            chosen[image] = to
             continue
-        name = next(n for n in (f"{image.name}.blocks", f"{image.name}.blocks0") if n not in names)
-        packed = Value(name, image.type.with_layout(to))
-        graph = _behind(graph, image, packed)
-        chosen |= {v: to for v in (packed, *weights)}
+        graph, packed = _copied(graph, image, to)
+        chosen[packed] = to
+        if image in made:
+            graph = _joined(graph, packed)
     return graph, chosen
 
 
-def _behind(graph: Graph, image: Value, packed: Value) -> Graph:
-    """A relayout of the image at the start of the graph; its readers read that instead."""
-    attrs = get_op("relayout").attrs_type(layout=str(packed.type.layout))  # type: ignore[call-arg]
-    first = [e for e in graph.eqns if image in e.inputs]
-    where = Where(first[0].where.layers, first[0].where.place, "layout")
-    relayout = Eqn("relayout", (image,), (packed,), attrs, where=where)
-    eqns = []
-    for e in graph.eqns:
-        if image in e.inputs:
-            if e.body is not None:
-                body = rename_body(e.body, tuple(packed if v == image else v for v in e.inputs))
-                e = replace(e, body=body)
-            e = replace(e, inputs=tuple(packed if v == image else v for v in e.inputs))
-        eqns.append(e)
-    return replace(graph, eqns=(relayout, *eqns))
+def _from_data(e: Eqn, data: set[Value]) -> bool:
+    """An augmentation, or one operand's elementwise code: what writes blocks of an image, too."""
+    if any(p.op == "augment" for p in e.plain):
+        return True
+    return set(e.inputs) <= data and len(e.inputs) == 1 and all(is_pointwise(p.op) for p in e.plain)
+
+
+# ---- copies in other layouts -------------------------------------------------------------------
+
+
+def _as_wanted(graph: Graph, kernels: Kernels) -> Graph:
+    """The graph with the operands of products in the layouts that their kernels want."""
+    copies: dict[tuple[Value, Layout], Value] = {}
+    for eqn in graph.eqns:
+        for v, to in kernels.wanted(eqn).items():
+            if (v, to) not in copies:
+                graph, copies[v, to] = _copied(graph, v, to, everywhere=False, near=eqn)
+            at = next(k for k, e in enumerate(graph.eqns) if e.results == eqn.results)
+            new = _reading(graph.eqns[at], {v: copies[v, to]})
+            graph = replace(graph, eqns=(*graph.eqns[:at], new, *graph.eqns[at + 1 :]))
+    for (v, to), copy in copies.items():
+        made = graph.producers().get(v)
+        if made is not None and kernels.writes(made, to):
+            graph = _joined(graph, copy)
+    return graph
+
+
+def _copied(
+    graph: Graph, v: Value, to: Layout, *, everywhere: bool = True, near: Eqn | None = None
+) -> tuple[Graph, Value]:
+    """The graph with a relayout of a value behind what makes it, and its result, which all that
+    read the value read instead (`everywhere`). Where nothing makes it, it belongs to the layers of
+    `near`."""
+    taken = {u.name for e in graph.eqns for u in e.results} | {u.name for u in graph.input_values}
+    base = f"{v.name}.{'blocks' if to.order == 'row' else to.order}"
+    name = next(n for n in chain((base,), (f"{base}{k}" for k in count())) if n not in taken)
+    copy = Value(name, v.type.with_layout(to))
+    attrs = get_op("relayout").attrs_type(layout=str(to))  # type: ignore[call-arg]
+    made = next((k for k, e in enumerate(graph.eqns) if v in e.results), None)
+    if made is not None:
+        near = graph.eqns[made]
+    elif near is None:
+        near = graph.readers()[v][0]
+    where = Where(near.where.layers, near.where.place, "layout")
+    relayout = Eqn("relayout", (v,), (copy,), attrs, where=where)
+    at = 0 if made is None else made + 1
+    behind = list(graph.eqns[at:])
+    if everywhere:
+        behind = [_reading(e, {v: copy}) if v in e.inputs else e for e in behind]
+    return replace(graph, eqns=(*graph.eqns[:at], relayout, *behind)), copy
+
+
+def _reading(eqn: Eqn, env: Mapping[Value, Value]) -> Eqn:
+    """The equation with other values for some of its operands."""
+    inputs = tuple(env.get(v, v) for v in eqn.inputs)
+    body = rename_body(eqn.body, inputs) if eqn.body is not None else None
+    return replace(eqn, inputs=inputs, body=body)
+
+
+def _joined(graph: Graph, copy: Value) -> Graph:
+    """The graph with a relayout inside the equation that makes its operand."""
+    producers = graph.producers()
+    relayout = producers[copy]
+    (v,) = relayout.inputs
+    made = producers[v]
+    others = any(v in e.inputs for e in graph.eqns if e is not relayout)
+    keep = {u for u in made.results if u != v or others or v in graph.escaping()}
+    joined = merge(made, relayout, keep)
+    joined = replace(joined, where=made.where.merged(relayout.where))
+    eqns = tuple(joined if e is made else e for e in graph.eqns if e is not relayout)
+    return replace(graph, eqns=eqns)
 
 
 def _folds(use: Eqn, image: Value, kernels: Kernels) -> bool:

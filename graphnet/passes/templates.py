@@ -57,8 +57,9 @@ def is_update(op: str) -> bool:
 
 
 def is_pointwise(op: str) -> bool:
-    """Elementwise, or an update: both work element by element on one index."""
-    return is_update(op) or get_op(op).elementwise
+    """Elementwise, an update, or another order of storage: all work element by element on one
+    index."""
+    return is_update(op) or op == "relayout" or get_op(op).elementwise
 
 
 def anchor_of(eqn: Eqn) -> str | None:

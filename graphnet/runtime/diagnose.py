@@ -14,6 +14,7 @@ import torch
 
 from graphnet.ir.graph import Eqn, Input, Value
 from graphnet.ops.fused import run_eqn
+from graphnet.passes.precision import derived
 from graphnet.runtime.program import Program
 
 _BOOKS = ("record_step", "if_finite")  # they hide a bad value, or only repeat one
@@ -76,9 +77,9 @@ def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | No
 
 def _held(program: Program, i: Input) -> torch.Tensor | None:
     """The value of an input at the start of the step, on the CPU; None where the step has none."""
-    name, type = i.value.name, i.value.type
+    name = i.value.name
     if i.role == "derived":  # laid out as its kernel wants it: made again instead
-        return program._storage[i.of].detach().cpu().to(type.dtype.torch)
+        return derived(name, program._storage[i.of].detach().cpu())
     tensor = program._storage.get(name)
     if tensor is None:
         return None

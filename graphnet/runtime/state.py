@@ -18,6 +18,7 @@ import torch
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Graph, Input
 from graphnet.ir.types import ROW, Layout
+from graphnet.passes.precision import derived
 
 
 class Cell:
@@ -214,10 +215,13 @@ class State:
             self.rebuild()
 
     def rebuild(self) -> None:
-        """Derives the low-precision copies from the parameters again."""
+        """Derives the copies from the parameters again."""
         for e in self.derived:
-            if e.source is not None and e.layout.packed:
-                e.layout.write(e.source.live, e.tensor)
-            elif e.source is not None:
-                e.tensor.copy_(e.source.live)
+            if e.source is None:
+                continue
+            copy = derived(e.name, e.source.live.detach())
+            if e.layout.packed:
+                e.layout.write(copy, e.tensor)
+            else:
+                e.tensor.copy_(copy)
         self.stale = False

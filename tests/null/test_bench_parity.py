@@ -121,9 +121,9 @@ def spoilt(share, key=LAST):
 
 
 @pytest.mark.parametrize("mode, name", [("infer", "logits"), ("grads", LAST)])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_error_a_little_above_torchs_own_is_no_parity(precision, mode, name):
-    """Planted in each precision, in proportion to what that costs torch (a CPU's TF32 is fp32)."""
+    """Planted in proportion to what the precision costs torch. On a CPU torch has no TF32."""
     w = work(mode, precision)
     clean = parity.check(w, spoilt(0.0))
     assert clean.ok

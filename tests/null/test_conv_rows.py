@@ -38,7 +38,11 @@ STRIDED = Row(128, 64, 13, 13, 128, (3, 3), stride=2)
 @pytest.mark.parametrize("variant", [ROWS, PAIRS])
 def test_what_is_taken(variant, op):
     for dtype, math in ((bf16, "bf16"), (f32, "tf32"), (f32, "ieee")):
-        assert why_not(variant, PLAIN, op, dtype, math) is None
+        turned = math == "tf32" and op == "conv2d_dgrad"
+        lie = {"filters": "hwcn"} if turned else {}
+        assert why_not(variant, PLAIN, op, dtype, math, **lie) is None
+        other = why_not(variant, PLAIN, op, dtype, math, filters="nhwc" if turned else "hwcn")
+        assert other == f"the filters lie as {{{'nhwc' if turned else 'hwcn'}}}"
     assert why_not(variant, Row(3, 8, 4, 5, 24, (2, 2), dilation=2), op) is None
     grouped = Row(4, 32, 4, 4, 32, (3, 3), groups=2)
     assert (why_not(variant, grouped, op) is None) == (variant is ROWS)

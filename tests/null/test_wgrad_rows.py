@@ -4,7 +4,7 @@ import pytest
 
 from graphnet.ir.graph import Builder
 from graphnet.ir.op import get_op
-from graphnet.ir.types import NHWC, ROW, Layout, TensorType, bf16, f32
+from graphnet.ir.types import HWCN, NHWC, ROW, Layout, TensorType, bf16, f32
 from graphnet.lowering.launch.config import SHARED_BYTES, Config, cdiv
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.wgrad_rows import LEAST_STEPS, WgradRows, cut, rows_of, tile_size
@@ -49,13 +49,13 @@ def test_alexnets_tiles_are_those_that_were_measured_fastest(layer, swap, tile, 
     assert all(c.shared_bytes(2) <= SHARED_BYTES for c in found)
 
 
-def x_and_dy(x, dy, kernel=(3, 3), stride=1, dtype=bf16, **more):
+def x_and_dy(x, dy, kernel=(3, 3), stride=1, dtype=bf16, images=4, **more):
     """A weight gradient of an image and a gradient of these channels, and its layouts."""
     b = Builder("g")
     size = 15 if stride == 4 else 8
-    made = b.input("x", TensorType(dtype, (4, x[0], size, size)))
+    made = b.input("x", TensorType(dtype, (images, x[0], size, size)))
     out = (size - kernel[0] + sum(more.get("padding", (0,) * 4)[:2])) // stride + 1
-    grad = b.input("dy", TensorType(dtype, (4, dy[0], out, out)))
+    grad = b.input("dy", TensorType(dtype, (images, dy[0], out, out)))
     a = attrs("conv2d_wgrad", kernel=kernel, stride=(stride,) * 2, **more)
     assert get_op("conv2d_wgrad").infer(a, made.type, grad.type)
     b.emit("conv2d_wgrad", [made, grad], a)
@@ -84,6 +84,23 @@ def test_what_it_takes(given, arch, why):
 
 
 @pytest.mark.parametrize(
+    "x, dy, images, why",
+    [
+        (HWCN, HWCN, 4, None),
+        (NHWC, HWCN, 4, "the image does not lie with its images innermost"),
+        (HWCN, ROW, 4, "the gradient does not lie with its images innermost"),
+        (HWCN, HWCN, 6, "6 images of the image are no multiple of 16 bytes"),
+    ],
+)
+def test_tf32_wants_the_images_innermost(x, dy, images, why):
+    eqn, layouts = x_and_dy((5, x), (7, dy), dtype=f32, images=images)
+    said = ROWS.accepts(eqn, layouts, "tf32", 90)
+    assert said == why if why is None else said is not None and why in said
+    assert ROWS.wants(eqn, layouts, "tf32") == dict.fromkeys(layouts, HWCN)
+    assert not ROWS.wants(eqn, layouts, "bf16")
+
+
+@pytest.mark.parametrize(
     "p, why",
     [
         (problem(n=2), "62 of 64 images of a step would be empty"),
@@ -91,6 +108,8 @@ def test_what_it_takes(given, arch, why):
         (problem(n=250), None),
         (problem(dtype="ieee"), "turned in registers"),
         (problem(c=96, k=96, g=96), "tiles multiply"),
+        (problem(n=130, dtype="tf32"), "30 of 160 images"),
+        (problem(n=148, dtype="tf32"), None),
     ],
 )
 def test_what_it_does_not_suit(p, why):

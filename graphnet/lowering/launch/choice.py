@@ -17,7 +17,7 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
 from graphnet.lowering.launch.config import Config
 from graphnet.lowering.launch.variants import Problem, Variant
-from graphnet.lowering.launch.work import Work
+from graphnet.lowering.launch.work import Work, take_apart
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,52 @@ class Kernels:
 
     def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout], names: Sequence[str] = ()) -> bool:
         """Whether a variant, of `names` where some are given, takes an anchor with its operands and
-        results in these layouts. Passes ask; what is not in `layouts` lies row-major."""
+        results in these layouts, or in copies as it wants them. Passes ask; what is not in
+        `layouts` lies row-major."""
         dtype = getattr(eqn.attrs, "math", None) or eqn.inputs[0].type.dtype.name
         whole = {v: layouts.get(v, Layout()) for v in (*eqn.inputs, *eqn.results)}
         return any(
-            self.refusal(v, eqn, whole, dtype) is None
+            self.refusal(v, eqn, {**whole, **v.wants(eqn, whole, dtype)}, dtype) is None
             for v in self.registry.get(eqn.op, ())
             if not names or v.name in names
         )
 
-    def able(self, work: Work) -> tuple[list[Variant], dict[str, str]]:
-        """(variants that can compute the equation, why the others cannot)."""
-        found, refused = [], {}
+    def able(self, work: Work, ask: bool = False) -> tuple[list[Variant], dict[str, str]]:
+        """(variants that can compute the equation, why the others cannot).
+
+        ask  with operands in the layouts that each variant wants, not as they lie
+        """
+        found, refused, dtype = [], {}, work.problem.dtype
         for v in self.variants(work.problem.op):
-            why = self.refusal(v, work.eqn, work.layouts, work.problem.dtype)
+            layouts = work.layouts
+            if ask:
+                layouts |= v.wants(work.eqn, layouts, dtype)
+            why = self.refusal(v, work.eqn, layouts, dtype)
             if why is None:
                 found.append(v)
             else:
                 refused[v.name] = why
         return found, refused
+
+    def wanted(self, eqn: Eqn) -> Mapping[Value, Layout]:
+        """The operands that the variant to be chosen reads in other layouts than they lie in."""
+        work = take_apart(eqn, lambda v: v.name)
+        if not work.anchors:
+            return {}
+        able, refused = self.able(work, ask=True)
+        about = eqn, work.layouts, work.problem.dtype
+        if not any(v.wants(*about) for v in able):
+            return {}
+        wants = self._picked(work, able, refused).variant.wants(*about)
+        return {v: to for v, to in wants.items() if work.layouts[v] != to}
+
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        """Whether the kernel of an equation writes its result in another layout, too."""
+        work = take_apart(eqn, lambda v: v.name)
+        if not work.anchors:
+            return False
+        able, refused = self.able(work)
+        return bool(able) and self._picked(work, able, refused).variant.writes(eqn, layout)
 
     def choose(self, work: Work) -> Choice:
         """The variant and its configuration; UnsupportedOpError where none can."""
@@ -131,6 +158,11 @@ class Kernels:
                 f"no kernel computes {p}: {said}", **work.eqn.where.located,
                 help="target='cpu' runs every op on torch's kernels",
             )  # fmt: skip
+        return self._picked(work, able, refused)
+
+    def _picked(self, work: Work, able: Sequence[Variant], refused: dict[str, str]) -> Choice:
+        """What is measured or by rule, and what is forced over it."""
+        p = work.problem
         choice = self._measured(p, able) or self._rule(p, able)
         wanted, changes = _forces(p.op, {v.name for v in self.variants(p.op)})
         named = next((v for v in able if v.name == wanted), None)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import NHWC, Layout
+from graphnet.ir.types import HWCN, NHWC, Layout
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import Config, cdiv, next_power
 from graphnet.lowering.launch.norm import formula, image
@@ -24,6 +24,8 @@ from graphnet.lowering.launch.work import Work
 from graphnet.passes.templates import anchors_of
 
 CHUNK = 8  # channels
+IMAGES = 8  # whose fp32 values side by side fill a sector of 32 bytes
+GROUP = 4  # chunks of one image beside them: 128 bytes of fp32
 REACH = 4  # of a normalization's window to either side: a halo is half a chunk
 WINDOWS = 4  # of a pool that a thread holds for its block of pixels, as tiles of values and places
 PIXELS = 9  # of that block
@@ -100,6 +102,20 @@ def _configs() -> Iterator[Config]:
         yield Config(BLOCK=block, num_warps=warps)
 
 
+def grouped(work: Work, channels: int) -> dict[str, int]:
+    """How many images and chunks of a pixel neighbouring threads hold: one image's chunks, unless a
+    result lies with its images innermost."""
+    if all(o.type.layout.order != "hwcn" for _, o in work.stores):
+        return {"IMAGES": 1, "GROUP": 1}
+    return {"IMAGES": IMAGES, "GROUP": gcd(channels // CHUNK, GROUP)}
+
+
+def writes_turned(eqn: Eqn, layout: Layout) -> bool:
+    """Whether whole runs go to a copy with the images innermost, and loads are whole runs, too."""
+    channels = anchors_of(eqn)[-1].out.type.shape[1]
+    return layout == HWCN and channels % (CHUNK * GROUP) == 0
+
+
 def flat(work: Work) -> bool:
     """Whether one number counts the storage of all that the code around the anchors touches."""
     read = {v for e in work.rest for v in e.inputs if v in work.name}
@@ -155,16 +171,17 @@ def pool_grad(work: Work, e: Eqn, config: Config, dy: Ref | None = None) -> Laun
     operand."""
     n, c, _, _ = e.out.type.shape
     oh, ow = e.inputs[1].type.shape[2:]
-    alike = flat(work)
+    alike, side = flat(work), grouped(work, c)
+    images = side["IMAGES"] * cdiv(n, side["IMAGES"])
     epi = work.epilogue(e.out, Index(e.out.type.shape, alike))
     constants = {
-        **image(e.out), "OH": oh, "OW": ow, **window(e.attrs, dilated=False),
+        **image(e.out), "OH": oh, "OW": ow, **window(e.attrs, dilated=False), **side,
         "BLOCK": config.BLOCK, "FLAT": alike, "EPILOGUE": source(epi),
     }  # fmt: skip
     refs = (dy or work.ref(e.inputs[0]), work.ref(e.inputs[1]))
     return make(
         "maxpool2d_grad_chunks", "chunks", (*refs, arguments(epi)), constants,
-        (cdiv(n * prod(blocks(e)) * (c // CHUNK), config.BLOCK),),
+        (cdiv(images * prod(blocks(e)) * (c // CHUNK), config.BLOCK),),
         reads=tuple(r.name for r in refs), epilogues=(epi,), num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -189,6 +206,9 @@ class Chunks(Variant):
         written = results(eqn, layouts)
         return not_in_chunks(written, *written)
 
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        return anchors_of(eqn)[0].op == "maxpool2d_grad" and writes_turned(eqn, layout)
+
     def configs(self, problem: Problem) -> Iterator[Config]:
         yield from _configs()
 
@@ -210,6 +230,9 @@ class PoolThenNorm(Variant):
         images = [pool.inputs[0], *(v for v in (pool.out,) if v in eqn.body.returns)]
         return not_in_chunks(layouts, *images) or _near(norm)
 
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        return writes_turned(eqn, layout)
+
     def configs(self, problem: Problem) -> Iterator[Config]:
         yield from _configs()
 
@@ -218,23 +241,26 @@ class PoolThenNorm(Variant):
         a: Any = norm.attrs
         x, (n, c, oh, ow) = pool.inputs[0], norm.out.type.shape
         work, held, scratch = work.keeping(pool.out, NHWC)
-        block = max(config.BLOCK, next_power(c // CHUNK))
-        tile = block // (c // CHUNK)
+        side = grouped(work, c)
+        images = side["IMAGES"]
+        block = max(config.BLOCK, next_power(images * (c // CHUNK)))
+        tile = block // (c // CHUNK) // images * images
         index = Index(norm.out.type.shape, flat(work))
         first = work.epilogue(pool.out, index, also=pool.outputs[1])
         second = work.epilogue(norm.out, index)
         constants = {
             **image(x), "OH": oh, "OW": ow, **window(pool.attrs), **formula(a),
-            "BELOW": _power(a.below), "ABOVE": _power(a.above), "TILE": tile, "BLOCK": block,
-            "FLAT": index.flat, "EPILOGUE": source(first), "EPILOGUE2": source(second),
+            "BELOW": _power(a.below), "ABOVE": _power(a.above), "TILE": tile, **side,
+            "BLOCK": block, "FLAT": index.flat, "EPILOGUE": source(first),
+            "EPILOGUE2": source(second),
         }  # fmt: skip
         refs = work.ref(x), Ref(work.name[held], held.type.dtype.name)
         return [
             make(
                 "maxpool2d_lrn_chunks", "chunks", (*refs, arguments(first), arguments(second)),
-                constants, (cdiv(n * oh * ow, tile),), reads=(refs[0].name,),
+                constants, (cdiv(images * cdiv(n, images) * oh * ow, tile),), reads=(refs[0].name,),
                 epilogues=(first, second), scratch=scratch, bytes=work.moved,
-                num_warps=config.num_warps,
+                num_warps=max(config.num_warps, block // 32),
             )
         ]  # fmt: skip
 
@@ -252,6 +278,9 @@ class TwoPass(Variant):
         norm, pool = sorted(anchors_of(eqn), key=lambda e: e.op)
         images = [v for v in (*norm.inputs, *pool.inputs) if v not in made]
         return not_in_chunks(layouts, *images) or _near(norm) or beyond_blocks(pool)
+
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        return anchors_of(eqn)[-1].op == "maxpool2d_grad" and writes_turned(eqn, layout)
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         yield from _configs()

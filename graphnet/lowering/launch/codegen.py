@@ -11,7 +11,7 @@ the loads stand in a second function, the preload, whose tuple the epilogue take
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
@@ -24,7 +24,12 @@ _HEADER = """\
 import triton
 import triton.language as tl
 
-from graphnet.kernels.common import cast_store, maximum_nan, tanh  # noqa: F401
+from graphnet.kernels.common import (  # noqa: F401
+    cast_store,
+    maximum_nan,
+    round_tf32,
+    tanh,
+)
 from graphnet.kernels.random import dropout_keep  # noqa: F401
 
 
@@ -32,7 +37,7 @@ from graphnet.kernels.random import dropout_keep  # noqa: F401
 """
 _EPILOGUE = "def epilogue(acc, aux, i0, i1, i2, i3, mask, args):"
 _PRELOAD = "def preload(i0, i1, i2, i3, mask, args):"
-_HELPERS = ("cast_store", "maximum_nan", "tanh", "dropout_keep")
+_HELPERS = ("cast_store", "maximum_nan", "round_tf32", "tanh", "dropout_keep")
 _WIDE = 1 << 31
 
 
@@ -73,10 +78,12 @@ class Index:
         if self.flat:
             return "i0"
         if type.layout.s2d:
-            _, rows, cols, inner = type.layout.stored(type.shape)
             b, c = type.layout.s2d, type.shape[1]
-            block = f"(i0 * {rows} + i2 // {b}) * {cols} + i3 // {b}"
-            return f"({block}) * {inner} + (i2 % {b} * {b} + i3 % {b}) * {c} + i1"
+            rows, cols, inner = replace(type.layout, order="nhwc").stored(type.shape)[1:]
+            image = "" if type.layout.order == "hwcn" else f"i0 * {rows} + "
+            block = f"({image}i2 // {b}) * {cols} + i3 // {b}"
+            at = f"({block}) * {inner} + (i2 % {b} * {b} + i3 % {b}) * {c} + i1"
+            return at if image else f"({at}) * {type.shape[0]} + i0"
         terms = [] if origin == 0 else [str(origin)]
         strides = type.strides if type.shape else (0,)
         wide = type.numel >= _WIDE

@@ -49,6 +49,11 @@ def pixels(prefix: str, type: TensorType, blocks: bool = False) -> dict[str, int
     return {f"{prefix}S0": s[0], f"{prefix}S2": s[2], f"{prefix}S3": s[3]}
 
 
+def named(layout: Layout) -> str:
+    """A layout as sentences call it."""
+    return "row-major" if layout.order == "row" else f"as {{{layout}}}"
+
+
 def images(eqn: Eqn) -> tuple[Value, ...]:
     """The images that a convolution reads: x; dy; or both for the weight gradient."""
     (e,) = anchors_of(eqn)
@@ -66,7 +71,7 @@ def not_by_tap(eqn: Eqn, layouts: Mapping[Value, Layout]) -> str | None:
         if channels % RUN:
             return f"the channels of a group ({channels}) are no multiple of {RUN}"
         if layouts[v].order != "nhwc":
-            return "an image lies row-major"
+            return f"an image lies {named(layouts[v])}"
     if e.op == "conv2d_dgrad" and a.stride != (1, 1):  # type: ignore[attr-defined]
         step = a.stride[0]  # type: ignore[attr-defined]
         return f"a pixel of the input is reached by every {step} x {step}th tap only"

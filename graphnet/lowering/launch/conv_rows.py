@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import Layout
+from graphnet.ir.types import HWCN, Layout
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import (
     ITEMSIZE,
@@ -30,6 +30,7 @@ from graphnet.lowering.launch.conv import (
     RUN,
     badly_filled,
     in_blocks,
+    named,
     not_by_tap,
     not_in_blocks,
     outputs,
@@ -41,8 +42,9 @@ from graphnet.passes.templates import anchors_of
 
 DEPTH = {"bf16": 64, "tf32": 32}  # of a block: 128 bytes, the widest swizzle
 ROOM = SHARED_BYTES - 1024  # beside the barriers
-# Accumulators a thread. fp32 results spill above 64 on their way out (Triton 3.6 and 3.7).
-MOST = {"bf16": 128, "tf32": 64}
+MOST = 128  # accumulators a thread
+# How many of them go out at once, 0 for all: fp32 results spill above 64 (Triton 3.6 and 3.7).
+OUT = {"bf16": 0, "tf32": 32, "ieee": 0}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Geometry:
 
     Tap (r, s) of result pixel (oh, ow) is pixel (oh SH + OFFH + r STEPH, ow SW + OFFW + s STEPW).
     A program makes PIXELS neighbours.
-    TURNED  the stored filters are columns of the result: forward
+    FILTERS  how they lie: "forward", a row of taps as one run or tap by tap; for the gradient
+             "gradient", as stored; "turned", the summed channels innermost, which TF32 needs
     """
 
     N: int
@@ -70,13 +73,13 @@ class Geometry:
     STEPH: int
     STEPW: int
     G: int
-    TURNED: bool
+    FILTERS: str
     PIXELS: int
 
     @property
     def span(self) -> bool:
         """Whether a row of taps is one run of values in the image and in the filters."""
-        return self.TURNED and self.G == self.STEPW == self.PIXELS == 1
+        return self.FILTERS == "forward" and self.G == self.STEPW == self.PIXELS == 1
 
     @property
     def run(self) -> int:
@@ -116,15 +119,15 @@ def of_problem(p: Problem, pixels: int = 1) -> Geometry:
     if p.op == "conv2d_dgrad":
         return Geometry(
             n, k // g, oh, ow, c // g, h, w, r, s, 1, 1, z["PT"], z["PL"], -z["DH"], -z["DW"], g,
-            False, pixels,
+            "turned" if p.dtype == "tf32" else "gradient", pixels,
         )  # fmt: skip
     b = z["SH"]
     if in_blocks(p):
         h, w, r, s = (cdiv(size, b) for size in (h, w, r, s))
-        return Geometry(n, c * b * b, h, w, k, oh, ow, r, s, 1, 1, 0, 0, 1, 1, 1, True, pixels)
+        return Geometry(n, c * b * b, h, w, k, oh, ow, r, s, 1, 1, 0, 0, 1, 1, 1, "forward", pixels)
     return Geometry(
         n, c // g, h, w, k // g, oh, ow, r, s, b, z["SW"], -z["PT"], -z["PL"], z["DH"], z["DW"], g,
-        True, pixels,
+        "forward", pixels,
     )  # fmt: skip
 
 
@@ -138,14 +141,17 @@ def of_work(work: Work, pixels: int) -> Geometry:
     g, (dh, dw), (sh, sw) = a.groups, a.dilation, a.stride  # type: ignore[attr-defined]
     top, _, left, _ = a.padding  # type: ignore[attr-defined]
     if e.op == "conv2d_dgrad":
+        lie = "turned" if filters.layout.order == "hwcn" else "gradient"
         return Geometry(
-            n, o // g, h, w, i, oh, ow, r, s, 1, 1, top, left, -dh, -dw, g, False, pixels
+            n, o // g, h, w, i, oh, ow, r, s, 1, 1, top, left, -dh, -dw, g, lie, pixels
         )
     if image.layout.s2d:
         _, h, w, c = image.layout.stored(image.shape)
         _, r, s, _ = filters.layout.stored(filters.shape)
-        return Geometry(n, c, h, w, o, oh, ow, r, s, 1, 1, 0, 0, 1, 1, 1, True, pixels)
-    return Geometry(n, i, h, w, o // g, oh, ow, r, s, sh, sw, -top, -left, dh, dw, g, True, pixels)
+        return Geometry(n, c, h, w, o, oh, ow, r, s, 1, 1, 0, 0, 1, 1, 1, "forward", pixels)
+    return Geometry(
+        n, i, h, w, o // g, oh, ow, r, s, sh, sw, -top, -left, dh, dw, g, "forward", pixels
+    )
 
 
 @cache
@@ -175,11 +181,25 @@ class _Images(Variant):
             return why
         (e,) = anchors_of(eqn)
         w = e.inputs[1]
-        if layouts[w].order != "nhwc" and not layouts[w].s2d:
-            return "the filters lie row-major"
-        if w.type.shape[1] % RUN and not layouts[w].s2d:
+        if layouts[w].s2d:
+            return None
+        turned = e.op == "conv2d_dgrad" and dtype == "tf32"
+        if layouts[w].order != ("hwcn" if turned else "nhwc"):
+            return f"the filters lie {named(layouts[w])}"
+        if w.type.shape[1] % RUN:
             return f"the channels of a filter ({w.type.shape[1]}) are no multiple of {RUN}"
         return None
+
+    def wants(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
+    ) -> Mapping[Value, Layout]:
+        """TF32 products take the summed axis innermost: for the gradient the filters' results."""
+        (e,) = anchors_of(eqn)
+        return {e.inputs[1]: HWCN} if e.op == "conv2d_dgrad" and dtype == "tf32" else {}
+
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        """A tile is one pixel of many images: whole runs of them."""
+        return layout == HWCN and self.pixels == 1
 
     def cut(self, config: Config, problem: Problem) -> Config:
         g = of_problem(problem, self.pixels)
@@ -198,6 +218,7 @@ class _Images(Variant):
         )  # fmt: skip
         constants = {
             **g.constants(), "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK,
+            "AT_ONCE": 32 * c.num_warps * OUT[work.problem.dtype],
             "PRECISION": work.problem.dtype, "EPILOGUE": source(epi),
         }  # fmt: skip
         tiles = cdiv(g.K, c.BN + c.BT) * cdiv(g.N, c.BM // g.PIXELS)
@@ -221,11 +242,15 @@ def _image(x: Ref, g: Geometry, c: Config) -> Box:
 
 
 def filters_box(w: Ref, g: Geometry, width: int, depth: int) -> Box:
-    """Boxes of filters by values of a run, or of summed channels by result channels of a tap."""
-    if g.TURNED:
+    """Boxes of filters by values of a run, or of a tap by its channels."""
+    if g.FILTERS == "forward":
         rows = g.R if g.span else g.R * g.S
         size = (rows, g.G * g.K, g.run)
         return Box(w, size, (1, width, depth), (g.run, rows * g.run, 1))
+    if g.FILTERS == "turned":
+        summed = g.G * g.C
+        strides = (g.K * summed, g.C, summed, 1)
+        return Box(w, (g.R * g.S, g.G, g.K, g.C), (1, 1, width, depth), strides)
     filter = g.R * g.S * g.K
     return Box(w, (g.G, g.C, filter), (1, depth, width), (g.C * filter, filter, 1))
 
@@ -246,7 +271,7 @@ class Rows(_Images):
             return
         heights = [bm for bm in (128, ROWS) if bm <= max(ROWS, next_power(g.N))]
         tiles = [_tile(g, bm, *width, dtype) for bm in heights for width in _columns(g.K)]
-        held = [c for c in tiles if c.accumulators <= MOST[dtype]]
+        held = [c for c in tiles if c.accumulators <= MOST]
         first, *others = sorted(held, key=lambda c: cost_of(g, c))
         yield from distinct(
             [first, *_changed(g, first, dtype), *others[:3], *(c for c in held if c.BN == 256)]
@@ -274,7 +299,7 @@ class Pairs(_Images):
 
     def suits(self, problem: Problem) -> str | None:
         g = of_problem(problem)
-        if problem.dtype != "bf16" or g.TURNED:
+        if problem.dtype != "bf16" or g.FILTERS == "forward":
             return "pairs were measured for input gradients in bf16 alone"
         if not 64 < g.K <= 128:
             return f"{g.K} columns: pairs pay where one tile of 128 holds them and half does not"
@@ -290,7 +315,7 @@ class Pairs(_Images):
         bm = 256 if g.N > ROWS else 128
         tiles = [Config(bm, bn, BT=bt) for bn, bt in ((128, 0), (64, 32), (64, 0))]
         tiles = [replace(c, BK=_depth(g, dtype), num_warps=8, num_stages=4) for c in tiles]
-        first, *others = [c for c in tiles if c.accumulators <= MOST[dtype]]
+        first, *others = [c for c in tiles if c.accumulators <= MOST]
         yield from distinct([first, *_changed(g, first, dtype), *others])
 
 
@@ -313,7 +338,7 @@ def _columns(k: int) -> list[tuple[int, int]]:
 
 def _tile(g: Geometry, bm: int, bn: int, bt: int, dtype: str) -> Config:
     """Four warps where they can hold the accumulators: two programs share a processor."""
-    warps = 4 if bm * (bn + bt) <= 128 * MOST[dtype] else 8
+    warps = 4 if bm * (bn + bt) <= 128 * MOST else 8
     stages = 3 if warps == 4 else 4
     return Config(bm, bn, _depth(g, dtype), BT=bt, num_warps=warps, num_stages=stages)
 

@@ -18,7 +18,7 @@ from graphnet.lowering.launch.choice import Kernels, adjusted
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
 from graphnet.lowering.launch.config import PROCESSORS, cdiv, next_power
 from graphnet.lowering.launch.cost import with_costs
-from graphnet.lowering.launch.moves import MOVES, pointwise_launch, run_move
+from graphnet.lowering.launch.moves import MOVES, pack, pointwise_launch, run_move
 from graphnet.lowering.launch.pool import by_block
 from graphnet.lowering.launch.steps import Launch, Step, make
 from graphnet.lowering.launch.work import Work, take_apart
@@ -36,7 +36,10 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
         choice = kernels.choose(work)
         steps = with_costs(work, choice.variant.launch(work, choice.config))
         return [replace(confined(s), choice=choice) for s in steps]
-    return list(with_costs(work, [_record(work) if eqn.op == "record_step" else _pointwise(work)]))
+    if eqn.op == "record_step":
+        return list(with_costs(work, [_record(work)]))
+    packs = any(e.op == "relayout" and e.out.type.layout.s2d for e in work.rest)
+    return list(with_costs(work, [_packed(work) if packs else _pointwise(work)]))
 
 
 def _check_layouts(eqn: Eqn) -> None:
@@ -73,6 +76,15 @@ def _pointwise(work: Work) -> Launch:
     eqns = [replace(e, inputs=tuple(work.outer.get(v, v) for v in e.inputs)) for e in work.rest]
     epi = write_epilogue(Index(shape, flat), work.name, {}, eqns, stores, note=note)
     return pointwise_launch(epi, space, not flat and results[0].type.layout.order == "nhwc")
+
+
+def _packed(work: Work) -> Launch:
+    """Elementwise code over an image whose result lies in blocks of pixels."""
+    ((x, *more), ((inner, out), *others)) = work.eqn.inputs, work.stores
+    assert not more and not others, "the layout pass packs one image"
+    root = next(i for i in work.outer if work.outer[i] == x)
+    epi = work.middle(root, inner, Index(x.type.shape))
+    return pack(x, work.name[x], out, work.name[out], epi, work.eqn.where)
 
 
 def _record(work: Work) -> Launch:

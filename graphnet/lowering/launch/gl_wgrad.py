@@ -19,7 +19,7 @@ from graphnet.lowering.launch.work import Work
 def _form(rows: str, bm: int, bn: int, bt: int, stages: int) -> Config:
     """rows  "d" for dy's channels, "x" for columns"""
     return Config(
-        bm, bn, STEP, BT=bt, num_stages=stages, num_warps=CONSUMER, SWAP=int(rows == "x"),
+        bm, bn, STEP["bf16"], BT=bt, num_stages=stages, num_warps=CONSUMER, SWAP=int(rows == "x"),
         PROGRAMS=PROCESSORS,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def _specialised(launch: Launch, c: Config) -> Launch:
             *rest, wide = box.block
             wide = wide // 2 if k == rows else wide
             args[k] = replace(box, block=(*rest, wide), gluon=True)
-    constants = {k: v for k, v in launch.constants if k != "PRECISION"}
+    constants = {k: v for k, v in launch.constants if k not in ("PRECISION", "TURNED")}
     return replace(
         launch, kernel="conv2d_wgrad_specialised", module="graphnet.kernels.gl_wgrad",
         args=tuple(args), constants=tuple({**constants, "STAGES": c.num_stages}.items()),

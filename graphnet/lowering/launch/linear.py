@@ -12,9 +12,10 @@ from dataclasses import replace
 from itertools import product as combinations
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import Layout
+from graphnet.ir.types import HWCN, Layout
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref
 from graphnet.lowering.launch.config import (
+    ITEMSIZE,
     PROCESSORS,
     SHARED_BYTES,
     Config,
@@ -39,25 +40,33 @@ class LinearPointers(Product):
     name, ops, split = "pointers", ("linear", "linear_dgrad"), True
     boxed = False
 
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        """A tile's rows are images: whole runs of them."""
+        return layout == HWCN
+
     def size(self, p: Problem) -> Size:
         n, c, k = p.shape
         return (n, k, c, 1) if p.op == "linear" else (n, c, k, 1)
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
-        if p.dtype != "bf16" or few(m, n, k):
+        if p.dtype == "ieee" or few(m, n, k, p.dtype):
             return plain_product(m, n, k, groups, p.dtype)
-        return Config(64, 64, 128, num_stages=5) if fills(p, m, n, k) else large_tile(m, n, k)
+        if fills(p, m, n, k):
+            return Config(64, 64, 256 // ITEMSIZE[p.dtype], num_stages=5)
+        return large_tile(m, n, k, p.dtype)
 
     def _grid(self, p: Problem, first: Config) -> Iterator[Config]:
         m, n, k, _ = self.size(p)
-        if p.dtype != "bf16" or few(m, n, k):
+        if p.dtype == "ieee" or few(m, n, k, p.dtype):
             yield from super()._grid(p, first)
             return
-        sizes = [(128, 64, 64, 4), (128, 64, 64, 8), (128, 128, 64, 8), (64, 64, 128, 4)]
-        sizes += [(64, 64, 64, 4), (128, 32, 64, 4), (64, 32, 64, 4), (128, 128, 128, 8)]
-        for (bm, bn, bk, warps), split, stages in combinations(sizes, (1, 2, 4, 8), (3, 4, 5, 8)):
+        sizes = [(128, 64, 128, 4), (128, 64, 128, 8), (128, 128, 128, 8), (64, 64, 256, 4)]
+        sizes += [(64, 64, 128, 4), (128, 32, 128, 4), (64, 32, 128, 4), (128, 128, 256, 8)]
+        item = ITEMSIZE[p.dtype]
+        for (bm, bn, run, warps), split, stages in combinations(sizes, (1, 2, 4, 8), (3, 4, 5, 8)):
+            bk = run // item
             c = Config(bm, bn, bk, SPLIT=split, num_warps=warps, num_stages=stages)
-            fits = c.shared_bytes(2) <= SHARED_BYTES and bm <= tile(m, 128, 64)
+            fits = c.shared_bytes(item) <= SHARED_BYTES and bm <= tile(m, 128, 64)
             if fits and bn <= next_power(n) and split * stages * bk <= next_power(k):
                 yield c
 
@@ -100,16 +109,16 @@ class LinearBoxes(LinearPointers):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        return unboxed(eqn, dtype, arch)
+        return unboxed(eqn, layouts, dtype, arch)
 
     def suits(self, problem: Problem) -> str | None:
         m, n, k, _ = self.size(problem)
         if fills(problem, m, n, k):
             return "tiles of 64 x 64 fill the processors once and need no second pass"
-        return few(m, n, k)
+        return few(m, n, k, problem.dtype)
 
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
-        c = large_tile(m, n, k)
+        c = large_tile(m, n, k, p.dtype)
         deep = cdiv(cdiv(k, c.BK), c.SPLIT) >= DEEP_BLOCKS and programs(c, m, n) <= PROCESSORS
         return replace(c, num_stages=8) if deep else c
 
@@ -121,11 +130,13 @@ def programs(c: Config, m: int, n: int) -> int:
     return cdiv(m, c.BM) * cdiv(n, c.BN) * c.SPLIT
 
 
-def large_tile(m: int, n: int, k: int) -> Config:
-    """128 rows, 64 where there are no more, and as many parts as leave each processor a program."""
+def large_tile(m: int, n: int, k: int, dtype: str) -> Config:
+    """128 rows, 64 where there are no more, and as many parts as leave each processor a program;
+    blocks of 128 bytes."""
+    bk = tile(k, 128 // ITEMSIZE[dtype])
     if cdiv(m, 128) * cdiv(n, 128) >= PROCESSORS:  # arithmetic counts: squares read least
-        return Config(128, 128, tile(k, 64), num_warps=8, num_stages=4)
-    c = Config(tile(m, 128, 64), tile(n, 64), tile(k, 64), num_stages=4)
+        return Config(128, 128, bk, num_warps=8, num_stages=4)
+    c = Config(tile(m, 128, 64), tile(n, 64), bk, num_stages=4)
     length = cdiv(k, c.BK)
     parts = min(PROCESSORS // programs(c, m, n), length // LEAST_BLOCKS)
     if parts < 2 or length <= 2 * LEAST_BLOCKS:
@@ -148,9 +159,9 @@ def fills(p: Problem, m: int, n: int, k: int) -> bool:
     return p.op == "linear" and k >= 1024 and 3 * PROCESSORS <= 4 * count <= 4 * PROCESSORS
 
 
-def few(m: int, n: int, k: int) -> str | None:
+def few(m: int, n: int, k: int, dtype: str) -> str | None:
     """Why large tiles leave most processors idle; None where they do not."""
-    count = programs(large_tile(m, n, k), m, n)
+    count = programs(large_tile(m, n, k, dtype), m, n)
     return (
         f"large tiles fill {count} of {PROCESSORS} processors" if 4 * count < PROCESSORS else None
     )
@@ -159,17 +170,23 @@ def few(m: int, n: int, k: int) -> str | None:
 # ---- shared with the weight gradient ---------------------------------------------------------
 
 
-def unboxed(eqn: Eqn, dtype: str, arch: int) -> str | None:
+def unboxed(
+    eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
+) -> str | None:
     """Why descriptors cannot fetch the operands of a product; None where they can."""
     if why := no_descriptors(arch):
         return why
-    if dtype != "bf16":
-        return f"boxes feed bf16 products, this one is {dtype}"
+    if dtype == "ieee":
+        return "boxes feed tensor cores, this product is ieee"
     (anchor,) = anchors_of(eqn)
     for v in anchor.inputs[:2]:
-        row = v.type.shape[1] * v.type.dtype.itemsize
+        row = layouts[v].stored(v.type.shape)[1] * v.type.dtype.itemsize
         if row % 16:
             return f"rows of {v.type} take {row} bytes, which is no multiple of 16"
+    if dtype == "tf32" and anchor.op == "linear_wgrad":
+        for v in anchor.inputs:
+            if layouts[v].order != "hwcn":
+                return f"{v} does not lie with its images innermost, which are summed up"
     return None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import Layout
+from graphnet.ir.types import HWCN, Layout
 from graphnet.lowering.launch.codegen import Index, Ref
-from graphnet.lowering.launch.config import Config, cdiv, tile
+from graphnet.lowering.launch.config import PROCESSORS, Config, cdiv, tile
 from graphnet.lowering.launch.linear import add_parts, unboxed
 from graphnet.lowering.launch.products import (
     Product,
@@ -21,6 +21,7 @@ from graphnet.lowering.launch.products import (
 from graphnet.lowering.launch.steps import Arg, Box, Launch, arguments, make, preload, source
 from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import Work, strides
+from graphnet.passes.templates import anchors_of
 
 
 class LinearWgradPointers(Product):
@@ -53,8 +54,9 @@ class LinearWgradPointers(Product):
             return [channel_sum(work, dy)]
         operands: tuple[Arg, ...] = (x, dy)
         if self.boxed:
+            turned = [work.type(v).layout.order == "hwcn" for v in e.inputs[:2]]
             operands = (
-                Box(x, (n, columns), (c.BK, c.BN)), Box(dy, (n, rows), (c.BK, c.BM))
+                _box(x, n, columns, c.BK, c.BN, turned[0]), _box(dy, n, rows, c.BK, c.BM, turned[1])
             )  # fmt: skip
         own, parts = (epi, None) if whole else (None, Ref(f".parts{work.eqn.results[0]}", "f32"))
         has_bias = epi2 is not None
@@ -78,6 +80,13 @@ class LinearWgradPointers(Product):
         return [first, add_parts(parts, rows, columns, c.SPLIT, epi)] if parts else [first]
 
 
+def _box(x: Ref, n: int, columns: int, depth: int, width: int, turned: bool) -> Box:
+    """Boxes of `depth` rows of a batch by `width` columns; turned: the batch is innermost."""
+    if turned:
+        return Box(x, (columns, n), (width, depth))
+    return Box(x, (n, columns), (depth, width))
+
+
 class LinearWgradBoxes(LinearWgradPointers):
     """x and dy through tensor descriptors, which fill what lies beyond a size with zeros."""
 
@@ -86,10 +95,21 @@ class LinearWgradBoxes(LinearWgradPointers):
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
-        return unboxed(eqn, dtype, arch)
+        return unboxed(eqn, layouts, dtype, arch)
+
+    def wants(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
+    ) -> Mapping[Value, Layout]:
+        """TF32 products take the summed axis innermost, which is the batch."""
+        (anchor,) = anchors_of(eqn)
+        return dict.fromkeys(anchor.inputs[:2], HWCN) if dtype == "tf32" else {}
 
     def suits(self, problem: Problem) -> str | None:
         c, (m, n, _, _) = self.rule(problem), self.size(problem)
+        if problem.dtype == "tf32":
+            count = cdiv(m, c.BM) * cdiv(n, c.BN)
+            few = f"{count} tiles: turning them in registers takes less than copies of x and dy"
+            return few if count < PROCESSORS else None
         if m % c.BM == n % c.BN == 0:
             return "tiles divide the weight, so pointers need no masks"
         return None

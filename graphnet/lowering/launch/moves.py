@@ -7,12 +7,13 @@ from math import gcd, prod
 from typing import Any
 
 from graphnet.errors import UnsupportedOpError
-from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.graph import Eqn, Value, Where
 from graphnet.ir.types import ROW, TensorType
 from graphnet.lowering.launch.choice import adjusted
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, Writer
+from graphnet.lowering.launch.config import Config, cdiv, tile
 from graphnet.lowering.launch.pool import by_block
-from graphnet.lowering.launch.steps import Fill, Launch, Step, make
+from graphnet.lowering.launch.steps import Fill, Launch, Step, arguments, make, source
 from graphnet.lowering.launch.work import strides
 
 MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
@@ -28,31 +29,55 @@ def is_view(eqn: Eqn) -> bool:
     return a.layout == b.layout and (a.layout.is_default or a.shape == b.shape)
 
 
-def _pack(eqn: Eqn, name: Name) -> Launch:
-    """Space-to-depth."""
-    (x,) = eqn.inputs
-    out, layout = eqn.out.type, eqn.out.type.layout
-    n, c, h, w = out.shape
+def pack(x: Value, read: str, out: Value, write: str, epi: Epilogue | None, where: Where) -> Launch:
+    """Space-to-depth of an image, with what `epi` makes of each element."""
+    layout = out.type.layout
+    n, c, h, w = out.type.shape
     per_block = c * layout.s2d**2
     wide = gcd(per_block, 16)  # elements a thread: 32 bytes of bf16
-    vectors = layout.numel(out.shape) // wide
+    vectors = layout.numel(out.type.shape) // wide
     constants = {
         "N": n, "C": c, "H": h, "W": w, **strides("X", x.type), "B": layout.s2d, "V": wide,
-        "BLOCK": PACKED,
+        "BLOCK": PACKED, "EPILOGUE": source(epi),
     }  # fmt: skip
-    refs = (Ref(name(x), x.type.dtype.name), Ref(name(eqn.out), out.dtype.name))
+    refs = (Ref(read, x.type.dtype.name), Ref(write, out.type.dtype.name))
     return make(
-        "space_to_depth", "pack", refs, constants, (-(-vectors // PACKED),), reads=(refs[0].name,),
-        writes=(refs[1].name,), bytes=x.type.bytes + out.bytes, where=eqn.where,
+        "space_to_depth", "pack", (*refs, arguments(epi)), constants, (cdiv(vectors, PACKED),),
+        reads=(read,), writes=(write,), epilogues=(epi,), bytes=x.type.bytes + out.type.bytes,
+        where=where,
+    )  # fmt: skip
+
+
+def turns(a: TensorType, b: TensorType) -> bool:
+    """Whether two orders of one tensor are a matrix of one row an image, and its transpose."""
+    if b.layout.order != "hwcn" or a.layout.order == "hwcn":
+        return False
+    return a.layout.stored(a.shape) == (b.shape[0], *b.layout.stored(b.shape)[:-1])
+
+
+def _transpose(eqn: Eqn, name: Name) -> Launch:
+    a, b = eqn.inputs[0].type, eqn.out.type
+    rows = a.shape[0]
+    columns = a.layout.numel(a.shape) // rows
+    c = adjusted("transpose", Config(tile(rows, 128), tile(columns, 32)))
+    constants = {"ROWS": rows, "COLS": columns, "BM": c.BM, "BN": c.BN}
+    refs = (Ref(name(eqn.inputs[0]), a.dtype.name), Ref(name(eqn.out), b.dtype.name))
+    return make(
+        "transpose", "pack", refs, constants, (cdiv(columns, c.BN), cdiv(rows, c.BM)),
+        reads=(refs[0].name,), writes=(refs[1].name,), num_warps=c.num_warps,
+        bytes=a.bytes + b.bytes, where=eqn.where,
     )  # fmt: skip
 
 
 def run_move(eqn: Eqn, name: Name) -> list[Step]:
     """The steps of one of MOVES."""
-    if eqn.out.type.layout.s2d:
-        return [_pack(eqn, name)]
     if is_view(eqn):
         return []
+    if eqn.op == "relayout" and turns(eqn.inputs[0].type, eqn.out.type):
+        return [_transpose(eqn, name)]
+    if eqn.out.type.layout.s2d:
+        (x,) = eqn.inputs
+        return [pack(x, name(x), eqn.out, name(eqn.out), None, eqn.where)]
     if eqn.op == "full":
         return [Fill(name(eqn.out), eqn.attrs.value)]  # type: ignore[attr-defined]
     out, into = eqn.out.type, name(eqn.out)

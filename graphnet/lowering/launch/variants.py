@@ -101,6 +101,17 @@ class Variant:
         """
         return None
 
+    def wants(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
+    ) -> Mapping[Value, Layout]:
+        """Other layouts in which it reads operands of the anchor that lie as `layouts` says: the
+        layout pass makes copies in these, or lets the kernel that writes an operand write them."""
+        return {}
+
+    def writes(self, eqn: Eqn, layout: Layout) -> bool:
+        """Whether its kernel can write the result once more in another layout, in whole runs."""
+        return False
+
     def suits(self, problem: Problem) -> str | None:
         """Why the rules take another variant, although this one could; None where they need not."""
         return None

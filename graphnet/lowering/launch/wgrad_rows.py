@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import PROCESSORS, Config, cdiv, next_power
-from graphnet.lowering.launch.conv import in_blocks, not_in_blocks, outputs
+from graphnet.lowering.launch.conv import in_blocks, named, not_in_blocks, outputs
 from graphnet.lowering.launch.products import channel_sum
 from graphnet.lowering.launch.steps import Box, Launch, Table, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant, no_descriptors
@@ -24,7 +24,7 @@ from graphnet.passes.templates import anchors_of
 
 LEAST_STEPS = 4  # of a segment: fewer do not fill the pipeline
 MOST_WASTE = 2.0  # products of all tiles over those that count
-STEP = 64  # images of one in bf16
+STEP = {"bf16": 64, "tf32": 32}  # images of one: 128 bytes
 UNROLL = 12  # segments that the second pass has on their way at once
 
 
@@ -176,7 +176,8 @@ def _parts(work: list[tuple[int, float]], programs: int) -> list[int]:
 
 
 def _form(
-    rows: str, bm: int, bn: int, bt: int, stages: int, warps: int = 8, each: int = 1, bk: int = STEP
+    rows: str, bm: int, bn: int, bt: int, stages: int, warps: int = 8, each: int = 1,
+    bk: int = STEP["bf16"],
 ) -> Config:
     """rows  "d" for dy's channels, "x" for columns; each: programs on one processor"""
     return Config(
@@ -202,13 +203,25 @@ _SMALL = (
     _form("d", 64, 64, 0, 4, 4, 2), _form("d", 64, 128, 0, 4, 4, 2),
     _form("d", 64, 64, 32, 4, 4, 2),
 )  # fmt: skip
+_BY_SIZE = (_BF16, _NEW), _SMALL
 FEW = 64  # channels or columns that ask for a small tile
 
-# Operands of fp32 are turned in registers.
-_FP32 = {
-    "tf32": (_form("d", 64, 64, 0, 3, 4, 2, 32), _form("d", 64, 64, 32, 3, 4, 2, 32)),
-    "ieee": (_form("d", 64, 32, 0, 2, 4, 2, 16), _form("d", 32, 32, 0, 2, 4, 2, 16)),
-}  # fmt: skip
+_TF32 = tuple(
+    _form(*form, bk=STEP["tf32"])
+    for form in (
+        # Measured on an H100, for one layer of AlexNet or another.
+        ("x", 128, 256, 0, 4), ("x", 256, 128, 64, 4), ("d", 256, 128, 64, 4),
+        ("d", 256, 128, 32, 4), ("x", 128, 256, 128, 3), ("d", 128, 128, 64, 4),
+        ("d", 128, 128, 16, 4),
+        # Not measured.
+        ("d", 128, 256, 0, 4), ("d", 128, 128, 0, 4), ("x", 128, 128, 0, 4), ("d", 256, 64, 0, 4),
+    )
+)  # fmt: skip
+_TF32_SMALL = (
+    _form("d", 64, 64, 0, 4, 4, 2, 32), _form("d", 64, 32, 0, 4, 4, 2, 32),
+    _form("x", 64, 32, 0, 4, 4, 2, 32),
+)  # fmt: skip
+_IEEE = (_form("d", 64, 32, 0, 2, 4, 2, 16), _form("d", 32, 32, 0, 2, 4, 2, 16))
 
 
 def _cycles(c: Config) -> float:
@@ -260,6 +273,15 @@ class WgradRows(Variant):
     name = "rows"
     ops = ("conv2d_wgrad",)
 
+    def wants(
+        self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
+    ) -> Mapping[Value, Layout]:
+        """TF32 products take the summed axis innermost, which are the images."""
+        (anchor,) = anchors_of(eqn)
+        if dtype != "tf32":
+            return {}
+        return {v: replace(layouts[v], order="hwcn") for v in anchor.inputs[:2]}
+
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
@@ -269,18 +291,25 @@ class WgradRows(Variant):
         for v, what in zip(anchor.inputs, ("image", "gradient"), strict=True):
             layout = layouts[v]
             groups = anchor.attrs.groups  # type: ignore[attr-defined]
+            if dtype == "tf32":
+                images = v.type.shape[0]
+                if layout.order != "hwcn":
+                    return f"the {what} does not lie with its images innermost"
+                if images * v.type.dtype.itemsize % 16:
+                    return f"{images} images of the {what} are no multiple of 16 bytes"
+                continue
             channels = v.type.shape[1] * max(layout.s2d, 1) ** 2 // groups
             if not layout.s2d and layout.order != "nhwc":
-                return f"the {what} lies row-major"
+                return f"the {what} lies {named(layout)}"
             if channels * v.type.dtype.itemsize % 16:
                 return f"{channels} channels of the {what} are no multiple of 16 bytes"
         return not_in_blocks(eqn, layouts)
 
     def suits(self, problem: Problem) -> str | None:
-        if problem.dtype != "bf16":
-            return "fp32 operands are turned in registers, which is not measured"
+        if problem.dtype == "ieee":
+            return "operands of products on FMAs are turned in registers, which is not measured"
         count = problem.sizes["N"]
-        empty = -count % STEP
+        empty = -count % STEP[problem.dtype]
         if 8 * empty > count:
             return f"{empty} of {count + empty} images of a step would be empty"
         waste = _waste(_rows(problem), self.rule(problem))
@@ -289,11 +318,12 @@ class WgradRows(Variant):
     def configs(self, problem: Problem) -> Iterator[Config]:
         """By predicted time; forms that nobody has measured come behind the others."""
         r = _rows(problem)
-        if problem.dtype != "bf16":
-            yield from _FP32[problem.dtype]
+        if problem.dtype == "ieee":
+            yield from _IEEE
             return
         few = min(r.k, r.cols) <= FEW
-        for forms in (_SMALL, _BF16, _NEW) if few else (_BF16, _NEW, _SMALL):
+        large, small = ((_TF32,), _TF32_SMALL) if problem.dtype == "tf32" else _BY_SIZE
+        for forms in (small, *large) if few else (*large, small):
             yield from by_time(problem, forms)
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
@@ -308,18 +338,19 @@ class WgradRows(Variant):
         plan = cut(r, c, epi2 is not None)
         kt, xt = tile_size(c)
         carrier = r.carrier if epi2 is not None else -1
+        turned = work.type(e.inputs[0]).layout.order == "hwcn"
         parts = Ref(f".parts{work.eqn.results[0]}", "f32")
         constants: dict[str, Any] = {
             "N": r.n, "C": r.c, "XC": r.xc, "K": r.k, "OW": r.ow, "R": r.rows, "S": r.across,
             "COLS": r.cols, "SH": r.sh, "SW": r.sw, "PT": r.pt, "PL": r.pl, "DH": r.dh,
             "DW": r.dw, "G": r.g, "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK,
             "SWAP": bool(c.SWAP), "SEGMENTS": plan.segments, "CARRIER": carrier,
-            "PRECISION": work.problem.dtype,
+            "TURNED": turned, "PRECISION": work.problem.dtype,
         }  # fmt: skip
         table = Table(tuple(v for row in plan.table for v in row))
         first_pass = make(
-            "conv2d_wgrad_rows", "wgrad_rows", (*_boxes(r, c, x, dy), parts, table), constants,
-            (plan.segments,), reads=(x.name, dy.name), writes=(parts.name,),
+            "conv2d_wgrad_rows", "wgrad_rows", (*_boxes(r, c, x, dy, turned), parts, table),
+            constants, (plan.segments,), reads=(x.name, dy.name), writes=(parts.name,),
             scratch=((parts.name, 4 * plan.segments * kt * (xt + 1)),), num_warps=c.num_warps,
             num_stages=c.num_stages,
             padded=2 * c.BM * (c.BN + c.BT) * c.BK * sum(row[3] for row in plan.table),
@@ -350,16 +381,26 @@ class WgradRows(Variant):
         )  # fmt: skip
 
 
-def _boxes(r: Rows, c: Config, x: Ref, dy: Ref) -> tuple[Box | None, ...]:
-    """Boxes of BK images: of x, of its second accumulator, of dy, of its second accumulator."""
+def _boxes(r: Rows, c: Config, x: Ref, dy: Ref, turned: bool) -> tuple[Box | None, ...]:
+    """Boxes of BK images: of x, of its second accumulator, of dy, of its second accumulator.
+
+    turned  the images are innermost
+    """
+    row, pixels = r.w * r.xc, r.oh * r.ow * r.g * r.k
 
     def image(width: int) -> Box | None:
-        row = r.w * r.xc
-        size, strides = (r.h, r.n, row), (row, r.h * row, 1)
-        return Box(x, size, (1, c.BK, width), strides) if width else None
+        if not width:
+            return None
+        if turned:
+            return Box(x, (r.h, row, r.n), (1, width, c.BK))
+        return Box(x, (r.h, r.n, row), (1, c.BK, width), (row, r.h * row, 1))
 
     def gradient(width: int) -> Box | None:
-        return Box(dy, (r.n, r.oh * r.ow * r.g * r.k), (c.BK, width)) if width else None
+        if not width:
+            return None
+        if turned:
+            return Box(dy, (pixels, r.n), (width, c.BK))
+        return Box(dy, (r.n, pixels), (c.BK, width))
 
     if c.SWAP:
         return image(c.BM), None, gradient(c.BN), gradient(c.BT)

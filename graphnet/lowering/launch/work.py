@@ -106,10 +106,11 @@ class Work:
 
     @property
     def note(self) -> str:
-        return f"{self.anchor.op} {' '.join(str(v.type) for v in self.anchor.inputs)}"
+        e = self.anchors[0] if self.anchors else self.rest[0]
+        return f"{e.op} {' '.join(str(v.type) for v in e.inputs)}"
 
     def middle(self, root: Value, wanted: Value, index: Index) -> Epilogue:
-        """The code between two anchors: from the first one's result to the second's operand."""
+        """The code from `root`, a first anchor's result, to `wanted`, a second one's operand."""
         made = {v: e for e in self.rest for v in e.results}
         needed, todo = set(), [wanted]
         while todo:

@@ -31,6 +31,7 @@ from graphnet.passes.templates import is_update
 Storage = dict[str, torch.Tensor]
 _aten: Any = torch.ops.aten
 _VIEWS = ("reshape", "slice", "relayout", "cast")
+_COPIES = ("cast", "round_tf32")  # what a derived copy is made by
 _LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold stops at 32 MiB, its header included
 
 
@@ -189,9 +190,9 @@ class _Schedule:
         inner = set(e.results) if update.guards else set()
         if any(len(self.readers[v]) > 1 for v in inner):
             return None
-        # Only the low-precision copy may read the new parameter, behind the update.
+        # Only the derived copy may read the new parameter, behind the update.
         copies = all(
-            r.op == "cast" and r.out in targets and not self.readers.get(r.out)
+            r.op in _COPIES and r.out in targets and not self.readers.get(r.out)
             for v, _ in update.new
             for r in self.readers.get(v, [])
         )
@@ -311,7 +312,7 @@ def prepare(
     fixed = [(slot(i.value), storage[i.value.name]) for i in graph.inputs]
     tasks = schedule.body + schedule.tail
     calls = [around(t, watch.timed_task(t, t.make(slot))) for t in tasks]
-    placed = {v for t in schedule.tail for e in t.eqns if e.op != "cast" for v in e.results}
+    placed = {v for t in schedule.tail for e in t.eqns if e.op not in _COPIES for v in e.results}
     shared = _views(graph)
     returns = [(storage[v.name], slot(v)) for v in graph.returns]
     # What may be a view of the state is copied before the state changes.

@@ -18,6 +18,7 @@ from graphnet.lowering.launch.steps import Copy, Launch, Step
 from graphnet.lowering.plan.memory import Slot, round_up
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import disagreement, oracle
+from graphnet.ops.round_tf32 import rounded
 
 Buffer = Callable[[Ref], torch.Tensor]
 
@@ -40,6 +41,10 @@ class Alone:
         self.device = torch.device("cuda" if target == "cuda" else "cpu")
         made = _Operands(graph, self.device, seed)
         self.operands = {v: made.of(v) for v in _integers_first(eqn.inputs)}
+        # Operands of a product in TF32 come rounded, as the precision pass has it.
+        for v in {v for e in eqn.plain for v in e.inputs[:2] if _math(e) == "tf32"}:
+            if v in self.operands:
+                self.operands[v] = rounded(self.operands[v])
         old = {new: before for before, new in graph.commits}
         self.old = {v: self.operands[old[v]] for v in eqn.results if old.get(v) in self.operands}
         self.want = oracle(eqn, self.operands)
@@ -97,6 +102,11 @@ class Alone:
             for v in self.eqn.outputs
         ]  # fmt: skip
         return disagreement(self.eqn, got, self.want, self.old)
+
+
+def _math(e: Eqn) -> str:
+    """How an equation forms products; empty where it forms none."""
+    return getattr(e.attrs, "math", "")
 
 
 def _dtype(launch: Launch, name: str) -> str:
