@@ -317,7 +317,8 @@ def multiply_resident(
                 b = ys.index(stage).reshape((HM, REST))
                 acc = warpgroup_mma(b, filters(us, r, "forward", REST, BN), acc, is_async=True)
                 if BT > 0:
-                    acc2 = warpgroup_mma(b, filters(us2, r, "forward", REST, BT), acc2, is_async=True)
+                    f2 = filters(us2, r, "forward", REST, BT)
+                    acc2 = warpgroup_mma(b, f2, acc2, is_async=True)
             if BT > 0:
                 acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
             else:

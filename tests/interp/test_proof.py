@@ -1,5 +1,6 @@
 """Choices that do not hold: rows that spill, do not compile or are wrong, rules that are wrong."""
 
+import sys
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from graphnet.api import kernels_of, lower, settle
 from graphnet.lowering import watch
 from graphnet.lowering.launch.config import Config
 from graphnet.lowering.launch.variants import Problem
-from graphnet.lowering.tune import proof, tables
+from graphnet.lowering.tune import proof, tables, trial
 
 PROBLEM = Problem("linear", (4, 64, 10), "ieee")
 GOOD, OTHER = Config(16, 16, 32), Config(32, 16, 32)
@@ -78,8 +79,8 @@ def test_a_row_that_does_not_compile_cleanly_is_refused_and_the_next_one_taken(
 def test_a_right_choice_is_proven_once_and_remembered(monkeypatch, device):
     answers(monkeypatch, lambda bm: {"spill_bytes": 0})
     checked = []
-    real = proof._checked
-    monkeypatch.setattr(proof, "_checked", lambda *a: checked.append(1) or real(*a))
+    real = proof.checked
+    monkeypatch.setattr(proof, "checked", lambda *a: checked.append(1) or real(*a))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choice(settled(how("interpret", GOOD), True)).config == GOOD
@@ -123,6 +124,48 @@ def test_a_wrong_rule_is_an_error(monkeypatch, device):
     with pytest.raises(gn.NumericsError, match="pointers of linear 4x64x10.*differs") as e:
         settled(how("interpret"), True)
     assert e.value.layer == "fc1" and "no other choice" in e.value.help
+
+
+# ---- what may never end ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits(monkeypatch, device):
+    """A row of a variant that the interpreter is said not to run, and what runs it: the code given
+    as the child's, or the real child."""
+    answers(monkeypatch, lambda bm: {"spill_bytes": 0})
+    low = lower(net(), (4, 1, 8, 8), **how("interpret", OTHER))
+    variant = choice(low).variant
+    monkeypatch.setattr(type(variant), "interpreted", False)
+    low = proof.replace(low, kernels=proof.replace(low.kernels, interpreted=False))
+
+    def wrong(code=None):
+        if code is not None:
+            monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", code))
+        return proof._wrong(low)
+
+    return wrong
+
+
+def test_what_may_never_end_is_first_run_in_a_process_of_its_own(monkeypatch, waits):
+    """The child's own copy of the variant is interpreted."""
+    monkeypatch.setattr(proof, "checked", lambda *a: pytest.fail("it ran here"))
+    assert waits() == {}
+    assert waits("raise SystemExit('not asked again')") == {}
+
+
+@pytest.mark.parametrize(
+    "code, why",
+    [
+        ("import time; time.sleep(60)", "it did not end within 0.5 s in a process of its own"),
+        ("raise SystemExit('an illegal access')", "it ended its process (an illegal access)"),
+        ("import json; print(json.dumps({'why': 'differs'}))", "it differs"),
+    ],
+)  # fmt: skip
+def test_what_does_not_end_or_is_wrong_there_is_not_taken(monkeypatch, waits, code, why):
+    monkeypatch.setattr(trial, "LIMIT_S", 0.5 if "sleep" in code else 60.0)
+    ((bad, said),) = waits(code).items()
+    assert bad.config == OTHER and why in said
 
 
 @pytest.mark.parametrize(

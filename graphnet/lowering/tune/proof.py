@@ -2,7 +2,8 @@
 
 A measured row is advice. Its binary is refused where it spills or does not compile, and then the
 rules decide. On a GPU an equation whose binaries have not been proven there is run once, alone,
-over operands of its own and results full of NaN, against the float64 reference on the device. A
+over operands of its own and results full of NaN, against the float64 reference on the device; what
+the interpreter cannot run, and may therefore never end, in a process of its own (trial.py). A
 wrong measured choice is replaced by the rules', loudly; if the rules' own is wrong, too, that is an
 error. A right one is remembered under a hash of everything that its result depends on.
 """
@@ -30,6 +31,7 @@ from graphnet.lowering.launch.steps import Launch
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.tune.alone import Alone, mode
 from graphnet.lowering.tune.tables import TuningWarning
+from graphnet.lowering.tune.trial import tried
 
 Lower = Callable[[Kernels], Any]
 
@@ -102,13 +104,16 @@ def name_of(steps: Sequence[Launch], arch: int) -> str:
 
 def _wrong(low: Any) -> dict[Choice, str]:
     """Measured choices that are wrong here; NumericsError where a choice of the rules is."""
-    gpu, out = torch.cuda.get_device_name(), {}
-    for e, steps in computed(low):
-        name, choice = name_of(steps, low.kernels.arch), steps[0].choice
+    gpu, arch = torch.cuda.get_device_name(), low.kernels.arch
+    todo = [(e, steps, name_of(steps, arch)) for e, steps in computed(low)]
+    todo = [case for case in todo if not _proven(gpu, case[2])]
+    out = _ended(low, gpu, todo)
+    for e, steps, name in todo:
+        choice = steps[0].choice
         assert choice is not None
         if choice in out or _proven(gpu, name):
             continue
-        why = _checked(low.plan, e, steps)
+        why = checked(low.plan, e, steps)
         if why is None:
             _remember(gpu, name, choice)
         elif choice.source == "measured":
@@ -123,8 +128,28 @@ def _wrong(low: Any) -> dict[Choice, str]:
     return out
 
 
+def _ended(low: Any, gpu: str, todo: Sequence[tuple[Eqn, list[Launch], str]]) -> dict[Choice, str]:
+    """Choices that the interpreter cannot run, and that are wrong or never end in a process of
+    their own (trial.py); the right ones are remembered."""
+    cases = {
+        name: (e, steps[0].choice)
+        for e, steps, name in todo
+        if steps[0].choice is not None and not steps[0].choice.variant.interpreted
+    }
+    out: dict[Choice, str] = {}
+    while cases:
+        found = tried(low.plan.graph, low.plan.target, low.kernels.arch, list(cases.values()))
+        for why, (name, (_, choice)) in zip(found, list(cases.items()), strict=False):
+            del cases[name]
+            if why is None:
+                _remember(gpu, name, choice)
+            else:
+                out[choice] = f"is not to be trusted on this GPU: it {why}"
+    return out
+
+
 @torch.no_grad()
-def _checked(plan: Plan, e: Eqn, steps: Sequence[Launch]) -> str | None:
+def checked(plan: Plan, e: Eqn, steps: Sequence[Launch]) -> str | None:
     """How the launches of an equation differ from its reference; None where they do not."""
     alone = Alone(plan.graph, e, plan.target)
     run, tensor = alone.prepare(steps)
