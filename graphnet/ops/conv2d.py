@@ -288,11 +288,11 @@ class Conv2dDgrad(Op):
 
 @register
 class Conv2dWgrad(Op):
-    """Gradients of conv2d by its weight and, optionally, its bias; always fp32."""
+    """Gradients of conv2d by its weight and its bias; always fp32. Either may be left out."""
 
     name = "conv2d_wgrad"
     attrs_type = ConvWgradAttrs
-    optional = (1,)
+    optional = (0, 1)
     kernel = "conv"
 
     def infer(self, attrs: ConvWgradAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
@@ -320,4 +320,6 @@ class Conv2dWgrad(Op):
     def flops(
         self, attrs: ConvWgradAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
+        if outs and outs[0] is None:
+            return ins[1].numel
         return 2 * ins[1].numel * ins[0].shape[1] // attrs.groups * numel(attrs.kernel)

@@ -120,10 +120,10 @@ class LinearDgrad(_Product):
 
 @register
 class LinearWgrad(_Product):
-    """dw = dy^T x and, optionally, db = sum of dy over the batch; always fp32."""
+    """dw = dy^T x and db = sum of dy over the batch; always fp32. Either may be left out."""
 
     name = "linear_wgrad"
-    optional = (1,)
+    optional = (0, 1)
 
     def infer(self, attrs: LinearAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         x, dy = ins
@@ -144,4 +144,6 @@ class LinearWgrad(_Product):
     def flops(
         self, attrs: LinearAttrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
+        if outs and outs[0] is None:
+            return ins[1].numel
         return 2 * ins[0].numel * ins[1].shape[1]

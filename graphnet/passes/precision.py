@@ -144,8 +144,7 @@ class _Tf32(_Policy):
             return eqn
         x, dy = eqn.inputs
         ins = [self.rounded(x), self.env.get(dy, dy)]  # x is not read
-        unread = Value(f"{eqn.out.name}.unread", eqn.out.type)
-        self.emit(replace(eqn, outputs=(unread, eqn.outputs[1])), ins, eqn.attrs)
+        self.emit(replace(eqn, outputs=(None, eqn.outputs[1])), ins, eqn.attrs)
         return replace(eqn, outputs=(eqn.out, None))
 
     def rounded(self, v: Value) -> Value:

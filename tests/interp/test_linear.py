@@ -222,12 +222,12 @@ def test_an_edited_operand_gives_another_binary():
 def refusal(op: str, dtype="bf16", arch=90, sizes=(16, 24)):
     _, eqns = step(20, *sizes, precision="fp32" if dtype != "bf16" else "bf16")
     e = next(e for e in eqns if apart(e).anchor.op == op)
-    return variant(op, "boxes").accepts(e, {}, dtype, arch)
+    return variant(op, "boxes").accepts(e, apart(e).layouts, dtype, arch)
 
 
 def test_boxes_say_what_they_do_not_take():
     assert all(refusal(op) is None for op in OPS)
-    assert "boxes feed bf16 products, this one is ieee" in refusal("linear", "ieee")
+    assert "boxes feed tensor cores, this product is ieee" in refusal("linear", "ieee")
     assert refusal("linear_wgrad", arch=80) == "sm_80 has no tensor descriptors"
     assert "take 40 bytes, which is no multiple of 16" in refusal("linear", sizes=(20, 24))
 

@@ -85,7 +85,7 @@ def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     def lowered(**options):
         return gn.api.lower(
             gn.models.lenet5(), (32, 1, 28, 28), target="cuda", loss=LOSS,
-            optimizer=gn.SGD(0.1, 0.9), **options,
+            optimizer=gn.SGD(0.1, 0.9), precision="fp32", **options,
         )  # fmt: skip
 
     def alone(low):

@@ -175,8 +175,10 @@ def test_a_script_beside_the_clone_imports_the_package(checkout, tmp_path):
     start = f"import runpy, site; site.addsitedir({str(site)!r}); runpy.run_path('script.py')"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", start], cwd=checkout.parent, env=env, capture_output=True, text=True
-    )
+        # -S: what is installed where the tests run is no help.
+        [sys.executable, "-S", "-c", start], cwd=checkout.parent, env=env, capture_output=True,
+        text=True,
+    )  # fmt: skip
     assert done.stdout.split()[1:] == [str(checkout / "graphnet/__init__.py")], done.stderr
 
 

@@ -45,8 +45,10 @@ class LinearWgradPointers(Product):
         whole = c.SPLIT == 1
         # An ieee product holds its operands' tiles in registers: no room for those of the update.
         ahead = whole and work.problem.dtype != "ieee"
-        epi = work.epilogue(e.out, Index((rows, columns)), ahead=ahead)
-        db = e.outputs[1]
+        dw, db = e.outputs
+        epi = None
+        if dw is not None:
+            epi = work.epilogue(dw, Index((rows, columns)), ahead=ahead)
         epi2 = None
         if db is not None:
             epi2 = work.epilogue(db, Index(db.type.shape), widen=True)

@@ -171,8 +171,8 @@ def weight_gradient(
     """
     e = work.anchor
     x, dy = (work.ref(v) for v in e.inputs)
-    rows, db = w[0], e.outputs[1]
-    epi = work.epilogue(e.out, Index(w))
+    rows, (dw, db) = w[0], e.outputs
+    epi = work.epilogue(dw, Index(w)) if dw is not None else None
     epi2 = None
     if db is not None:
         epi2 = work.epilogue(db, Index(db.type.shape), widen=True)

@@ -153,7 +153,7 @@ class _Schedule:
         made = next((e for e in self.eqns if g in e.results), None)
         if made is None:  # the gradient is an input
             return None
-        alone = made.op == "linear_wgrad" and self.read_by(g) == [update] and g == made.out
+        alone = made.op == "linear_wgrad" and self.read_by(g) == [update] and g == made.outputs[0]
         wide = g.type.numel >= cpu_update.WIDE and all(
             v.type.dtype.name == "f32" for v in (*made.inputs, g)
         )
@@ -211,7 +211,7 @@ class _Schedule:
             return self._conv(e)
         if e.op in ("conv2d_wgrad", "conv2d_dgrad") and symmetric(e.attrs):
             return self._gradients(e)
-        if e.op == "linear_wgrad" and e.out in self.fused:
+        if e.op == "linear_wgrad" and (e.outputs[0] is None or e.outputs[0] in self.fused):
             return [cpu_update.bias_gradient(e)] if e.outputs[1] is not None else []
         if e.op == "linear":
             behind = self.read_by(e.out)
