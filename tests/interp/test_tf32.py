@@ -129,11 +129,19 @@ def test_lenet_against_the_graph_that_rounds(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["interpret", "cpu"])
-def test_alexnet_against_the_graph_that_rounds(target):
-    """At full size."""
-    with forced(*PRODUCTS, BM=1024, BN=512, BK=512, SPLIT=1):
-        hold_whole("alexnet", (2, 3, 227, 227), target)
+def test_every_launch_of_alexnet_in_its_place(monkeypatch):
+    """At full size, each launch on what the launches before it left. Whole gradients of two images
+    part by 4e-2: a value halfway between two TF32 numbers goes the other way, and somewhere among
+    a million activations that decides on which side of 0 one lies."""
+    monkeypatch.setitem(watch.TOLERANCE, "tf32", ALONE)
+    monkeypatch.setattr(watch, "ROUNDED", ALONE)
+    products = [op for op in PRODUCTS if op.startswith("conv")]
+    with ExitStack() as stack:
+        stack.enter_context(config.override(CHECK="1"))
+        stack.enter_context(forced(*products, BM=1024, BN=512, BK=512, SPLIT=1))
+        stack.enter_context(forced("linear", "linear_dgrad", BM=16, BN=256, BK=256))
+        loss, exact = graded(gn.models.get("alexnet"), (2, 3, 227, 227), "interpret")["loss"]
+    assert relative(loss, exact) <= 1e-5
 
 
 def hold_whole(name, shape, target):
