@@ -69,6 +69,7 @@ class Parameter(Cell):
 
     @property
     def data(self) -> torch.Tensor:
+        """The values, wherever they live at present; filters have channels-last strides."""
         return self.live
 
     @data.setter
@@ -84,9 +85,11 @@ class Parameter(Cell):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes, as torch orders them."""
         return tuple(self.live.shape)
 
     def numel(self) -> int:
+        """The number of elements."""
         return self.live.numel()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
@@ -175,6 +178,7 @@ class Module:
         return self._paths("", set())
 
     def modules(self) -> Iterator[Module]:
+        """This module and all inside it, a shared one once."""
         return (m for _, m in self.named_modules())
 
     def _keys(self) -> Iterator[tuple[str, Parameter]]:
@@ -192,6 +196,7 @@ class Module:
                 yield key, p
 
     def parameters(self) -> Iterator[Parameter]:
+        """The parameters in state_dict order, a shared one once."""
         return (p for _, p in self.named_parameters())
 
     def layer_names(self) -> dict[Module, str]:

@@ -201,13 +201,16 @@ class Symbol:
 
     @property
     def shape(self) -> Shape:
+        """The sizes, the batch first."""
         return self.value.type.shape
 
     def size(self, dim: int | None = None) -> Any:
+        """All sizes, or that of one axis."""
         return self.shape if dim is None else self.shape[dim]
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return len(self.shape)
 
     def _binary(self, op: str, other: Any) -> Symbol:
@@ -247,12 +250,15 @@ class Symbol:
     __mod__, __floordiv__, __abs__ = _no("%"), _no("//"), _no("abs")
 
     def relu(self) -> Symbol:
+        """max(x, 0)."""
         return relu(self)
 
     def tanh(self) -> Symbol:
+        """The hyperbolic tangent."""
         return tanh(self)
 
     def sigmoid(self) -> Symbol:
+        """1 / (1 + exp(-x))."""
         return sigmoid(self)
 
     def __len__(self) -> int:
@@ -314,6 +320,7 @@ class Symbol:
         return out
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Symbol:
+        """The axes from start_dim to end_dim as one; the batch has to stay an axis of its own."""
         return flatten(self, start_dim, end_dim)
 
     def reshape(self, *shape: Any) -> Symbol:

@@ -1,5 +1,5 @@
 """Tests that read real data sets skip, and say so, where GRAPHNET_DATA names none; a cache for a
-module."""
+module; a command line as a function."""
 
 import pytest
 
@@ -13,6 +13,19 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("data"):
                 item.add_marker(NO_DATA)
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command line: (exit code, stdout, stderr)."""
+    from graphnet.cli import main
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in argv])
+        return end.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Rows from `live` on are padding of a smaller batch: they add nothing and get zer
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -167,7 +168,7 @@ def _only(default: Any) -> Any:
     return field(default=default, repr=False, metadata={"only": True})
 
 
-class _Spec:
+class _Spec(ABC):
     """Base: a loss as people write it, with torch's arguments in torch's order."""
 
     def __post_init__(self) -> None:
@@ -182,9 +183,9 @@ class _Spec:
                 )
         self.attrs()
 
+    @abstractmethod
     def attrs(self) -> Attrs:
         """Those of the op."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,18 +28,18 @@ class UpdateAttrs(Attrs):
     maximize: bool = False
 
 
-class Update(Op):
+class Update(Op, ABC):
     """Base: results are the new parameter and slots; operands w, g, slots, then scalars."""
 
     kernel = "elementwise"
 
+    @abstractmethod
     def slots(self, attrs: Any) -> int:
         """How many buffers a parameter has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scalars(self, attrs: Any) -> int:
         """How many scalar operands stand behind the tensors."""
-        raise NotImplementedError
 
     def infer(self, attrs: Any, *ins: TensorType) -> tuple[TensorType, ...]:
         tensors = 2 + self.slots(attrs)
@@ -184,7 +185,7 @@ class RecordStep(Op):
         return 0
 
 
-class OptimizerSpec:
+class OptimizerSpec(ABC):
     """What a spec tells the compiler and the live view.
 
     op          the update
@@ -208,12 +209,13 @@ class OptimizerSpec:
         return super().__new__(cls)
 
     @property
+    @abstractmethod
     def hypers(self) -> tuple[str, ...]:
         """Names of the device's scalars; every spec has its own."""
-        raise NotImplementedError
 
     @property
     def knobs(self) -> tuple[str, ...]:
+        """Names of what may be set between steps."""
         return self.hypers
 
     def numbers(self, knob: str, value: Any) -> dict[str, float]:

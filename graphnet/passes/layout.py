@@ -108,9 +108,9 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
     pinned = _pinned(graph)
     derived = {i.value for i in graph.inputs if i.role == "derived"}
     readers = graph.readers()
-    data = {i.value for i in graph.inputs if i.role == "data"}
-    made = {e.out: e for e in graph.eqns if len(e.results) == 1 and _from_data(e, data)}
-    for image in [*(i.value for i in graph.inputs if i.role == "data"), *made]:
+    data = [i.value for i in graph.inputs if i.role == "data"]
+    made = {e.out: e for e in graph.eqns if len(e.results) == 1 and _from_data(e, set(data))}
+    for image in (*data, *made):
         uses = [p for r in readers.get(image, ()) for p in r.plain if image in p.inputs]
         weights = {u.inputs[1] for u in uses if u.op == "conv2d"}
         if not uses or not all(_folds(u, image, kernels) for u in uses) or not weights <= derived:

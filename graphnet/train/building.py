@@ -115,6 +115,7 @@ def threads_for(flops: int, processors: int) -> int:
 
 
 def step_flops(step: Program) -> int:
+    """Floating-point operations of a step."""
     return sum(eqn_cost(e).flops for e in step.stages.fused.eqns)
 
 

@@ -159,13 +159,25 @@ def test_what_may_never_end_is_first_run_in_a_process_of_its_own(monkeypatch, wa
     [
         ("import time; time.sleep(60)", "it did not end within 0.5 s in a process of its own"),
         ("raise SystemExit('an illegal access')", "it ended its process (an illegal access)"),
-        ("import json; print(json.dumps({'why': 'differs'}))", "it differs"),
+        ("import json; print(json.dumps({'why': 'differs'}))", "is wrong on this GPU: differs"),
     ],
 )  # fmt: skip
 def test_what_does_not_end_or_is_wrong_there_is_not_taken(monkeypatch, waits, code, why):
     monkeypatch.setattr(trial, "LIMIT_S", 0.5 if "sleep" in code else 60.0)
     ((bad, said),) = waits(code).items()
     assert bad.config == OTHER and why in said
+
+
+def test_what_never_ends_and_is_no_row_is_an_error(monkeypatch, device):
+    """A variant that a test or the tuner asks for: nothing stands in for it."""
+    answers(monkeypatch, lambda bm: {"spill_bytes": 0})
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-c", "raise SystemExit('a fault')"))
+    low = lower(net(), (4, 1, 8, 8), **how("interpret"))
+    monkeypatch.setattr(type(choice(low).variant), "interpreted", False)
+    low = proof.replace(low, kernels=proof.replace(low.kernels, interpreted=False))
+    with pytest.raises(gn.NumericsError, match="it ended its process .a fault.") as e:
+        proof._wrong(low)
+    assert e.value.layer == "fc1"
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,8 @@ def net_file(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """(exit code, stdout, stderr) of a command line."""
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
+def run(cli):
+    return cli
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graphnet.cli import main
 from graphnet.errors import ConfigError, DataError
 from graphnet.frontends.loading import load_model
 from graphnet.train import building, run
@@ -26,16 +25,6 @@ def net(num_classes=10):
 
 fixed = net(3)
 """
-
-
-@pytest.fixture
-def cli(capsys):
-    def call(*argv):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from graphnet.cli import main
 from graphnet.errors import CheckpointError, ConfigError, DiskError, RunExistsError
 from graphnet.train import callbacks, checkpoint, plots, rundir
 from graphnet.train.run import RunConfig, run_training
@@ -25,16 +24,6 @@ def run(tmp_path):
     out = tmp_path / "a"
     run_training(TINY, out, quiet=True)
     return out
-
-
-@pytest.fixture
-def cli(capsys):
-    def call(*argv):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
 
 
 def contents(folder):

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import graphnet as gn
-from graphnet.cli import main
 from graphnet.errors import CheckpointError, ConfigError, printable
 from graphnet.train import checkpoint, rundir
 from graphnet.train.evaluation import load_trained, predict
@@ -56,16 +55,6 @@ def evil(tmp_path):
 def image(tmp_path):
     Image.new("L", (28, 28), 77).save(tmp_path / "image.png")
     return tmp_path / "image.png"
-
-
-@pytest.fixture
-def cli(capsys):
-    def call(*argv):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
 
 
 # ---- code ------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def _power(n: int) -> int:
 
 
 def not_in_chunks(layouts: Layouts, *values: Value) -> str | None:
+    """Why images do not lie in chunks of 8 channels; None where they do."""
     for v in values:
         if layouts[v] != NHWC:
             return (
@@ -51,6 +52,7 @@ def not_in_chunks(layouts: Layouts, *values: Value) -> str | None:
 
 
 def not_row_major(layouts: Layouts, *values: Value) -> str | None:
+    """Why values do not lie row-major; None where they do."""
     for v in values:
         if not layouts[v].is_default:
             return f"{v} is {_named(layouts[v])}, not row-major"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product as combinations
@@ -36,18 +37,18 @@ class Product(Variant):
 
     split      its reduction may be cut into parts, which a second pass adds up
     pairs      (BN, BT) that it may be tried with beside plain tiles
-    least_k    of a candidate's block
     """
 
     split: bool = False
     pairs: tuple[tuple[int, int], ...] = ()
 
+    @abstractmethod
     def size(self, p: Problem) -> Size:
         """(rows, columns, length of the reduction, groups) of one of its products."""
-        raise NotImplementedError
 
+    @abstractmethod
     def by_rule(self, p: Problem, m: int, n: int, k: int, groups: int) -> Config:
-        raise NotImplementedError
+        """The configuration by the rules, for a product of this size."""
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         first = self.by_rule(problem, *self.size(problem))

@@ -8,6 +8,7 @@ chooses, searches or reports asks the registry and names no kernel.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def no_descriptors(arch: int) -> str | None:
     return f"sm_{arch} has no tensor descriptors" if arch < 90 else None
 
 
-class Variant:
+class Variant(ABC):
     """One way to compute an equation.
 
     name         as tables, flags and reports call it; distinct among the variants of an op
@@ -116,9 +117,9 @@ class Variant:
         """Why the rules take another variant, although this one could; None where they need not."""
         return None
 
+    @abstractmethod
     def configs(self, problem: Problem) -> Iterator[Config]:
         """Configurations worth trying, the rules' own first."""
-        raise NotImplementedError
 
     def rule(self, problem: Problem) -> Config:
         """The configuration by the rules."""
@@ -128,6 +129,6 @@ class Variant:
         """A forced configuration, its tiles shrunk to the problem where they are larger."""
         return config
 
+    @abstractmethod
     def launch(self, work: Work, config: Config) -> list[Launch]:
         """The launches that compute the equation, in order."""
-        raise NotImplementedError

@@ -107,13 +107,14 @@ def _wrong(low: Any) -> dict[Choice, str]:
     gpu, arch = torch.cuda.get_device_name(), low.kernels.arch
     todo = [(e, steps, name_of(steps, arch)) for e, steps in computed(low)]
     todo = [case for case in todo if not _proven(gpu, case[2])]
-    out = _ended(low, gpu, todo)
+    out: dict[Choice, str] = {}
+    apart = _apart(low, todo)
     for e, steps, name in todo:
         choice = steps[0].choice
         assert choice is not None
         if choice in out or _proven(gpu, name):
             continue
-        why = checked(low.plan, e, steps)
+        why = apart[name] if name in apart else checked(low.plan, e, steps)
         if why is None:
             _remember(gpu, name, choice)
         elif choice.source == "measured":
@@ -128,23 +129,19 @@ def _wrong(low: Any) -> dict[Choice, str]:
     return out
 
 
-def _ended(low: Any, gpu: str, todo: Sequence[tuple[Eqn, list[Launch], str]]) -> dict[Choice, str]:
-    """Choices that the interpreter cannot run, and that are wrong or never end in a process of
-    their own (trial.py); the right ones are remembered."""
+def _apart(low: Any, todo: Sequence[tuple[Eqn, list[Launch], str]]) -> dict[str, str | None]:
+    """How the results differ of what the interpreter cannot run, by the name of the computation:
+    run in a process of its own, because it may never end (trial.py)."""
     cases = {
         name: (e, steps[0].choice)
         for e, steps, name in todo
         if steps[0].choice is not None and not steps[0].choice.variant.interpreted
     }
-    out: dict[Choice, str] = {}
-    while cases:
-        found = tried(low.plan.graph, low.plan.target, low.kernels.arch, list(cases.values()))
-        for why, (name, (_, choice)) in zip(found, list(cases.items()), strict=False):
-            del cases[name]
-            if why is None:
-                _remember(gpu, name, choice)
-            else:
-                out[choice] = f"is not to be trusted on this GPU: it {why}"
+    out: dict[str, str | None] = {}
+    while left := [name for name in cases if name not in out]:
+        asked = [cases[name] for name in left]
+        found = tried(low.plan.graph, low.plan.target, low.kernels.arch, asked)
+        out.update(zip(left, found, strict=False))
     return out
 
 

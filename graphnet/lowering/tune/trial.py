@@ -48,11 +48,11 @@ def tried(
     )  # fmt: skip
     try:
         said, errors = child.communicate(json.dumps(request), timeout=LIMIT_S)
-        how = f"ended its process ({(errors.strip().splitlines() or ['no message'])[-1][:200]})"
+        how = f"it ended its process ({(errors.strip().splitlines() or ['no message'])[-1][:200]})"
     except subprocess.TimeoutExpired:
         child.kill()
         said, _ = child.communicate()
-        how = f"did not end within {LIMIT_S:g} s in a process of its own"
+        how = f"it did not end within {LIMIT_S:g} s in a process of its own"
     finally:
         child.kill()
     found: list[str | None] = [json.loads(line)["why"] for line in said.splitlines()]
