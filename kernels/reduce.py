@@ -13,7 +13,7 @@ loads parts one by one, above SPLIT 64 bound by latency; `segment_reduce` loads 
 import triton
 import triton.language as tl
 
-from .common import INT32_MAX, filter_position
+from .common import INT32_MAX, filter_position, unflatten
 
 
 @triton.jit
@@ -194,3 +194,46 @@ def channel_sum(
         sums += tl.load(base + at, mask=i < N * H * W, other=0.0).to(tl.float32)
     one = tl.arange(0, 1)
     EPILOGUE(tl.sum(sums) + one * 0.0, 0, c + one, 0, 0, 0, one == 0, args)
+
+
+@triton.jit
+def axis_sum(
+    x, out,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    PARTS: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out[part, kept] = the sum of a part of the elements of x for each kept one.
+
+    x has the strides S0..S3. Of each axis, K is its size where it is kept, R where it is summed,
+    the other one is 1. A program adds tiles of BR summed by BO kept elements, PARTS tiles apart.
+    """
+    KEPT: tl.constexpr = K0 * K1 * K2 * K3
+    TERMS: tl.constexpr = R0 * R1 * R2 * R3
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    part = tl.program_id(1)
+    o0, o1, o2, o3 = unflatten(o, K1, K2, K3, False)
+    if KEPT * TERMS > INT32_MAX:
+        o0 = o0.to(tl.int64)
+    base = x + (o0 * S0 + o1 * S1 + o2 * S2 + o3 * S3)
+    sums = tl.zeros((BR, BO), tl.float32)
+    for start in range(part * BR, TERMS, PARTS * BR):
+        r = start + tl.arange(0, BR)
+        r0, r1, r2, r3 = unflatten(r, R1, R2, R3, False)
+        if KEPT * TERMS > INT32_MAX:
+            r0 = r0.to(tl.int64)
+        at = base[None, :] + (r0 * S0 + r1 * S1 + r2 * S2 + r3 * S3)[:, None]
+        inside = (r < TERMS)[:, None] & (o < KEPT)[None, :]
+        sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + part * KEPT + o, tl.sum(sums, 0), mask=o < KEPT)
+
+
+@triton.jit
+def ordered_sum(work, out, PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """out[COUNT] = the sum of work[PARTS, COUNT], first part first."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        acc += tl.load(work + part * COUNT + i, mask=i < COUNT, other=0.0)
+    tl.store(out + i, acc, mask=i < COUNT)

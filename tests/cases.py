@@ -17,51 +17,9 @@ import torch.nn.functional as F
 from graphnet.ir.types import TensorType, i32, i64
 from tests.case import Case, Tensors, attrs, f, fill, pulled_back
 from tests.cases_augment import augment_rows
+from tests.cases_elementwise import ELEMENTWISE
 from tests.cases_pool import lrn_rows, pool_rows
 from tests.philox import philox_scalar
-
-# ---- activations, elementwise ---------------------------------------------------------------
-
-_UNARY = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-
-
-def _from_output(name: str) -> Callable[..., torch.Tensor]:
-    """Gradient by the output: what autograd gives for an input that leads to it."""
-    inverse = {"relu": lambda y: y, "tanh": torch.atanh, "sigmoid": torch.logit}[name]
-    return lambda y, dy: pulled_back(_UNARY[name], [inverse(y)], dy)[0]
-
-
-def nearest_tf32(x: torch.Tensor) -> torch.Tensor:
-    """11 significant bits, by arithmetic: halves go to the even neighbour."""
-    mantissa, exponent = np.frexp(x.float().numpy().astype(np.float64))
-    return torch.from_numpy(np.ldexp(np.rint(mantissa * 2048), exponent - 11)).to(x.dtype)
-
-
-def _draw_output(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
-    x, dy = (fill(t, g, dtype) for t in c.ins)
-    return [_UNARY[c.op.removesuffix("_grad")](x), dy]
-
-
-ELEMENTWISE = [
-    *(Case(n, (f(2, 3, 5, 7),), fn, wrt=(0,), exact=n == "relu") for n, fn in _UNARY.items()),
-    *(
-        Case(
-            f"{n}_grad", (f(2, 3, 5, 7),) * 2, _from_output(n), draw=_draw_output,
-            exact=n == "relu",
-        )
-        for n in _UNARY
-    ),
-    Case("add", (f(2, 3, 4, 5),) * 2, torch.add, wrt=(0, 1)),
-    Case("add", (f(6, 5), f()), torch.add, note="scalar", wrt=(0,)),
-    Case("mul", (f(2, 3, 4, 5),) * 2, torch.mul, wrt=(0, 1)),
-    Case("mul", (f(6, 5), f()), torch.mul, note="scalar", wrt=(0,)),
-    Case("cast", (f(3, 5),), lambda x: x, attrs("cast", dtype="f32"), exact=True, wrt=(0,)),
-    Case("round_tf32", (f(2, 3, 4, 5),), nearest_tf32, exact=True),
-    Case(
-        "full", (), lambda: torch.full((2, 3), 0.25),
-        attrs("full", value=0.25, shape=(2, 3), dtype="f32"), exact=True,
-    ),
-]  # fmt: skip
 
 # ---- convolution and linear -----------------------------------------------------------------
 

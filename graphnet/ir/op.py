@@ -52,7 +52,11 @@ class Op:
 
     name         as it prints
     attrs_type   the dataclass of its attributes
-    elementwise  results have the shape of the first operand, element by element
+    elementwise  results are made element by element; all have the shape of the largest operand
+    joins        elementwise code that fuses with the kernels around it. What treats gradients does
+                 not: only what makes a gradient and its update take it (`passes/fuse_update.py`)
+    keeps        it joins the kernel that makes its operand even where others read the operand, too
+    mask         of a gradient op(v, dy): "output", "sign" or "input", see `ops/function.py`
     effect       "none", or "collective" (keeps its program order)
     optional     indices of results that may be left unread (`_`) and then cost nothing
     kernel       name of the template family in `kernels/`, or None when the op is a view
@@ -61,6 +65,9 @@ class Op:
     name: ClassVar[str]
     attrs_type: ClassVar[type[Attrs]] = Attrs
     elementwise: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+    mask: ClassVar[str] = ""
     effect: ClassVar[str] = "none"
     optional: ClassVar[tuple[int, ...]] = ()
     kernel: ClassVar[str | None] = None

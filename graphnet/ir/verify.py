@@ -9,7 +9,6 @@ from graphnet.ir.text import eqn_text
 
 STAGES = ("traced", "joint", "fused", "plan")
 _BODY = "body"  # of a fused equation
-_ACTIVATIONS = ("relu", "tanh", "sigmoid")
 
 
 def _neighbourhood(graph: Graph, at: int, span: int = 2) -> str:
@@ -40,8 +39,8 @@ def _vocabulary(eqn: Eqn, stage: str) -> str | None:
 
 
 def _missed_fusion(graph: Graph, eqn: Eqn) -> str | None:
-    """In the fused stage a bare activation behind a single-use product is a missed fusion."""
-    if eqn.op not in _ACTIVATIONS:
+    """In the fused stage a bare function behind a single-use product is a missed fusion."""
+    if not get_op(eqn.op).joins or len(eqn.inputs) != 1:
         return None
     made = graph.producers().get(eqn.inputs[0])
     if made is None or made.op not in ("conv2d", "linear"):

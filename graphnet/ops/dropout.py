@@ -46,7 +46,7 @@ class Dropout(Op):
 
     name = "dropout"
     attrs_type = DropoutAttrs
-    elementwise = True
+    elementwise = joins = True
     kernel = "elementwise"
 
     def infer(self, attrs: DropoutAttrs, *ins: TensorType) -> tuple[TensorType, ...]:

@@ -1,4 +1,4 @@
-"""add, mul, cast, full."""
+"""add, sub, mul, div, cast, full."""
 
 from __future__ import annotations
 
@@ -10,24 +10,78 @@ import torch
 
 from graphnet.errors import DTypeError, ShapeError
 from graphnet.ir.graph import Builder, Eqn, Value
-from graphnet.ir.op import Attrs, Op, register
-from graphnet.ir.types import DTYPES, TensorType
+from graphnet.ir.op import Attrs, Op, get_op, register
+from graphnet.ir.types import DTYPES, Shape, TensorType
+
+
+def broadcast(op: str, a: TensorType, b: TensorType) -> Shape:
+    """The shape that two operands have together, by torch's trailing-axis rule; ShapeError where
+    kernels cannot run it.
+
+    One operand has the shape of the result. The other has the same, or is one value ([] or sizes of
+    1), or is constant over the pixels: [C, 1, 1], [1, C, 1, 1] or [N, C, 1, 1] on [N, C, H, W],
+    [C] on [N, C].
+    """
+    if a.shape == b.shape:
+        return a.shape
+    large, small = (a.shape, b.shape) if a.numel >= b.numel else (b.shape, a.shape)
+    rank = len(large)
+    padded = (1,) * (rank - len(small)) + small
+    if len(small) <= rank and all(p in (1, s) for p, s in zip(padded, large, strict=True)):
+        if all(p == 1 for p in padded[2:]) and (rank > 1 or small == ()):
+            return large
+    fix = "both need one shape, or one of them [C, 1, 1], [N, C, 1, 1], [C] on [N, C], or a scalar"
+    if len(small) == 1 and rank > 2 and large[1:2] == small:
+        fix = f"for one value a channel, reshape {list(small)} to {[small[0], *[1] * (rank - 2)]}"
+    raise ShapeError(f"{op}: {a} and {b} differ in shape", help=fix)
+
+
+def summed_to(b: Builder, g: Value, v: Value) -> Value:
+    """The gradient of a broadcast operand: summed over the axes along which it was repeated."""
+    if g.type.shape == v.type.shape:
+        return g
+    return b.one("sum_to", g, attrs=get_op("sum_to").attrs_type(shape=v.type.shape))  # type: ignore[call-arg]
 
 
 class _Binary(Op):
-    elementwise = True
+    """One result of two operands, the smaller one broadcast (see `broadcast`)."""
+
+    elementwise = joins = True
     kernel = "elementwise"
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
         a, b = ins
-        if b.shape not in (a.shape, ()):
-            raise ShapeError(
-                f"{self.name}: {a} and {b} differ in shape",
-                help="both operands need one shape; the second may be a scalar",
-            )
-        if a.dtype != b.dtype and b.shape != ():
+        shape = broadcast(self.name, a, b)
+        if a.dtype != b.dtype and () not in (a.shape, b.shape):
             raise DTypeError(f"{self.name}: {a} and {b} differ in dtype", help="cast one of them")
-        return (a.with_shape(a.shape),)
+        large = a if a.shape == shape else b
+        return (large.with_shape(shape),)
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,) = cotangents
+        if dy is None:
+            return (None, None)
+        pulls = (self.first, self.second)
+        return tuple(
+            summed_to(b, pull(b, eqn, dy), v) if need else None
+            for pull, v, need in zip(pulls, eqn.inputs, needs, strict=True)
+        )
+
+    def first(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        """The cotangent of the first operand, before it is summed to its shape."""
+        return dy
+
+    def second(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        """The cotangent of the second operand, before it is summed to its shape."""
+        return dy
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype of the larger: a scalar hyper-parameter follows the tensor."""
+    dtype = a.dtype if a.numel() >= b.numel() else b.dtype
+    return a.to(dtype), b.to(dtype)
 
 
 @register
@@ -36,43 +90,69 @@ class Add(_Binary):
 
     name = "add"
 
-    def vjp(
-        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
-    ) -> Sequence[Value | None]:
-        return tuple(cotangents[0] if n else None for n in needs)
-
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (args[0] + args[1],)
+        a, b = _alike(*args)
+        return (a + b,)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         return [f"({expr[0]} + {expr[1]})"]
 
 
 @register
+class Sub(_Binary):
+    """a - b."""
+
+    name = "sub"
+
+    def second(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        return b.one("neg", dy)
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b = _alike(*args)
+        return (a - b,)
+
+    def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
+        return [f"({expr[0]} - {expr[1]})"]
+
+
+@register
 class Mul(_Binary):
-    """a * b."""
+    """a b."""
 
     name = "mul"
 
-    def vjp(
-        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
-    ) -> Sequence[Value | None]:
-        (dy,) = cotangents
-        x, y = eqn.inputs
-        if dy is None:
-            return (None, None)
-        if needs[1] and y.type.shape != x.type.shape:
-            raise ShapeError(f"mul: no gradient for the broadcast scalar {y}")
-        return (
-            b.one("mul", dy, y) if needs[0] else None,
-            b.one("mul", dy, x) if needs[1] else None,
-        )
+    def first(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        return b.one("mul", dy, eqn.inputs[1])
+
+    def second(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        return b.one("mul", dy, eqn.inputs[0])
 
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (args[0] * args[1].to(args[0].dtype),)
+        a, b = _alike(*args)
+        return (a * b,)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         return [f"({expr[0]} * {expr[1]})"]
+
+
+@register
+class Div(_Binary):
+    """a / b; the gradient of b is -dy y / b, with y = a / b."""
+
+    name = "div"
+
+    def first(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        return b.one("div", dy, eqn.inputs[1])
+
+    def second(self, b: Builder, eqn: Eqn, dy: Value) -> Value:
+        return b.one("neg", b.one("div", b.one("mul", dy, eqn.out), eqn.inputs[1]))
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b = _alike(*args)
+        return (a / b,)
+
+    def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
+        return [f"({expr[0]} / {expr[1]})"]
 
 
 def _known(name: str) -> None:
@@ -94,7 +174,7 @@ class Cast(Op):
 
     name = "cast"
     attrs_type = CastAttrs
-    elementwise = True
+    elementwise = joins = True
     kernel = "elementwise"
 
     def infer(self, attrs: CastAttrs, *ins: TensorType) -> tuple[TensorType, ...]:

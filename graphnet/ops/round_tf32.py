@@ -37,7 +37,7 @@ class RoundTf32(Op):
     """
 
     name = "round_tf32"
-    elementwise = True
+    elementwise = joins = keeps = True
     kernel = "elementwise"
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:

@@ -8,24 +8,19 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
 from graphnet.passes.fuse import build_merge, fits
 from graphnet.passes.rewrite import Match, P, Rule
-
-ACTIVATIONS = ("relu", "tanh", "sigmoid")
-ACTIVATION_GRADS = ("relu_grad", "tanh_grad", "sigmoid_grad")
-FORWARD = ("conv2d", "linear", "maxpool2d", "lrn", "avgpool2d", "adaptive_avgpool2d")
-BACKWARD = (
-    "conv2d_dgrad", "linear_dgrad", "maxpool2d_grad", "lrn_grad", "avgpool2d_grad",
-    "adaptive_avgpool2d_grad",
-)  # fmt: skip
-LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
-POINTWISE = (*ACTIVATIONS, *ACTIVATION_GRADS, "add", "mul", "cast", "dropout")
-# What is only rounded for products may be read as it was, too: then the kernel writes both.
-BOTH = ("round_tf32",)
+from graphnet.passes.templates import anchor_of
 
 
-def _epilogue(outer: str, inner: str) -> Rule:
-    name = f"{outer}({inner}(...)) => fused"
-    pattern = P((outer,), P((f"anchor:{inner}",)), result=None)
-    return Rule(name, pattern, build_merge, fits, keeps=outer in BOTH)
+def _joining(m: Match) -> str:
+    """The name of a rule that joins two equations, with the ops that meet."""
+    outer = next(e.op for e in m.root.plain if m.edges[0] in e.inputs)
+    inner = anchor_of(m.inner) or m.inner.plain[-1].op
+    return f"{outer}({inner}(...)) => fused"
+
+
+def _join(outer: str, inner: str, said: str, keeps: bool = False) -> Rule:
+    pattern = P((outer,), P((inner,)))
+    return Rule(f"{said} => fused", pattern, build_merge, fits, keeps=keeps, told=_joining)
 
 
 def _sink_reshape(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
@@ -134,6 +129,11 @@ def _mask_rounded(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
     return [*views, Eqn(m.root.op, (y, m.root.inputs[1]), m.root.outputs, m.root.attrs)]
 
 
+def _moving(m: Match) -> str:
+    """The name of a rule about the gradient of a function, with the function's own."""
+    return m.rule.replace("f_grad", m.root.op)
+
+
 def _is_one(m: Match) -> str | None:
     one = getattr(m.inner.attrs, "value", None) == 1.0 and m.edges[0] == m.root.inputs[1]
     return None if one else "the factor is not the constant 1"
@@ -146,52 +146,46 @@ def _drop_factor(m: Match, fresh: Callable[[], str]) -> list[Eqn]:
     return [Eqn("reshape", (x,), m.root.outputs, shape)]
 
 
-# Rewrites that only move things, run before fusing.
+# Rewrites that only move things, run before fusing. `f_grad` stands for the gradient of a function.
 MOVES = [
     Rule(
-        "relu_grad(y, dropout(d)) => relu_grad(dropout(y), dropout(d))",
-        P(("relu_grad",), P(("dropout",)), at=1),
+        "f_grad(y, dropout(d)) => f_grad(dropout(y), dropout(d))",
+        P(("is:sign",), P(("dropout",)), at=1),
         _mask_dropped,
         _dropped_guard,
+        told=_moving,
     ),
     Rule(
-        "relu_grad(y, d) => relu_grad(round_tf32(y), d)",
-        P(("relu_grad",)),
+        "f_grad(y, d) => f_grad(round_tf32(y), d)",
+        P(("is:sign",)),
         _mask_rounded,
         _rounded_guard,
+        told=_moving,
     ),
     Rule("mul(x, full(1)) => x", P(("mul",), P(("full",))), _drop_factor, _is_one, keeps=True),
-    *(
-        Rule(
-            f"{g}(y, maxpool2d_grad(dp, i)) => maxpool2d_grad({g}(p, dp), i)",
-            P((g,), P(("maxpool2d_grad",)), at=1),
-            _mask_pooled,
-            _pool_guard,
-        )
-        for g in ACTIVATION_GRADS
+    Rule(
+        "f_grad(y, maxpool2d_grad(dp, i)) => maxpool2d_grad(f_grad(p, dp), i)",
+        P(("is:mask",), P(("maxpool2d_grad",)), at=1),
+        _mask_pooled,
+        _pool_guard,
+        told=_moving,
     ),
-    *(
-        Rule(
-            f"{g}(y, reshape(d)) => reshape({g}(reshape(y), d))",
-            P((g,), P(("reshape",)), at=1),
-            _sink_reshape,
-            _grad_of_view,
-        )
-        for g in ACTIVATION_GRADS
+    Rule(
+        "f_grad(y, reshape(d)) => reshape(f_grad(reshape(y), d))",
+        P(("is:mask",), P(("reshape",)), at=1),
+        _sink_reshape,
+        _grad_of_view,
+        told=_moving,
     ),
 ]
 
 EPILOGUES = [
-    _epilogue(outer, inner)
-    for inner in (*FORWARD, *BACKWARD, *LOSSES)
-    for outer in (*POINTWISE, *BOTH)
-] + [_epilogue(outer, "augment") for outer in ("cast", *BOTH)]
+    _join("is:pointwise", "takes:is:pointwise", "pointwise(kernel(...))"),
+    _join("is:rounding", "takes:is:rounding", "rounding(kernel(...))", keeps=True),
+    _join("cast", "takes:cast", "cast(augment(...))"),
+]
 # What has no anchor above it at least shares one kernel.
 CHAINS = [
-    Rule(
-        f"{outer}({inner}(...)) => fused", P((outer,), P((inner,))), build_merge, fits,
-        keeps=outer in BOTH,
-    )
-    for outer in (*POINTWISE, *BOTH)
-    for inner in POINTWISE
-]  # fmt: skip
+    _join("is:pointwise", "is:pointwise", "pointwise(pointwise(...))"),
+    _join("is:rounding", "is:pointwise", "rounding(pointwise(...))", keeps=True),
+]

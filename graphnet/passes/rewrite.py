@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value, Where
-from graphnet.passes.templates import anchor_of
+from graphnet.passes.templates import anchor_of, traits_of
 
 MAX_ROUNDS = 64
 
@@ -21,7 +21,8 @@ MAX_ROUNDS = 64
 @dataclass(frozen=True)
 class P:
     """Matches an equation whose op is in `ops` ("anchor:conv2d" also matches a fused equation
-    around that anchor, "chain" one of elementwise code alone). `operand` is the pattern of one of
+    around that anchor, "chain" one of elementwise code alone, "is:..." and "takes:..." what has a
+    trait, see `templates.traits_of`). `operand` is the pattern of one of
     its operands: at a fixed position `at`, or anywhere. `result` restricts which result of the
     inner equation is read."""
 
@@ -37,7 +38,7 @@ class P:
 def _names(eqn: Eqn) -> set[str]:
     """The names under which patterns find an equation."""
     anchor = anchor_of(eqn)
-    return {eqn.op, f"anchor:{anchor}" if anchor or eqn.body is None else "chain"}
+    return {eqn.op, f"anchor:{anchor}" if anchor or eqn.body is None else "chain", *traits_of(eqn)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Match:
     edges: tuple[Value, ...]
     producers: dict[Value, Eqn]
     readers: dict[Value, list[Eqn]]
+    rule: str = ""  # the name of the rule that looks for it
 
     @property
     def root(self) -> Eqn:
@@ -73,6 +75,8 @@ class Rule:
     build    the equations that replace the match; together they define every result that the
              match had and the rest of the graph reads
     keeps    interior values may be read elsewhere: the replacement yields them too
+    told     the equation of one match, where `name` stands for many; hits, refusals and provenance
+             have it, and it can be disabled like `name`
     """
 
     name: str
@@ -80,6 +84,7 @@ class Rule:
     build: Build
     guard: Guard = lambda m: None
     keeps: bool = False
+    told: Callable[[Match], str] = lambda m: m.rule
 
 
 @dataclass
@@ -163,7 +168,7 @@ def rewrite(
     off = set(disabled)
     rules = [r for r in rules if r.name not in off]
     budget = MAX_ROUNDS * (len(graph.eqns) + 1)
-    while (after := _one(graph, rules, log)) is not graph:
+    while (after := _one(graph, rules, log, off)) is not graph:
         graph = after
         budget -= 1
         if budget < 0:
@@ -172,7 +177,7 @@ def rewrite(
     return graph
 
 
-def _one(graph: Graph, rules: list[Rule], log: Log) -> Graph:
+def _one(graph: Graph, rules: list[Rule], log: Log, off: set[str]) -> Graph:
     """The graph after one rewrite, or the same object."""
     producers, readers = graph.producers(), graph.readers()
     names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
@@ -183,15 +188,18 @@ def _one(graph: Graph, rules: list[Rule], log: Log) -> Graph:
     for root in reversed(graph.eqns):
         for rule in (r for name in sorted(_names(root)) for r in by_root.get(name, ())):
             for eqns, edges in _find(rule, root, producers):
-                m = Match(graph, eqns, edges, producers, readers)
+                m = Match(graph, eqns, edges, producers, readers, rule.name)
+                name = rule.told(m)
+                if name in off:
+                    continue
                 why = rule.guard(m) or _illegal(rule, m) or _closes_cycle(m)
                 if why is not None:
-                    log.refusals[rule.name, _label(root)] = why
+                    log.refusals[name, _label(root)] = why
                     continue
                 new = rule.build(m, lambda: _fresh(names))
-                log.hits[rule.name] = log.hits.get(rule.name, 0) + 1
-                log.refusals.pop((rule.name, _label(root)), None)
-                return _replace(graph, m, new, rule)
+                log.hits[name] = log.hits.get(name, 0) + 1
+                log.refusals.pop((name, _label(root)), None)
+                return _replace(graph, m, new, name)
     return graph
 
 
@@ -207,7 +215,7 @@ def _fresh(names: set[str]) -> str:
     return str(k)
 
 
-def _replace(graph: Graph, m: Match, new: list[Eqn], rule: Rule) -> Graph:
+def _replace(graph: Graph, m: Match, new: list[Eqn], rule: str) -> Graph:
     where = Where()
     for e in reversed(m.eqns):
         where = where.merged(e.where)
@@ -216,7 +224,7 @@ def _replace(graph: Graph, m: Match, new: list[Eqn], rule: Rule) -> Graph:
     inside = set(map(id, m.eqns))
     wanted = m.graph.escaping() | {v for e in graph.eqns if id(e) not in inside for v in e.inputs}
     gone = {id(e) for e in m.eqns if e is m.root or not (set(e.results) - defined) & wanted}
-    stamped = [replace(e, where=where.merged(e.where, rule.name)) for e in new]
+    stamped = [replace(e, where=where.merged(e.where, rule)) for e in new]
     eqns: list[Eqn] = []
     for e in graph.eqns:
         if e is m.root:

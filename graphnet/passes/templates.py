@@ -16,11 +16,13 @@ from graphnet.ir.op import get_op
 class Template:
     """A kernel family. `pair` ops may stand with the anchor when they read the same operands;
     `then` is an op that the same kernel can run on the anchor's result, as its operand `then_at`;
-    `updates` lets a parameter update follow."""
+    `updates` lets a parameter update follow, and nothing else; `follows` names the elementwise code
+    that the rules join with it, by `traits_of`."""
 
     anchor: str
     pair: str | None = None
     updates: bool = False
+    follows: tuple[str, ...] = ("is:pointwise", "is:rounding")
     then: str | None = None
     then_at: int = 0
 
@@ -28,13 +30,13 @@ class Template:
 TEMPLATES = {
     t.anchor: t
     for t in (
-        Template("augment"),
+        Template("augment", follows=("cast", "is:rounding")),
         Template("conv2d"),
         Template("conv2d_dgrad"),
-        Template("conv2d_wgrad", updates=True),
+        Template("conv2d_wgrad", updates=True, follows=()),
         Template("linear"),
         Template("linear_dgrad"),
-        Template("linear_wgrad", updates=True),
+        Template("linear_wgrad", updates=True, follows=()),
         Template("maxpool2d", then="lrn"),
         Template("maxpool2d_grad", then="lrn_grad", then_at=1),
         Template("lrn", then="maxpool2d"),
@@ -70,6 +72,27 @@ def anchor_of(eqn: Eqn) -> str | None:
 def anchors_of(eqn: Eqn) -> tuple[Eqn, ...]:
     """The anchors of an equation, plain or fused, in order."""
     return tuple(e for e in eqn.plain if e.op in TEMPLATES)
+
+
+def traits_of(eqn: Eqn) -> set[str]:
+    """What patterns may ask of an equation beside its name.
+
+    is:pointwise  elementwise code alone that joins the kernels around it
+    is:rounding   one op of which the operand may be read as it was, too (`Op.keeps`)
+    is:kernel     it has an anchor; "takes:x" for each x that may follow it
+    is:mask       the gradient of a function; is:sign if it reads the sign of the output alone,
+                  is:output if it reads the output
+    """
+    specs = [get_op(e.op) for e in eqn.plain]
+    rounding = eqn.body is None and specs[0].keeps
+    found = {"is:rounding"} if rounding else set()
+    if all(s.joins for s in specs) and not rounding:
+        found.add("is:pointwise")
+    if (anchor := anchor_of(eqn)) is not None:
+        found |= {f"takes:{what}" for what in TEMPLATES[anchor].follows}
+    if eqn.body is None and specs[0].mask:
+        found |= {"is:mask"} | ({"is:sign"} if specs[0].mask == "sign" else set())
+    return found
 
 
 def refusal(body: Graph) -> str | None:

@@ -12,7 +12,7 @@ from graphnet.ir.op import get_op
 from graphnet.ir.types import TensorType, bf16
 from graphnet.ops.round_tf32 import rounded
 from tests.case import attrs
-from tests.cases import nearest_tf32
+from tests.cases_elementwise import nearest_tf32
 
 SGD = {"loss": gn.CrossEntropyLoss(), "optimizer": gn.SGD(lr=0.1, momentum=0.9)}
 PRODUCT, BIAS = 3.5e-4, 2e-5

@@ -73,6 +73,17 @@ class Index:
     shape: tuple[int, ...]
     flat: bool = False
 
+    def repeated(self, type: TensorType) -> tuple[str, str]:
+        """(element offset, mask) of an operand that is repeated over the index: both name only the
+        coordinates that it has, so that a value is loaded once for each of them."""
+        first = len(self.shape) - len(type.shape)
+        terms, inside = [], []
+        for d, (size, stride) in enumerate(zip(type.shape, type.strides, strict=True), first):
+            if size > 1:
+                terms.append(f"i{d}" if stride == 1 else f"i{d} * {stride}")
+                inside.append(f"(i{d} < {size})")
+        return " + ".join(terms), " & ".join(inside)
+
     def at(self, type: TensorType, origin: int = 0) -> str:
         """The element offset of an operand, broadcast to the whole tile."""
         if self.flat:
@@ -151,16 +162,20 @@ class Writer:
         buffer, type = self.name[v], v.type
         pointer = self.pointer(buffer, type)
         self.reads.append(buffer)
-        if type.shape == () and self.index.shape != ():
+        if type.numel == 1 and type.shape != self.index.shape:
             text = f"tl.load({pointer})"
         elif type.shape == self.index.shape:
             zero = "0.0" if type.dtype.is_float else "0"
             text = f"tl.load({pointer} + {self.at(type)}, mask=mask, other={zero})"
             self.full[buffer] = type
-        else:
+        elif self.index.flat or len(type.shape) > len(self.index.shape):
             raise UnsupportedOpError(
                 f"operand {v}: {type} does not fit the index {list(self.index.shape)}"
             )
+        else:
+            at, inside = self.index.repeated(type)
+            zero = "0.0" if type.dtype.is_float else "0"
+            text = f"tl.load({pointer} + {at}, mask={inside}, other={zero})"
         if self.ahead:
             self.early.append(text)
             text = f"aux[{len(self.early) - 1}]"

@@ -14,13 +14,12 @@ from math import prod
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.lowering.launch.aside import confined
-from graphnet.lowering.launch.choice import Kernels, adjusted
+from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
-from graphnet.lowering.launch.config import PROCESSORS, cdiv, next_power
 from graphnet.lowering.launch.cost import with_costs
 from graphnet.lowering.launch.moves import MOVES, pack, pointwise_launch, run_move
-from graphnet.lowering.launch.pool import by_block
 from graphnet.lowering.launch.steps import Launch, Step, make
+from graphnet.lowering.launch.sums import SUMS
 from graphnet.lowering.launch.work import Work, take_apart
 
 
@@ -29,8 +28,8 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
     if eqn.op in MOVES:
         return run_move(eqn, name)
     _check_layouts(eqn)
-    if eqn.op == "global_norm":
-        return _global_norm(eqn, name)
+    if eqn.op in SUMS:
+        return SUMS[eqn.op](eqn, name)
     work = take_apart(eqn, name)
     if work.anchors:
         choice = kernels.choose(work)
@@ -61,7 +60,8 @@ def _pointwise(work: Work) -> Launch:
     inputs = {v for e in work.rest for v in e.inputs if v in work.name}
     full = [work.type(v) for v in inputs if v.type.shape == shape] + [v.type for v in results]
     alike = len({t.layout for t in full}) == 1
-    coordinates = any(e.op == "dropout" for e in work.rest)
+    repeated = any(v.type.shape != shape and v.type.numel > 1 for v in inputs)
+    coordinates = repeated or any(e.op == "dropout" for e in work.rest)
     flat = alike and not coordinates
     if len(shape) > 4 and not flat:
         raise UnsupportedOpError(
@@ -100,31 +100,3 @@ def _record(work: Work) -> Launch:
         reads=(ring, loss, step, *norm), writes=(ring1, step1), starts_as=pairs, bytes=moved,
         num_warps=1,
     )  # fmt: skip
-
-
-def _global_norm(eqn: Eqn, name: Callable[[Value], str]) -> list[Step]:
-    """Partial sums of squares of each operand into one workspace, and their ordered sum."""
-    sizes = [v.type.numel for v in eqn.inputs]
-    block = adjusted("elementwise", by_block(max(sizes))).BLOCK
-    programs = [min(cdiv(n, block), PROCESSORS) for n in sizes]
-    out, work = name(eqn.out), Ref(f".squares{eqn.out}", "f32")
-    steps: list[Step] = []
-    for k, v in enumerate(eqn.inputs):
-        constants = {
-            "N": sizes[k], "FIRST": sum(programs[:k]), "PROGRAMS": programs[k], "BLOCK": block
-        }  # fmt: skip
-        scratch = ((work.name, 4 * sum(programs)),) if k == 0 else ()
-        steps.append(
-            make(
-                "square_sum", "reduce", (Ref(name(v), v.type.dtype.name), work), constants,
-                (programs[k],), reads=(name(v),), writes=(work.name,), scratch=scratch,
-                flops=2 * sizes[k], bytes=v.type.bytes + 4 * programs[k], where=eqn.where,
-            )
-        )  # fmt: skip
-    count = sum(programs)
-    last = make(
-        "norm_reduce", "reduce", (work, Ref(out, "f32")),
-        {"COUNT": count, "BLOCK": min(1024, next_power(count))}, (1,), reads=(work.name,),
-        writes=(out,), flops=count, bytes=4 * count + 4, where=eqn.where,
-    )  # fmt: skip
-    return [*steps, last]
