@@ -55,6 +55,28 @@ _ON_MODULES = {
 }
 
 
+_LOGITS = "the loss takes logits: leave it out, gn.CrossEntropyLoss does the rest"
+_FLAT = "images are 2-D: gn.Conv2d, gn.MaxPool2d, gn.AvgPool2d"
+_NORMS = "gn.BatchNorm2d or gn.LocalResponseNorm, or fold it away for inference"
+_LAYERS = {
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Softmax2d"), _LOGITS),
+    **{f"{n}{d}d": _FLAT for n in ("Conv", "MaxPool", "AvgPool", "BatchNorm") for d in (1, 3)},
+    **dict.fromkeys(("GroupNorm", "LayerNorm", "InstanceNorm2d", "SyncBatchNorm"), _NORMS),
+    **dict.fromkeys(("Dropout2d", "AlphaDropout", "FeatureAlphaDropout"), "gn.Dropout"),
+    **dict.fromkeys(("AdaptiveMaxPool2d", "LPPool2d"), "gn.MaxPool2d of a size written out"),
+    **dict.fromkeys(
+        ("PReLU", "ELU", "CELU", "SELU", "RReLU", "Softplus", "Mish", "GLU", "Softsign"),
+        "one of gn.ReLU, gn.Tanh, gn.Sigmoid",
+    ),
+}  # fmt: skip
+
+
+def instead_of_layer(name: str) -> str:
+    """"; instead: ..." for a layer or a function of torch's that we do not have, or nothing."""
+    known = _LAYERS.get(name)
+    return f"; instead: {known}" if known else ""
+
+
 def called(what: Any) -> str:
     """What an error calls an object or a class: "torch's nn.ReLU", "a list"."""
     kind = what if isinstance(what, type) else type(what)

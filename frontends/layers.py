@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,19 +21,39 @@ from graphnet.ops.lrn import LrnAttrs
 Pair = int | tuple[int, int]
 
 
-def _pair(value: Any, what: str, least: int = 1) -> tuple[int, int]:
+def pair(value: Any, what: str, least: int = 1) -> tuple[int, int]:
     """An int or a pair of ints, as a pair; ConfigError below `least`."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in pair):
+    two = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(two) == 1:  # as torch takes it
+        two *= 2
+    if len(two) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in two):
         raise ConfigError(f"{what} is an int or a pair of ints, not {value!r}")
-    if min(pair) < least:
+    if min(two) < least:
         raise ConfigError(f"{what}={value!r} is below {least}")
-    return pair
+    return two
 
 
-def _sides(pair: tuple[int, int]) -> tuple[int, int, int, int]:
+def _sides(both: tuple[int, int]) -> tuple[int, int, int, int]:
     """(vertical, horizontal) padding as (top, bottom, left, right)."""
-    return (pair[0], pair[0], pair[1], pair[1])
+    return (both[0], both[0], both[1], both[1])
+
+
+def four_sides(
+    padding: Any, kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """What a convolution's `padding` adds: (top, bottom, left, right)."""
+    if not isinstance(padding, str):
+        return _sides(pair(padding, "padding", 0))
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding != "same":
+        raise ConfigError(
+            f"unknown padding {padding!r}", help='use an int, a pair, "same" or "valid"'
+        )
+    if stride != (1, 1):
+        raise ConfigError('padding="same" needs stride 1', help="give the padding as numbers")
+    v, h = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    return (v // 2, v - v // 2, h // 2, h - h // 2)
 
 
 def _count(value: Any, what: str) -> int:
@@ -48,11 +69,11 @@ def _default_init(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         torch.nn.init.uniform_(bias, -bound, bound)
 
 
-def _images(layer: Module, x: Symbol) -> None:
+def images(what: str, x: Symbol) -> None:
     """ShapeError for what is no batch of images."""
     if x.ndim != 4:
         raise ShapeError(
-            f"{type(layer).__name__} takes [N, C, H, W], got {list(x.shape)}",
+            f"{what} takes [N, C, H, W], got {list(x.shape)}",
             help=f"the batch comes first: {(32, *x.shape)}" if x.ndim == 3 else None,
         )
 
@@ -81,9 +102,9 @@ class Conv2d(Module):
     ) -> None:
         self.in_channels = _count(in_channels, "in_channels")
         self.out_channels = _count(out_channels, "out_channels")
-        self.kernel_size = _pair(kernel_size, "kernel_size")
-        self.stride = _pair(stride, "stride")
-        self.dilation = _pair(dilation, "dilation")
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride = pair(stride, "stride")
+        self.dilation = pair(dilation, "dilation")
         self.groups = _count(groups, "groups")
         self.name = name
         if in_channels % groups or out_channels % groups:
@@ -97,30 +118,16 @@ class Conv2d(Module):
             raise UnsupportedOpError(
                 f"padding_mode {padding_mode!r} is not implemented", help='use "zeros"'
             )
-        self.padding = padding if isinstance(padding, str) else _pair(padding, "padding", 0)
-        self._sides = self._four_sides()
+        self.padding = padding if isinstance(padding, str) else pair(padding, "padding", 0)
+        self._sides = four_sides(self.padding, self.kernel_size, self.stride, self.dilation)
         weight = torch.empty(out_channels, in_channels // groups, *self.kernel_size)
         b = torch.empty(out_channels) if bias else None
         _default_init(weight, b)
         self.weight = Parameter(weight)
         self.bias = None if b is None else Parameter(b)
 
-    def _four_sides(self) -> tuple[int, int, int, int]:
-        if isinstance(self.padding, tuple):
-            return _sides(self.padding)
-        if self.padding == "valid":
-            return (0, 0, 0, 0)
-        if self.padding != "same":
-            raise ConfigError(
-                f"unknown padding {self.padding!r}", help='use an int, a pair, "same" or "valid"'
-            )
-        if self.stride != (1, 1):
-            raise ConfigError('padding="same" needs stride 1', help="give the padding as numbers")
-        v, h = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        return (v // 2, v - v // 2, h // 2, h - h // 2)
-
     def forward(self, x: Symbol) -> Symbol:
-        _images(self, x)
+        images(type(self).__name__, x)
         if x.shape[1] != self.in_channels:
             raise ShapeError(
                 f"{self.in_channels} input channels expected, got {x.shape[1]} "
@@ -191,15 +198,15 @@ class MaxPool2d(Module):
     ) -> None:
         if return_indices:
             raise UnsupportedOpError("return_indices is not implemented")
-        self.kernel_size = _pair(kernel_size, "kernel_size")
-        self.stride = self.kernel_size if stride is None else _pair(stride, "stride")
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride = self.kernel_size if stride is None else pair(stride, "stride")
         self.padding = _pool_padding(padding, self.kernel_size)
-        self.dilation = _pair(dilation, "dilation")
+        self.dilation = pair(dilation, "dilation")
         self.ceil_mode = bool(ceil_mode)
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
-        _images(self, x)
+        images(type(self).__name__, x)
         return x.tracer.emit(
             "maxpool2d", [x], kernel=self.kernel_size, stride=self.stride,
             padding=_sides(self.padding), dilation=self.dilation, ceil_mode=self.ceil_mode,
@@ -225,8 +232,8 @@ class AvgPool2d(Module):
         *,
         name: str = "",
     ) -> None:
-        self.kernel_size = _pair(kernel_size, "kernel_size")
-        self.stride = self.kernel_size if stride is None else _pair(stride, "stride")
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride = self.kernel_size if stride is None else pair(stride, "stride")
         self.padding = _pool_padding(padding, self.kernel_size)
         self.ceil_mode = bool(ceil_mode)
         self.count_include_pad = bool(count_include_pad)
@@ -236,7 +243,7 @@ class AvgPool2d(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
-        _images(self, x)
+        images(type(self).__name__, x)
         return x.tracer.emit(
             "avgpool2d", [x], kernel=self.kernel_size, stride=self.stride,
             padding=_sides(self.padding), ceil_mode=self.ceil_mode,
@@ -249,10 +256,10 @@ class AvgPool2d(Module):
 
 
 def _pool_padding(padding: Any, kernel: tuple[int, int]) -> tuple[int, int]:
-    pair = _pair(padding, "padding", 0)
-    if any(2 * p > k for p, k in zip(pair, kernel, strict=True)):
-        raise ConfigError(f"padding {pair} is more than half of the window {kernel}")
-    return pair
+    two = pair(padding, "padding", 0)
+    if any(2 * p > k for p, k in zip(two, kernel, strict=True)):
+        raise ConfigError(f"padding {two} is more than half of the window {kernel}")
+    return two
 
 
 def _pool_repr(pool: Any) -> str:
@@ -271,17 +278,17 @@ class AdaptiveAvgPool2d(Module):
 
     def __init__(self, output_size: Any, *, name: str = "") -> None:
         is_pair = isinstance(output_size, (tuple, list))
-        pair = tuple(output_size) if is_pair else (output_size, output_size)
-        if len(pair) != 2:
+        two = tuple(output_size) if is_pair else (output_size, output_size)
+        if len(two) != 2:
             raise ConfigError(f"output_size is an int or a pair, not {output_size!r}")
-        for size in pair:
+        for size in two:
             if size is not None:
                 _count(size, "output_size")
-        self.output_size = pair
+        self.output_size = two
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
-        _images(self, x)
+        images(type(self).__name__, x)
         sizes = tuple(
             s if want is None else want
             for want, s in zip(self.output_size, x.shape[2:], strict=True)
@@ -311,7 +318,7 @@ class LocalResponseNorm(Module):
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
-        _images(self, x)
+        images(type(self).__name__, x)
         return x.tracer.emit(
             "lrn", [x], size=self.size, alpha=self.alpha, beta=self.beta, k=self.k,
             alpha_mode=self.alpha_mode,

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graphnet.errors import ConfigError, GraphnetError
 
 
 def load_model(spec: str, classes: int = 0) -> Any:
-    """The net of a model's name, or of `FILE.py:ATTRIBUTE` (a net, or a function that makes it).
+    """The net of a model's name, or of `FILE.py:ATTRIBUTE`: a net of ours or of torch's, or a
+    function that makes one.
 
     classes  outputs of a named model, or of a function with a parameter num_classes; 0 for its own
     """
@@ -29,7 +32,8 @@ def load_model(spec: str, classes: int = 0) -> Any:
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")
     found = getattr(module, attribute)
-    makes = not isinstance(found, Module) and callable(found)
+    nets = (Module, torch.nn.Module)
+    makes = not isinstance(found, nets) and callable(found)
     if classes and not (makes and _takes(found, "num_classes")):
         raise ConfigError(
             f"{spec} takes no number of classes, and --classes gives {classes}",
@@ -38,8 +42,14 @@ def load_model(spec: str, classes: int = 0) -> Any:
     if makes:
         with _blamed_on(f"{path}: {attribute}()"):
             found = found(num_classes=classes) if classes else found()
+    if isinstance(found, torch.nn.Module):
+        from graphnet.frontends.torch_in import from_torch
+
+        known = getattr(found, "input_shape", None)
+        found = from_torch(found)
+        found.input_shape = None if known is None else tuple(known)
     if not isinstance(found, Module):
-        raise ConfigError(f"{spec} is no gn.Module but {found!r:.80}")
+        raise ConfigError(f"{spec} is no gn.Module or torch.nn.Module but {found!r:.80}")
     return found
 
 

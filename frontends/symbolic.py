@@ -51,6 +51,7 @@ class Tracer:
 
     names, paths  display name and attribute path of each layer
     rows          values whose axis 0 is the batch
+    place         where a function is called that an importer calls for others; "" for the user's
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Tracer:
         self.lazy: dict[str, Value] = {}
         self.stack: list[Module] = []
         self.calls: dict[Module, int] = {}
+        self.place = ""
         self._used = set(names.values())
 
     @contextmanager
@@ -121,7 +123,7 @@ class Tracer:
         if layer is not None and layer in self.names:
             self.b.where = Where((self.names[layer],), layer.place)
         else:
-            self.b.where = Where((self.unique(kind or op),), user_place())
+            self.b.where = Where((self.unique(kind or op),), self.place or user_place())
         values = [self.value(x) for x in operands]
         spec = get_op(op)
         try:

@@ -20,6 +20,7 @@ _NAMES = {
         "LocalResponseNorm", "MaxPool2d", "ReLU", "Sigmoid", "Tanh",
     ),
     "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
+    "graphnet.frontends.torch_in": ("from_torch",),
     "graphnet.frontends.tracing": ("trace",),
     "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss", "MulticlassHingeLoss"),
     "graphnet.ops.adam": ("Adam", "AdamW"),
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         Tanh,
     )
     from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
+    from graphnet.frontends.torch_in import from_torch
     from graphnet.frontends.tracing import trace
     from graphnet.gradcheck import check_gradients
     from graphnet.ops.adam import Adam, AdamW

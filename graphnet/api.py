@@ -18,8 +18,9 @@ from graphnet.errors import (
     number,
 )
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.foreign import called, is_torchs, ours
+from graphnet.frontends.foreign import called, ours
 from graphnet.frontends.symbolic import user_place
+from graphnet.frontends.torch_specs import loss_of, optimizer_of
 from graphnet.frontends.tracing import trace
 from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling
@@ -73,7 +74,9 @@ def lower(
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
 
-    _check_arguments(net, loss, optimizer, grads)
+    _check_net(net)
+    loss, optimizer = loss_of(loss), optimizer_of(optimizer, net)
+    _check_arguments(loss, optimizer, grads)
     _check_augment(augment, optimizer)
     handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
@@ -215,6 +218,12 @@ def compile_together(
     compiled, those of all of them are, in one go."""
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
+    _check_net(net)
+    ways = [
+        {**how, "loss": loss_of(how.get("loss")),
+         "optimizer": optimizer_of(how.get("optimizer"), net)}
+        for how in ways
+    ]  # fmt: skip
     lows = [_needed(net, shape, how) for how in ways]
     if lows[0][0].target == "cuda" and not config.tune():
         cuda = importlib.import_module("graphnet.lowering.targets.cuda")
@@ -313,16 +322,20 @@ def build(
     )  # fmt: skip
 
 
-def _check_arguments(net: Any, loss: Any, optimizer: Any, grads: bool) -> None:
+def _check_net(net: Any) -> None:
     if not isinstance(net, Module):
         raise ConfigError(
             f"a gn.Module is compiled, not {called(net)}",
             where=user_place() or None,
             help="give an object: Net()" if isinstance(net, type) else
-            "build it of our layers: their names, arguments and state_dict keys are torch's, so "
-            "that net.load_state_dict(theirs.state_dict()) takes its weights"
-            if is_torchs(net) else "gn.Sequential(...), or a class of your own under gn.Module",
+            "net = gn.from_torch(module) gives one with the same parameters and keys; it holds "
+            "what is trained, so keep it, and module.load_state_dict(net.state_dict()) takes it "
+            "back" if isinstance(net, torch.nn.Module) else
+            "gn.Sequential(...), or a class of your own under gn.Module",
         )
+
+
+def _check_arguments(loss: Any, optimizer: Any, grads: bool) -> None:
     if loss is None and (optimizer is not None or grads):
         raise ConfigError(
             "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"
