@@ -11,7 +11,7 @@ import fnmatch
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -92,6 +92,23 @@ class Parameter(Cell):
         """The number of elements."""
         return self.live.numel()
 
+    def _symbol(self) -> Symbol:
+        """What it is in the trace in progress: in `forward` it behaves like a symbolic value."""
+        tracer = active_tracer("arithmetic on a gn.Parameter")
+        return Symbol(tracer, tracer.param(self))
+
+    def reshape(self, *shape: Any) -> Symbol:
+        """In `forward`: the same elements in another shape."""
+        return self._symbol().reshape(*shape)
+
+    view = reshape
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return Symbol.__torch_function__(function, types, args, kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         made = Parameter(self.live, self.trainable, self.lr_mult, self.decay_mult)
         memo[id(self)] = made
@@ -100,6 +117,19 @@ class Parameter(Cell):
     def __repr__(self) -> str:
         frozen = "" if self.trainable else ", trainable=False"
         return f"Parameter({list(self.shape)}{frozen})"
+
+
+def _as_symbol(name: str) -> Callable[..., Any]:
+    """The method of a symbolic value, on the parameter's own in the trace in progress."""
+
+    def call(self: Parameter, *args: Any) -> Any:
+        return getattr(self._symbol(), name)(*args)
+
+    return call
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg"):
+    setattr(Parameter, f"__{_name}__", _as_symbol(f"__{_name}__"))
 
 
 class Incompatible(NamedTuple):

@@ -11,28 +11,18 @@ from typing import Any
 
 # Functions and tensor methods, by name, that `forward` may look for on a symbolic value.
 _FUNCTIONS = {
-    **{n: f"gn.{n}(x)" for n in ("relu", "tanh", "sigmoid", "flatten")},
-    "cat": "gn.cat([x, y], 1)",
     "concat": "gn.cat([x, y], 1)",
-    "reshape": "x.reshape(x.shape[0], ...)",
-    "view": "x.reshape(x.shape[0], ...)",
-    "add": "x + y",
-    "sub": "x - y",
-    "mul": "x * y",
-    "div": "x / 2, or x * y",
-    "neg": "-x",
-    "mean": "gn.AdaptiveAvgPool2d(1), the mean over pixels",
-    "softmax": "the loss, which takes logits: leave softmax out",
-    "log_softmax": "the loss, which takes logits: leave log_softmax out",
-    "conv2d": "the layer gn.Conv2d, an attribute of the net",
-    "linear": "the layer gn.Linear, an attribute of the net",
+    "sum": "x.mean((2, 3)) times the number of pixels",
+    "matmul": "the layer gn.Linear, an attribute of the net",
     "dropout": "the layer gn.Dropout, an attribute of the net",
-    "max_pool2d": "the layer gn.MaxPool2d, an attribute of the net",
-    "avg_pool2d": "the layer gn.AvgPool2d, an attribute of the net",
-    "adaptive_avg_pool2d": "the layer gn.AdaptiveAvgPool2d, an attribute of the net",
-    "local_response_norm": "the layer gn.LocalResponseNorm, an attribute of the net",
+    "batch_norm": "the layer gn.BatchNorm2d, an attribute of the net",
+    "permute": "no copy of the axes: layouts are the compiler's",
+    "pow": "x * x",
 }
-_ON_SYMBOLS = "+, -, *, / by a number, slices, x.reshape, gn.relu, gn.tanh, gn.sigmoid, gn.cat"
+_ON_SYMBOLS = (
+    "+, -, *, /, slices, x.reshape, x.flatten(1), x.mean((2, 3)), gn.cat, gn.pad, gn.softmax and "
+    "activations, under torch's names"
+)
 
 _DEVICE = 'a net is nowhere until it is compiled: gn.compile(net, shape, target="cuda")'
 _MODE = (

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.frontends import layers
+from graphnet.frontends.activations import ROWS
 from graphnet.frontends.dsl import Parameter
-from graphnet.frontends.symbolic import Symbol, cat, flatten, relu, sigmoid, tanh, user_place
+from graphnet.frontends.symbolic import Symbol, along_channels, cat, flatten, padded, user_place
 
 Function = Callable[..., Any]
 
@@ -93,6 +94,38 @@ def _narrow(x: Any, dim: int, start: int, length: int) -> Any:
     return x[(slice(None),) * (dim % x.ndim) + (slice(start, start + length),)]
 
 
+def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """The mean over the pixels of [N, C, H, W]: dim=(2, 3)."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    if x.ndim != 4 or sorted(d % 4 for d in dims) != [2, 3]:
+        raise UnsupportedOpError(
+            f"mean over dim={dim!r} of a value of shape {list(x.shape)}",
+            where=user_place() or None,
+            help="the mean over pixels: x.mean((2, 3)) of [N, C, H, W]",
+        )  # fmt: skip
+    out = x.tracer.emit("adaptive_avgpool2d", [x], kind="mean", output_size=(1, 1))
+    return out if keepdim else out.reshape(*x.shape[:2])
+
+
+def softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
+    """exp(x) over its sum along axis 1 of [N, C] or [N, C, H, W]."""
+    return along_channels("softmax", input, dim)
+
+
+def log_softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
+    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
+    return along_channels("log_softmax", input, dim)
+
+
+def pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    """torch's F.pad: two numbers an axis, the last axis first; negative ones cut off."""
+    if mode != "constant":
+        raise UnsupportedOpError(
+            f"pad with mode={mode!r}", where=user_place() or None, help='mode="constant"'
+        )
+    return padded(input, pad, float(value or 0.0))
+
+
 def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
@@ -117,27 +150,30 @@ def _dim(x: Any) -> int:
 def _unary(function: Function) -> Function:
     """The same without torch's `inplace`: who calls it sees to that."""
 
-    def call(x: Any, inplace: bool = False) -> Any:
-        return function(x)
+    def call(*args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
     return call
 
 
 # What tensors have as a method, by its name.
 METHODS: dict[str, Function] = {
-    "relu": _unary(relu),
-    "tanh": _unary(tanh),
-    "sigmoid": _unary(sigmoid),
+    **{row.torch: _unary(row.call) for row in ROWS},
     "flatten": flatten,
     "reshape": _reshape,
     "view": _reshape,
     "add": _add,
     "sub": _sub,
+    "subtract": _sub,
     "mul": operator.mul,
     "multiply": operator.mul,
     "div": _div,
+    "divide": _div,
     "true_divide": _div,
-    "neg": operator.neg,
+    "negative": operator.neg,
+    "mean": mean,
+    "softmax": softmax,
+    "log_softmax": log_softmax,
     "split": _split,
     "chunk": _chunk,
     "narrow": _narrow,
@@ -151,11 +187,12 @@ METHODS: dict[str, Function] = {
 # torch's functions that are methods as well, and those that are layers.
 FUNCTIONS: dict[Any, Function] = {
     **{getattr(torch, n): f for n, f in METHODS.items() if hasattr(torch, n)},
-    F.relu: _unary(relu),
-    F.relu_: _unary(relu),
-    torch.relu_: _unary(relu),
-    F.tanh: tanh,
-    F.sigmoid: sigmoid,
+    **{getattr(F, n): _unary(r.call) for r in ROWS for n in (r.torch, f"{r.torch}_")
+       if hasattr(F, n)},
+    torch.relu_: METHODS["relu"],
+    F.softmax: softmax,
+    F.log_softmax: log_softmax,
+    F.pad: pad,
     torch._assert: _ignored,
     torch.fx._symbolic_trace._assert_is_none: _ignored,
     torch.cat: _cat,

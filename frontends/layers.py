@@ -14,8 +14,18 @@ from typing import Any, ClassVar
 import torch
 
 from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError, number
+from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one room for all layers
+    GELU,
+    Hardswish,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
 from graphnet.frontends.dsl import Module, Parameter
-from graphnet.frontends.symbolic import Symbol, active_tracer, flatten
+from graphnet.frontends.symbolic import Symbol, active_tracer, along_channels, flatten, padded
 from graphnet.ops.lrn import LrnAttrs
 
 Pair = int | tuple[int, int]
@@ -369,6 +379,54 @@ class Dropout(Module):
         return f"p={self.p}" + (', mode="vanilla"' if self.mode == "vanilla" else "")
 
 
+class _Normalised(Module):
+    """Along axis 1: the classes of [N, C], the channels of [N, C, H, W]."""
+
+    op: ClassVar[str] = ""
+
+    def __init__(self, dim: int | None = None, *, name: str = "") -> None:
+        self.dim, self.name = dim, name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return along_channels(self.op, x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Softmax(_Normalised):
+    """exp(x) over its sum, along axis 1 of [N, C] or [N, C, H, W]."""
+
+    kind: ClassVar[str] = "softmax"
+    op: ClassVar[str] = "softmax"
+
+
+class LogSoftmax(_Normalised):
+    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
+
+    kind: ClassVar[str] = "softmax"
+    op: ClassVar[str] = "log_softmax"
+
+
+class ZeroPad2d(Module):
+    """Zeros around the pixels: `padding` is an int or (left, right, top, bottom)."""
+
+    kind: ClassVar[str] = "pad"
+
+    def __init__(self, padding: int | tuple[int, int, int, int], *, name: str = "") -> None:
+        sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+        if len(sides) != 4 or any(not isinstance(s, int) for s in sides):
+            raise ConfigError(f"padding is an int or four of them, not {padding!r}")
+        self.padding, self.name = sides, name
+
+    def forward(self, x: Symbol) -> Symbol:
+        images("ZeroPad2d", x)
+        return padded(x, self.padding)
+
+    def extra_repr(self) -> str:
+        return f"{self.padding}"
+
+
 class Flatten(Module):
     """Axes start_dim..end_dim joined into one."""
 
@@ -379,29 +437,3 @@ class Flatten(Module):
 
     def forward(self, x: Symbol) -> Symbol:
         return flatten(x, self.start_dim, self.end_dim)
-
-
-class _Activation(Module):
-    def __init__(self, inplace: bool = False, *, name: str = "") -> None:
-        self.name = name  # `inplace` is torch's; where a result lives is the planner's decision
-
-    def forward(self, x: Symbol) -> Symbol:
-        return x.tracer.emit(self.kind, [x])
-
-
-class ReLU(_Activation):
-    """max(x, 0)."""
-
-    kind: ClassVar[str] = "relu"
-
-
-class Tanh(_Activation):
-    """Hyperbolic tangent."""
-
-    kind: ClassVar[str] = "tanh"
-
-
-class Sigmoid(_Activation):
-    """1 / (1 + exp(-x))."""
-
-    kind: ClassVar[str] = "sigmoid"

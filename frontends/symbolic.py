@@ -6,6 +6,7 @@ append equations to the active `Tracer`; nothing is computed.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -131,12 +132,26 @@ class Tracer:
             assert made is not None  # no op has an optional first result
             self._keep_rows(kind or op, values, made)
         except GraphnetError as error:
+            if isinstance(error, ShapeError) and len(values) > 1 and spec.elementwise:
+                error.message += f" ({self._origins(operands, values)})"
             if not error.layer:
                 error.layer = self.b.where.located["layer"]
                 error.path = self.paths.get(layer) if layer in self.names else None
             error.where = error.where or self.b.where.place or None
             raise
         return Symbol(self, made)
+
+    def _origins(self, operands: Sequence[Any], values: Sequence[Value]) -> str:
+        """What the operands are: "[2,8,4,4] of conv1 net.py:12; [2,4,4,4] of conv2 net.py:13"."""
+        made = {v: e.where for e in self.b.eqns for v in e.results}
+        said = []
+        for x, v in zip(operands, values, strict=True):
+            at = made.get(v)
+            named = f"{', '.join(at.layers)} {at.place}".strip() if at is not None else ""
+            if not isinstance(x, Symbol):
+                named = f"parameter {v.name}" if x in self.params else f"the number {x}"
+            said.append(f"{list(v.type.shape)} of {named or 'the input'}")
+        return "; ".join(said)
 
     def _keep_rows(self, what: str, values: Sequence[Value], made: Value) -> None:
         """ShapeError where a result of rows of the batch has other rows: what is computed for an
@@ -191,8 +206,8 @@ def _told(x: Any) -> str:
 
 
 class Symbol:
-    """One value of the graph being traced: it has a `shape`; arithmetic, slices and the functions
-    below make more."""
+    """One value of the graph being traced: it has a `shape`, and behaves like a tensor. Arithmetic,
+    slices, a tensor's methods and torch's functions make more (`functions.py` lists them)."""
 
     __slots__ = ("tracer", "value")
     __array_ufunc__ = None  # NumPy's operators leave theirs to ours
@@ -215,53 +230,44 @@ class Symbol:
         """The number of axes."""
         return len(self.shape)
 
-    def _binary(self, op: str, other: Any) -> Symbol:
-        a, b = self, other
-        if isinstance(other, Symbol) and self.shape == () and other.shape != ():
-            a, b = other, self  # the scalar stands second
-        return self.tracer.emit(op, [a, b], kind=op)
+    def _binary(self, op: str, other: Any, turned: bool = False) -> Symbol:
+        if isinstance(other, (bool, complex)):
+            raise _mixed(other)
+        operands = [other, self] if turned else [self, other]
+        return self.tracer.emit(op, operands, kind=op)
 
     def __add__(self, other: Any) -> Symbol:
         return self._binary("add", other)
 
+    def __sub__(self, other: Any) -> Symbol:
+        return self._binary("sub", other)
+
     def __mul__(self, other: Any) -> Symbol:
         return self._binary("mul", other)
 
-    __radd__ = __add__
-    __rmul__ = __mul__
+    def __truediv__(self, other: Any) -> Symbol:
+        return self._binary("div", other)
 
-    def __neg__(self) -> Symbol:
-        return self * -1.0
-
-    def __sub__(self, other: Any) -> Symbol:
-        if isinstance(other, (int, float)):
-            return self + -other
-        return self + self.tracer.emit("mul", [other, -1.0], kind="neg")
+    __radd__, __rmul__ = __add__, __mul__
 
     def __rsub__(self, other: Any) -> Symbol:
-        return -self + other
+        return self._binary("sub", other, turned=True)
 
-    def __truediv__(self, other: Any) -> Symbol:
-        """Of a number: times its inverse, within a rounding of the quotient."""
-        if not isinstance(other, (int, float)) or other == 0:
-            return _no("/")(self, other)  # type: ignore[no-any-return]
-        return self * (1 / other)
+    def __rtruediv__(self, other: Any) -> Symbol:
+        return self._binary("div", other, turned=True)
 
-    __rtruediv__, __pow__, __rpow__ = _no("/"), _no("**"), _no("**")
+    def __neg__(self) -> Symbol:
+        return self.tracer.emit("neg", [self], kind="neg")
+
+    def __abs__(self) -> Symbol:
+        return self.tracer.emit("abs", [self], kind="abs")
+
+    def __pos__(self) -> Symbol:
+        return self
+
+    __pow__, __rpow__ = _no("**"), _no("**")
     __matmul__, __rmatmul__ = _no("@"), _no("@")
-    __mod__, __floordiv__, __abs__ = _no("%"), _no("//"), _no("abs")
-
-    def relu(self) -> Symbol:
-        """max(x, 0)."""
-        return relu(self)
-
-    def tanh(self) -> Symbol:
-        """The hyperbolic tangent."""
-        return tanh(self)
-
-    def sigmoid(self) -> Symbol:
-        """1 / (1 + exp(-x))."""
-        return sigmoid(self)
+    __mod__, __floordiv__ = _no("%"), _no("//")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -269,8 +275,13 @@ class Symbol:
     if not TYPE_CHECKING:  # or every attribute of a value would exist
 
         def __getattr__(self, name: str) -> Any:
+            """A tensor's method of that name, where it can be traced."""
             if name.startswith("__"):  # Python asks for names of its own
                 raise AttributeError(f"'Symbol' object has no attribute {name!r}")
+            from graphnet.frontends.functions import METHODS
+
+            if name in METHODS:
+                return functools.partial(METHODS[name], self)
             raise MissingError(
                 f"a symbolic value has no {name!r}", where=user_place() or None,
                 help=instead_of_function(name),
@@ -280,17 +291,25 @@ class Symbol:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What torch calls when one of its functions is given a symbolic value."""
+        """What torch calls when one of its functions is given a symbolic value: ours of that
+        name."""
         import torch
 
-        given = [*args, *(kwargs or {}).values()]
-        for x in given:
+        from graphnet.frontends.functions import FUNCTIONS
+
+        for x in (*args, *(kwargs or {}).values()):
             if isinstance(x, torch.Tensor):
                 raise _mixed(x)
+        if function in FUNCTIONS:
+            made = FUNCTIONS[function](*args, **(kwargs or {}))
+            if function.__name__.endswith("_") or (kwargs or {}).get("inplace"):
+                args[0].value = made.value  # from here on the operand is the result, as in torch
+                return args[0]
+            return made
         name = torch.overrides.resolve_name(function) or function.__name__
         raise UnsupportedOpError(
-            f"{name} is torch's and takes tensors, not the symbolic values of forward",
-            where=user_place() or None, help=instead_of_function(function.__name__),
+            f"{name} cannot be traced", where=user_place() or None,
+            help=instead_of_function(function.__name__),
         )  # fmt: skip
 
     def __getitem__(self, index: Any) -> Symbol:
@@ -351,25 +370,6 @@ class Symbol:
         return f"Symbol({self.value}: {self.value.type})"
 
 
-def _unary(op: str, x: Any) -> Symbol:
-    return active_tracer(f"gn.{op}").emit(op, [x], kind=op)
-
-
-def relu(x: Symbol) -> Symbol:
-    """max(x, 0), element by element."""
-    return _unary("relu", x)
-
-
-def tanh(x: Symbol) -> Symbol:
-    """Hyperbolic tangent, element by element."""
-    return _unary("tanh", x)
-
-
-def sigmoid(x: Symbol) -> Symbol:
-    """1 / (1 + exp(-x)), element by element."""
-    return _unary("sigmoid", x)
-
-
 def cat(tensors: Sequence[Symbol], dim: int = 0) -> Symbol:
     """Values joined along axis `dim`; their other sizes must agree."""
     tensors = list(tensors)
@@ -391,6 +391,37 @@ def flatten(x: Symbol, start_dim: int = 0, end_dim: int = -1) -> Symbol:
     if shape == x.shape:
         return x
     return x.tracer.emit("reshape", [x], kind="flatten", shape=shape)
+
+
+def along_channels(op: str, x: Symbol, dim: int | None) -> Symbol:
+    """softmax or log_softmax of [N, C] or [N, C, H, W] along axis 1."""
+    if dim is None or x.ndim not in (2, 4) or dim % x.ndim != 1:
+        raise UnsupportedOpError(
+            f"{op} over dim={dim!r} of a value of shape {list(x.shape)}",
+            where=user_place() or None,
+            help="over the classes or the channels: dim=1 of [N, C] or [N, C, H, W]",
+        )
+    return x.tracer.emit(op, [x], kind=op)
+
+
+def padded(x: Symbol, sides: Sequence[int], value: float = 0.0) -> Symbol:
+    """x with `value` around it: two numbers an axis, the last axis first, as in torch; negative
+    ones cut off."""
+    if len(sides) % 2 or len(sides) > 2 * x.ndim:
+        raise ShapeError(
+            f"pad by {list(sides)} of a value of shape {list(x.shape)}", where=user_place(),
+            help="two numbers an axis, the last axis first",
+        )  # fmt: skip
+    whole = [*sides, *[0] * (2 * x.ndim - len(sides))]
+    before, after = whole[0::2][::-1], whole[1::2][::-1]
+    ends = zip(before, after, x.shape, strict=True)
+    inner = x[tuple(slice(max(0, -b), s - max(0, -a)) for b, a, s in ends)]
+    if max(whole) <= 0:
+        return inner
+    return x.tracer.emit(
+        "pad", [inner], kind="pad", before=tuple(max(0, b) for b in before),
+        after=tuple(max(0, a) for a in after), value=value,
+    )  # fmt: skip
 
 
 def _axis(dim: int, ndim: int) -> int:

@@ -16,10 +16,16 @@ _NAMES = {
     "graphnet.saving": ("load", "save"),
     "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
-        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "Linear",
-        "LocalResponseNorm", "MaxPool2d", "ReLU", "Sigmoid", "Tanh",
+        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "GELU", "Hardswish",
+        "LeakyReLU", "Linear", "LocalResponseNorm", "LogSoftmax", "MaxPool2d", "ReLU", "ReLU6",
+        "Sigmoid", "SiLU", "Softmax", "Tanh", "ZeroPad2d",
     ),
-    "graphnet.frontends.symbolic": ("cat", "flatten", "relu", "sigmoid", "tanh"),
+    "graphnet.frontends.activations": (
+        "clamp", "exp", "gelu", "hardswish", "leaky_relu", "relu", "relu6", "sigmoid", "silu",
+        "sqrt", "tanh",
+    ),
+    "graphnet.frontends.functions": ("log_softmax", "mean", "pad", "softmax"),
+    "graphnet.frontends.symbolic": ("cat", "flatten"),
     "graphnet.frontends.torch_in": ("from_torch",),
     "graphnet.frontends.tracing": ("trace",),
     "graphnet.ops.loss": ("CrossEntropyLoss", "MultiMarginLoss", "MulticlassHingeLoss"),
@@ -49,21 +55,43 @@ if TYPE_CHECKING:
     from graphnet.api import build, compile
     from graphnet.errors import GraphnetError
     from graphnet.frontends import init, models
+    from graphnet.frontends.activations import (
+        clamp,
+        exp,
+        gelu,
+        hardswish,
+        leaky_relu,
+        relu,
+        relu6,
+        sigmoid,
+        silu,
+        sqrt,
+        tanh,
+    )
     from graphnet.frontends.dsl import Module, Parameter, Sequential
+    from graphnet.frontends.functions import log_softmax, mean, pad, softmax
     from graphnet.frontends.layers import (
+        GELU,
         AdaptiveAvgPool2d,
         AvgPool2d,
         Conv2d,
         Dropout,
         Flatten,
+        Hardswish,
+        LeakyReLU,
         Linear,
         LocalResponseNorm,
+        LogSoftmax,
         MaxPool2d,
         ReLU,
+        ReLU6,
         Sigmoid,
+        SiLU,
+        Softmax,
         Tanh,
+        ZeroPad2d,
     )
-    from graphnet.frontends.symbolic import cat, flatten, relu, sigmoid, tanh
+    from graphnet.frontends.symbolic import cat, flatten
     from graphnet.frontends.torch_in import from_torch
     from graphnet.frontends.tracing import trace
     from graphnet.gradcheck import check_gradients

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from graphnet.ir.types import TensorType, i32, i64
 from tests.case import Case, Tensors, attrs, f, fill, pulled_back
 from tests.cases_augment import augment_rows
-from tests.cases_elementwise import ELEMENTWISE
+from tests.cases_elementwise import ELEMENTWISE, SOFTMAX
 from tests.cases_pool import lrn_rows, pool_rows
 from tests.philox import philox_scalar
 
@@ -101,6 +101,10 @@ MOVES = [
          attrs("slice_grad", axis=1, start=1, stop=4, size=6), exact=True),
     Case("concat", (f(2, 3, 4), f(2, 1, 4), f(2, 2, 4)), lambda *x: torch.cat(x, 1),
          attrs("concat", axis=1), exact=True, wrt=(0, 1, 2)),
+    Case("pad", (f(2, 3, 4, 5),), lambda x: F.pad(x, (1, 0, 2, 3, 0, 1), value=1.5),
+         attrs("pad", before=(0, 0, 2, 1), after=(0, 1, 3, 0), value=1.5), exact=True, wrt=(0,)),
+    Case("pad", (f(3, 5),), lambda x: F.pad(x, (2, 1)), attrs("pad", before=(0, 2), after=(0, 1)),
+         "rows", exact=True, wrt=(0,)),
     Case("relayout", (f(2, 3, 4, 5),), lambda x: x, attrs("relayout", layout="nhwc"),
          exact=True, wrt=(0,)),
 ]  # fmt: skip
@@ -372,6 +376,6 @@ UPDATES = [
 ]  # fmt: skip
 
 CASES = [
-    *ELEMENTWISE, *PRODUCTS, *pool_rows(), *lrn_rows(), *MOVES, *_loss_rows(), *_dropout_rows(),
-    *augment_rows(), *UPDATES,
+    *ELEMENTWISE, *SOFTMAX, *PRODUCTS, *pool_rows(), *lrn_rows(), *MOVES, *_loss_rows(),
+    *_dropout_rows(), *augment_rows(), *UPDATES,
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows of the table of cases: functions, arithmetic with broadcasting, casts."""
+"""Rows of the table of cases: functions, arithmetic with broadcasting, casts, softmax."""
 
 from __future__ import annotations
 
@@ -130,3 +130,25 @@ ELEMENTWISE = [
         attrs("full", value=0.25, shape=(2, 3), dtype="f32"), exact=True,
     ),
 ]  # fmt: skip
+
+
+def _softmax_rows() -> list[Case]:
+    out = []
+    for op, fn in (("softmax", F.softmax), ("log_softmax", F.log_softmax)):
+        for note, shape in (("", (7, 10)), ("channels", (2, 5, 3, 4))):
+            whole = lambda x, fn=fn: fn(x, 1)
+
+            def pulled(y, dy, op=op, whole=whole):
+                return pulled_back(whole, [y.log() if op == "softmax" else y], dy)[0]
+
+            def draw(c, g, dtype, whole=whole):
+                return [whole(fill(c.ins[0], g, dtype)), fill(c.ins[0], g, dtype)]
+
+            out += [
+                Case(op, (f(*shape),), whole, note=note, wrt=(0,)),
+                Case(f"{op}_grad", (f(*shape),) * 2, pulled, note=note, draw=draw),
+            ]
+    return out
+
+
+SOFTMAX = _softmax_rows()

@@ -57,6 +57,14 @@ _TWINS: dict[str, Callable[[Any], nn.Module]] = {
     "ReLU": lambda m: nn.ReLU(inplace=True),
     "Tanh": lambda m: nn.Tanh(),
     "Sigmoid": lambda m: nn.Sigmoid(),
+    "LeakyReLU": lambda m: nn.LeakyReLU(m.negative_slope, inplace=True),
+    "ReLU6": lambda m: nn.ReLU6(inplace=True),
+    "Hardswish": lambda m: nn.Hardswish(),
+    "SiLU": lambda m: nn.SiLU(),
+    "GELU": lambda m: nn.GELU(m.approximate),
+    "Softmax": lambda m: nn.Softmax(m.dim),
+    "LogSoftmax": lambda m: nn.LogSoftmax(m.dim),
+    "ZeroPad2d": lambda m: nn.ZeroPad2d(m.padding),
 }
 
 
@@ -64,7 +72,7 @@ def _build(m: dsl.Module) -> nn.Module:
     if type(m) is dsl.Sequential:
         return nn.Sequential(OrderedDict((key, _build(child)) for key, child in m._own(dsl.Module)))
     name = type(m).__name__
-    if type(m).__module__ != layers.__name__ or name not in _TWINS:
+    if getattr(layers, name, None) is not type(m) or name not in _TWINS:
         raise UnsupportedOpError(
             f"no torch twin for {name}: only layers in gn.Sequential have one",
             help="benchmark a Sequential net",

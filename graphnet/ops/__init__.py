@@ -19,5 +19,6 @@ from graphnet.ops import (  # noqa: F401
     reduce,
     round_tf32,
     shape,
+    softmax,
     update,
 )

@@ -166,6 +166,54 @@ class Concat(_Moves):
 
 
 @dataclass(frozen=True)
+class PadAttrs(Attrs):
+    """before, after: what is added on both sides of each axis; none along the batch."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", tuple(self.before))
+        object.__setattr__(self, "after", tuple(self.after))
+
+
+@register
+class Pad(_Moves):
+    """x with `value` around it."""
+
+    name = "pad"
+    attrs_type = PadAttrs
+
+    def infer(self, attrs: PadAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        (x,) = ins
+        sides = (*attrs.before, *attrs.after)
+        if len(attrs.before) != len(x.shape) or len(sides) != 2 * len(x.shape) or min(sides) < 0:
+            raise ShapeError(f"pad by {attrs.before} and {attrs.after} does not fit {x}")
+        whole = zip(attrs.before, x.shape, attrs.after, strict=True)
+        return (x.with_shape(tuple(map(sum, whole))),)
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,) = cotangents
+        if dy is None or not needs[0]:
+            return (None,)
+        before, shape = eqn.attrs.before, eqn.inputs[0].type.shape  # type: ignore[attr-defined]
+        for axis, (start, size) in enumerate(zip(before, shape, strict=True)):
+            if size != dy.type.shape[axis]:
+                dy = b.one("slice", dy, attrs=SliceAttrs(axis, start, start + size))
+        return (dy,)
+
+    def reference(self, attrs: PadAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = zip(attrs.before, args[0].shape, attrs.after, strict=True)
+        out = args[0].new_full(tuple(map(sum, whole)), attrs.value)
+        inner = zip(attrs.before, args[0].shape, strict=True)
+        out[tuple(slice(b, b + s) for b, s in inner)] = args[0]
+        return (out,)
+
+
+@dataclass(frozen=True)
 class RelayoutAttrs(Attrs):
     layout: str = ""
 

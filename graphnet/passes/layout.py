@@ -48,7 +48,7 @@ def _pinned(graph: Graph) -> set[Value]:
     """Values whose layout is given: that of an input, else row-major."""
     out = {*graph.input_values, *graph.returns}
     for e in graph.eqns:
-        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad"):
+        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad", "pad"):
             out.update((*e.inputs, *e.results))
     return out
 

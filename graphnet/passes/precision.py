@@ -26,6 +26,8 @@ CHOICES = ("auto", *POLICIES)
 _PRODUCTS = ("conv2d", "linear", "conv2d_dgrad", "linear_dgrad")
 _WGRADS = ("conv2d_wgrad", "linear_wgrad")
 _LOSSES = ("cross_entropy", "cross_entropy_grad", "multi_margin", "multi_margin_grad")
+# What reads and makes fp32, as the losses do: its results are probabilities.
+_EXACT = ("softmax", "softmax_grad", "log_softmax", "log_softmax_grad")
 
 
 def resolve(asked: str, target: str) -> str:
@@ -222,6 +224,8 @@ class _Bf16(_Policy):
                 attrs = replace(attrs, out=self.result_dtype(eqn).name)  # type: ignore[call-arg]
         elif eqn.op in _LOSSES:
             ins[0] = self.cast(ins[0], f32)
+        elif eqn.op in _EXACT:
+            ins = [self.cast(v, f32) for v in ins]
         elif eqn.op.endswith("_update"):
             ins = [self.cast(v, w.type.dtype) for v, w in zip(ins, eqn.inputs, strict=True)]
         elif len({v.type.dtype for v in ins if v.type.dtype.is_float and v.type.shape}) > 1:
@@ -231,6 +235,8 @@ class _Bf16(_Policy):
     def result_dtype(self, eqn: Eqn) -> DType:
         """Logits stay fp32: a loss reads them, or the caller gets them."""
         out = eqn.out
-        if out in self.escaping or any(e.op in _LOSSES for e in self.readers.get(out, ())):
+        if out in self.escaping or any(
+            e.op in (*_LOSSES, *_EXACT) for e in self.readers.get(out, ())
+        ):
             return f32
         return bf16

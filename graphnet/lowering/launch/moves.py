@@ -16,7 +16,7 @@ from graphnet.lowering.launch.pool import by_block
 from graphnet.lowering.launch.steps import Fill, Launch, Step, arguments, make, source
 from graphnet.lowering.launch.work import strides
 
-MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "relayout")
+MOVES = ("reshape", "full", "slice", "slice_grad", "concat", "pad", "relayout")
 PACKED = 128  # vectors a program of space-to-depth writes, one a thread
 Name = Callable[[Value], str]
 
@@ -88,6 +88,11 @@ def run_move(eqn: Eqn, name: Name) -> list[Step]:
             f"reshape {eqn.inputs[0].type} to {out} is no view", **eqn.where.located,
             help="relayout to row-major first",
         )  # fmt: skip
+    if eqn.op == "pad":
+        a, x = eqn.attrs, eqn.inputs[0]
+        first = sum(b * s for b, s in zip(a.before, out.strides, strict=True))  # type: ignore[attr-defined]
+        copy = _copy(eqn, name(x), into, x.type, out, x.type.shape, target=first)
+        return [Fill(into, a.value), copy]  # type: ignore[attr-defined]
     axis = eqn.attrs.axis  # type: ignore[attr-defined]
     if eqn.op == "concat":
         steps, start = [], 0

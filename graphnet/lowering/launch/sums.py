@@ -1,10 +1,11 @@
-"""Sums that no anchor holds: the norm of all gradients, the gradient of a broadcast operand. Each
-is cut into parts, which a second launch adds in order."""
+"""Sums that no anchor holds: the norm of all gradients and the gradient of a broadcast operand,
+each cut into parts that a second launch adds in order, and softmax, whose rows fit in registers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
@@ -87,6 +88,41 @@ def sum_to(eqn: Eqn, name: Name) -> list[Step]:
     return [first, last]
 
 
+MOST_CHANNELS = 4096
+
+
+def over_channels(eqn: Eqn, name: Name) -> list[Step]:
+    """softmax, log_softmax and their gradients."""
+    out = eqn.out.type
+    n, channels, h, w = (*out.shape, 1, 1)[:4]
+    if channels > MOST_CHANNELS:
+        raise UnsupportedOpError(
+            f"{eqn.op} over {channels} channels: a row is kept in registers, at most "
+            f"{MOST_CHANNELS}", **eqn.where.located,
+            help="target='cpu' runs every op on torch's kernels",
+        )  # fmt: skip
+    bc = next_power(channels)
+    bp = max(1, min(TILE // bc, next_power(n * h * w)))
+    pixels = n * h * w
+    constants: dict[str, Any] = {"C": channels, "H": h, "W": w, "PIXELS": pixels}
+    values = (*eqn.inputs, eqn.out)
+    for prefix, v in zip("XY" if len(values) == 2 else "YDX", values, strict=True):
+        steps = (*v.type.strides, 0, 0)[:4]
+        constants |= {f"{prefix}S{d}": s for d, s in enumerate(steps)}
+    constants |= {"LOG": eqn.op.startswith("log"), "BP": bp, "BC": bc}
+    refs = tuple(Ref(name(v), v.type.dtype.name) for v in values)
+    return [
+        make(
+            eqn.op.removeprefix("log_"), "softmax", refs, constants, (cdiv(pixels, bp),),
+            reads=tuple(r.name for r in refs[:-1]), writes=(refs[-1].name,),
+            flops=4 * out.numel, bytes=sum(v.type.bytes for v in values), where=eqn.where,
+        )
+    ]  # fmt: skip
+
+
 SUMS: Mapping[str, Callable[[Eqn, Name], list[Step]]] = {
     "global_norm": global_norm, "sum_to": sum_to,
+    **dict.fromkeys(
+        ("softmax", "softmax_grad", "log_softmax", "log_softmax_grad"), over_channels
+    ),
 }  # fmt: skip

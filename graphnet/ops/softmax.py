@@ -1,0 +1,94 @@
+"""softmax and log_softmax along axis 1: classes of [N, C], channels of [N, C, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphnet.errors import ShapeError
+from graphnet.ir.graph import Builder, Eqn, Value
+from graphnet.ir.op import Attrs, Op, register
+from graphnet.ir.types import TensorType
+from graphnet.ops.elementwise import floating, same_dtype
+
+
+class _OverChannels(Op):
+    kernel = "softmax"
+
+    def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        x = ins[0]
+        floating(self.name, x)
+        if len(x.shape) not in (2, 4):
+            raise ShapeError(f"{self.name} takes [N, C] or [N, C, H, W], got {x}")
+        if len(ins) == 2:
+            same_dtype(self.name, x, ins[1])
+            if ins[1].shape != x.shape:
+                raise ShapeError(f"{self.name}: result {x} and gradient {ins[1]} differ in shape")
+        return (x.with_shape(x.shape),)
+
+    def flops(
+        self, attrs: Any, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
+    ) -> int:
+        return 4 * ins[0].numel
+
+
+class _Softmax(_OverChannels):
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,) = cotangents
+        if dy is None or not needs[0]:
+            return (None,)
+        return (b.one(f"{self.name}_grad", eqn.out, dy),)
+
+
+@register
+class Softmax(_Softmax):
+    """y = exp(x - max) / sum exp(x - max)."""
+
+    name = "softmax"
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        e = torch.exp(args[0] - args[0].amax(1, keepdim=True))
+        return (e / e.sum(1, keepdim=True),)
+
+    def cpu(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.softmax(args[0], 1),)
+
+
+@register
+class SoftmaxGrad(_OverChannels):
+    """dx = y (dy - sum dy y)."""
+
+    name = "softmax_grad"
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, dy = args
+        return (y * (dy - (dy * y).sum(1, keepdim=True)),)
+
+
+@register
+class LogSoftmax(_Softmax):
+    """y = x - max - log sum exp(x - max)."""
+
+    name = "log_softmax"
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = args[0] - args[0].amax(1, keepdim=True)
+        return (z - z.exp().sum(1, keepdim=True).log(),)
+
+    def cpu(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.log_softmax(args[0], 1),)
+
+
+@register
+class LogSoftmaxGrad(_OverChannels):
+    """dx = dy - exp(y) sum dy."""
+
+    name = "log_softmax_grad"
+
+    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, dy = args
+        return (dy - y.exp() * dy.sum(1, keepdim=True),)
