@@ -19,6 +19,7 @@ from tests.case import Case, Tensors, attrs, f, fill, pulled_back
 from tests.cases_augment import augment_rows
 from tests.cases_elementwise import ELEMENTWISE, SOFTMAX
 from tests.cases_pool import lrn_rows, pool_rows
+from tests.cases_take import take_rows
 from tests.philox import philox_scalar
 
 # ---- convolution and linear -----------------------------------------------------------------
@@ -377,5 +378,5 @@ UPDATES = [
 
 CASES = [
     *ELEMENTWISE, *SOFTMAX, *PRODUCTS, *pool_rows(), *lrn_rows(), *MOVES, *_loss_rows(),
-    *_dropout_rows(), *augment_rows(), *UPDATES,
+    *_dropout_rows(), *augment_rows(), *take_rows(), *UPDATES,
 ]  # fmt: skip

@@ -20,5 +20,6 @@ from graphnet.ops import (  # noqa: F401
     round_tf32,
     shape,
     softmax,
+    take,
     update,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graphnet.runtime.bound import Bound
 from graphnet.runtime.program import RING, Program, TrainStep, taking_turns
 
 
@@ -30,6 +31,9 @@ class Accumulated(TrainStep):
     def ran(self) -> Program:
         return self._ran
 
+    def _drawing(self, bound: Bound) -> None:
+        """Two programs take turns, so each step is called."""
+
     @taking_turns
     def __call__(
         self,
@@ -43,7 +47,7 @@ class Accumulated(TrainStep):
         program = self._ran = self if last else self._adding
         rows = state.pending_rows + program._feed(x, y, index, epoch)
         if last:
-            self._storage["rows"].fill_(rows)
+            self._hypers.set("rows", rows)
         program._step()
         state.pending, state.pending_rows = (0, 0) if last else (state.pending + 1, rows)
         at = state.steps % RING

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from graphnet.errors import ConfigError, StateDictError, number
+from graphnet.errors import LARGEST, ConfigError, StateDictError, number
+from graphnet.runtime.hypers import Hypers
 from graphnet.runtime.state import Entry, State
 
 
@@ -22,7 +23,7 @@ class Optimizer:
     def __init__(
         self,
         spec: Any,
-        hypers: Mapping[str, torch.Tensor],
+        hypers: Hypers,
         entries: Sequence[Entry],
         state: State,
         more: Mapping[str, float] | None = None,
@@ -50,10 +51,10 @@ class Optimizer:
             self._put(name, value, numbers)
 
     def _put(self, name: str, value: Any, numbers: Mapping[str, float]) -> None:
-        self._values[name] = tuple(value) if isinstance(value, (tuple, list)) else float(value)
+        self._values[name] = _kept(value)
         for hyper, given in numbers.items():
             if hyper in self._hypers:
-                self._hypers[hyper].fill_(given)
+                self._hypers.set(hyper, given)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__["_values"]:
@@ -63,6 +64,11 @@ class Optimizer:
         return getattr(self.__dict__["spec"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._settable(name, value):
+            self._write(name, value)
+
+    def _settable(self, name: str, value: Any) -> bool:
+        """Whether a knob is to be written; ConfigError where it cannot become `value`."""
         if name in self._values:
             if name in self.spec.structural and not value:
                 raise ConfigError(
@@ -70,16 +76,50 @@ class Optimizer:
                     f"{self._values[name]:g}, which this step was compiled with",
                     help=f"compile again with {name}=0",
                 )
-            self._write(name, value)
-        elif not hasattr(self.spec, name):
+            return True
+        if not hasattr(self.spec, name):
             known = ", ".join(self._values)
             raise ConfigError(f"the optimizer has no {name!r}", help=f"can be set: {known}")
-        elif value != getattr(self.spec, name):
+        if value != getattr(self.spec, name):
             raise ConfigError(
                 f"{name}={getattr(self.spec, name)!r} is compiled into this step and cannot "
                 f"become {value!r}",
                 help="compile again with another optimizer; the net keeps its state",
             )
+        return False
+
+    # ---- steps to come ----------------------------------------------------------------------
+
+    def rates(self, n: int, lr: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
+        """f32[n, K]: the device's numbers at n steps to come, a learning rate for each. The last
+        one stands from then on, once `arrived` says so."""
+        table = torch.tensor(self._hypers.values).repeat(n, 1)
+        if lr is not None and n:
+            given = torch.as_tensor(lr, dtype=torch.float64)
+            good = (given >= 0) & (given <= LARGEST)
+            if not bool(good.all()):
+                self._numbers("lr", float(given[int((~good).nonzero()[0])]))
+            table[:, self._hypers.at["lr"]] = given.to(table.dtype)
+            self._values["lr"] = float(given[-1])
+        return table
+
+    def turned(self, turns: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """f32[n, K]: the device's numbers at steps to come, before each of which a schedule sets
+        these knobs. They stand as the last one leaves them, once `arrived` says so."""
+        now, rows, at = list(self._hypers.values), [], self._hypers.at
+        for turn in turns:
+            for knob, value in turn.items():
+                if self._settable(knob, value):
+                    for hyper, given in self._numbers(knob, value).items():
+                        if hyper in at:
+                            now[at[hyper]] = given
+                    self._values[knob] = _kept(value)
+            rows.append(tuple(now))
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(turns), len(now))
+
+    def arrived(self, last: torch.Tensor) -> None:
+        """Says that the device has taken the numbers of a step, f32[K], by itself."""
+        self._hypers.values[:] = last.tolist()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU, row-major."""
@@ -118,3 +158,8 @@ class Optimizer:
     def __repr__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in self._values.items())
         return f"{type(self.spec).__name__}({knobs})"
+
+
+def _kept(value: Any) -> float | tuple[float, ...]:
+    """A knob's value as it is read back."""
+    return tuple(value) if isinstance(value, (tuple, list)) else float(value)

@@ -19,9 +19,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
+from graphnet.errors import ConfigError
 from graphnet.ir.graph import Graph
-from graphnet.runtime.bound import Bound, check_bound, check_labels
+from graphnet.ir.types import f32
+from graphnet.runtime.bound import TABLE, Bound, Draws, Order, check_bound
+from graphnet.runtime.hypers import Hypers
+from graphnet.runtime.inputs import Inputs
 from graphnet.runtime.optim import Optimizer
 from graphnet.runtime.state import Entry, State
 
@@ -75,8 +78,12 @@ class Program:
         self._entries = state.attach(graph)
         self._storage = {e.name: e.tensor for e in self._entries}
         inputs = [(i.value.name, i.value.type, i.role) for i in graph.inputs]
+        numbers = [n for n, type, role in inputs if role == "hyper" and type.dtype == f32]
+        self._hypers = Hypers(numbers, self.device)
         for name, type, role in inputs:
-            if role in ("data", "hyper"):
+            if name in self._hypers:
+                self._storage[name] = self._hypers.scalar(name)
+            elif role in ("data", "hyper"):
                 self._storage[name] = self._zeros(type)
         for v in graph.returns:
             if v.name not in self._storage:
@@ -84,18 +91,25 @@ class Program:
         self.shape = tuple(stages.traced.input("x").value.type.shape)
         self.classes = _classes(stages.traced)
         self._returns = tuple(v.name for v in graph.returns)
-        self._live = self._epoch = 0
-        self._takes = stages.traced.input("x").value.type.dtype.torch
+        takes = stages.traced.input("x").value.type.dtype.torch
+        self._inputs = Inputs(self._storage, takes, self.classes)
         if "seed" in self._storage:
             self._storage["seed"].fill_(_signed64(self.seed))
         targets = {old.name for old, _ in graph.commits}
         self._writes = any(e.role == "param" and e.name in targets for e in self._entries)
         self._keeps = {e.name for e in self._entries if e.role == "derived"} & targets
         state.acquire(self._entries)  # a prepare that warms up reads current values
+        self._prepare = prepare
         self._run = prepare(plan, self._storage)
+        if hasattr(self._run, "record"):
+            self._run.record()
 
     def _zeros(self, type: Any) -> torch.Tensor:
         return type.layout.zeros(type.shape, type.dtype.torch, self.device)
+
+    def _input(self, name: str, type: Any) -> torch.Tensor:
+        """Where the step reads an input, or a place for it where it reads none of that name."""
+        return self._storage[name] if name in self._storage else self._zeros(type)
 
     def graph(self, stage: str) -> Graph:
         """The graph after a stage: "traced", "joint" or "fused"."""
@@ -113,87 +127,8 @@ class Program:
         epoch: int = 0,
     ) -> int:
         """Copies a batch in and returns its rows."""
-        rows = self._check_x(x)
-        if y is not None:
-            self._check_y(y, rows)
-        self._place(index, epoch, rows)
-        self._copy("x", x, rows)
-        if y is not None and "labels" in self._storage:
-            self._copy("labels", y, rows)
-        if rows != self._live:
-            self._live = rows
-            if "live" in self._storage:
-                self._storage["live"].fill_(rows)
-        return rows
-
-    def _place(self, index: torch.Tensor | None, epoch: int, rows: int) -> None:
-        """Where the rows stand in the data and in its epochs: what an augmentation draws by."""
-        if "index" not in self._storage:
-            if index is not None:
-                raise ConfigError(
-                    "this program draws nothing by index", help="compile it with augment="
-                )
-            return
-        if index is None:  # no row twice
-            first = self.state.steps * self.shape[0]
-            index = torch.arange(first, first + rows)
-        if index.dtype != torch.int64 or tuple(index.shape) != (rows,):
-            raise ShapeError(f"index {index.dtype}{list(index.shape)} for {rows} rows")
-        self._copy("index", index, rows)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._storage["epoch"].fill_(epoch)
-
-    def _copy(self, name: str, source: torch.Tensor, rows: int) -> None:
-        into = self._storage[name]
-        into[:rows].copy_(source.detach(), non_blocking=True)
-        if rows < into.shape[0]:
-            into[rows:].zero_()
-
-    def _check_x(self, x: torch.Tensor) -> int:
-        if not isinstance(x, torch.Tensor):
-            raise DataError(
-                f"the input is a {type(x).__name__}", help="give a torch tensor: torch.as_tensor(x)"
-            )
-        if x.dtype != self._takes:
-            raise DTypeError(
-                f"the input has dtype {x.dtype}, not {self._takes}",
-                help="x.float()" if self._takes == torch.float32 else "images as they are stored",
-            )
-        want = ", ".join(map(str, self.shape[1:]))
-        if x.ndim != len(self.shape) or tuple(x.shape[1:]) != self.shape[1:]:
-            raise ShapeError(f"the input has shape {list(x.shape)}, compiled for [N, {want}]")
-        if not 1 <= x.shape[0] <= self.shape[0]:
-            raise ShapeError(
-                f"a batch of {x.shape[0]} rows, compiled for 1 to {self.shape[0]}",
-                help="split the batch, or compile for a larger one",
-            )
-        self._check_device("input", x)
-        return x.shape[0]
-
-    def _check_y(self, y: torch.Tensor, rows: int) -> None:
-        if not isinstance(y, torch.Tensor):
-            raise DataError(
-                f"the labels are a {type(y).__name__}",
-                help="give a torch tensor: torch.as_tensor(y)",
-            )
-        if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-            raise DTypeError(
-                f"the labels have dtype {y.dtype}, not torch.int64", help="y.long()"
-            )  # fmt: skip
-        if tuple(y.shape) != (rows,):
-            raise ShapeError(f"labels of shape {list(y.shape)} for {rows} rows; wanted [{rows}]")
-        self._check_device("labels", y)
-        # Labels on the GPU are not checked: that would wait for the device at every step.
-        if y.device.type == "cpu" and self.classes:
-            check_labels(y, self.classes)
-
-    def _check_device(self, what: str, t: torch.Tensor) -> None:
-        if t.device.type != "cpu" and t.device != self.device:
-            raise DataError(
-                f"the {what} lies on {t.device}, the program runs on {self.device}",
-                help="move it: .cpu()" if self.device.type == "cpu" else f".to('{self.device}')",
-            )
+        first = self.state.steps * self.shape[0]
+        return self._inputs.feed(x, y, index, epoch, first)
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -202,8 +137,7 @@ class Program:
 
     def _step_with(self, run: Callable[[], None]) -> None:
         self.state.acquire(self._entries)
-        with torch.no_grad():
-            run()
+        run()  # no target records gradients
         if self._writes and len(self.state.derived) > len(self._keeps):
             self.state.stale = True  # copies that this program does not keep up
 
@@ -288,9 +222,10 @@ class TrainStep(Program):
         own = [e for e in self._entries if e.role in ("slot", "counter") and e.name not in _OURS]
         self._unmet: Sequence[Entry] = own
         self.optimizer = Optimizer(
-            optimizer, self._storage, own, self.state, knobs, self.counts
+            optimizer, self._hypers, own, self.state, knobs, self.counts
         )  # fmt: skip
         self._bound: Bound | None = None
+        self._draws: Draws | None = None
 
     def _step_with(self, run: Callable[[], None]) -> None:
         self._join()
@@ -346,14 +281,37 @@ class TrainStep(Program):
         seed    of the order of each epoch; the step's own seed by default
         """
         check_bound(images, labels, self.shape, self.classes)
-        self._bound = Bound(
-            images.detach().to(self.device),
-            labels.detach().to(self.device, torch.int64),
-            self.shape[0],
-            self.seed if seed is None else seed,
-            shuffle,
-        )
+        seed, n = self.seed if seed is None else seed, images.shape[0]
+
+        def order(epoch: int) -> torch.Tensor:
+            g = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+            return torch.randperm(n, generator=g)
+
+        self._bind(images, labels, order if shuffle else None)
         return self
+
+    @taking_turns
+    def _bind(
+        self, images: torch.Tensor, labels: torch.Tensor, order: Order | None,
+        levels: torch.Tensor | None = None,
+    ) -> Bound:  # fmt: skip
+        """Puts data on the device. `levels` f32[C, 256] are what a net without augmentation reads
+        for the bytes of each channel: value / 255 by default."""
+        inputs = self._inputs
+        if images.dtype == torch.uint8 and inputs.takes == torch.float32 and levels is None:
+            levels = (torch.arange(256).float() / 255).expand(images.shape[1], 256)
+        here = lambda t: t.detach().to(self.device).contiguous()
+        as_read = lambda t: here(t.to(inputs.x.dtype) if t.dtype == torch.float32 else t)
+        bound = self._bound = Bound(
+            as_read(images), here(labels.to(torch.int64)), self.shape[0], order,
+            None if levels is None else as_read(levels),
+        )  # fmt: skip
+        self._draws = self._drawing(bound)
+        return bound
+
+    def _drawing(self, bound: Bound) -> Draws | None:
+        """What runs steps over the data; None where each is called."""
+        return Draws(self, bound)
 
     def run(self, n: int, lr: Sequence[float] | None = None) -> torch.Tensor:
         """n steps over the bound data, epoch after epoch; their n losses, on the device.
@@ -361,23 +319,57 @@ class TrainStep(Program):
         lr  a learning rate for each step; the optimizer's own by default
 
         The last batch of an epoch may be smaller. The next call goes on where this one stopped.
+        Losses, parameters and order are those of n calls, in every bit. On a GPU the host does no
+        work for each step: it replays graphs of up to 64 steps, and sends an order for each epoch
+        and a table of learning rates for each 1,024 steps.
         """
-        bound = self._ready(n, lr)
+        self._ready(n, lr)
         losses = torch.empty(n, device=self.device)
-        for k in range(n):
+        for at in range(0, n, TABLE):
+            to = min(n, at + TABLE)
             with self.state.lock:
-                if lr is not None:
-                    self.optimizer.lr = float(lr[k])
-                batch = bound.stored() if "index" in self._storage else bound.next()
-                losses[k].copy_(self(*batch))
+                if self._draws is None:
+                    self._call(losses[at:to], None if lr is None else lr[at:to])
+                else:
+                    mine = None if lr is None else lr[at:to]
+                    self._ahead(self.optimizer.rates(to - at, mine))
+                    self._losses(losses[at:to])
         return losses
 
-    def _ready(self, n: int, lr: Sequence[float] | None) -> Bound:
-        """The bound data, once the arguments of `run` are sound."""
+    def _ahead(self, table: torch.Tensor) -> None:
+        """Steps over the bound data, of which each draws its batch: one for each row of f32[n, K],
+        the device's numbers."""
+        draws = self._draws
+        assert draws is not None and len(table) <= TABLE
+        draws.send(table)
+        self._step_with(functools.partial(draws.go, len(table)))
+        self._inputs.drawn(*draws.bound.latest)
+        self.optimizer.arrived(table[-1])
+
+    def _losses(self, into: torch.Tensor) -> None:
+        """Copies the losses of the latest steps, up to 4,096 of them, out of the ring."""
+        ring, n = self._storage["ring"], len(into)
+        first = (self.state.steps - n) % RING
+        wrap = min(n, RING - first)
+        into[:wrap].copy_(ring[first : first + wrap])
+        if wrap < n:
+            into[wrap:].copy_(ring[: n - wrap])
+
+    def _call(self, losses: torch.Tensor, lr: Sequence[float] | None) -> None:
+        """The same steps, call by call."""
+        bound = self._bound
+        assert bound is not None
+        for k in range(len(losses)):
+            if lr is not None:
+                self.optimizer.lr = float(lr[k])
+            batch = bound.stored() if "index" in self._storage else bound.next()
+            losses[k].copy_(self(*batch))
+
+    def _ready(self, n: int, lr: Sequence[float] | None) -> None:
+        """ConfigError unless data are bound and the arguments of `run` sound."""
         if self._bound is None:
             raise ConfigError("run without data", help="step.bind(images, labels) first")
         if not isinstance(n, int) or n < 0:
             raise ConfigError(f"run takes a number of steps, not {n!r}")
         if lr is not None and len(lr) != n:
             raise ConfigError(f"{len(lr)} learning rates for {n} steps", help="one for each step")
-        return self._bound

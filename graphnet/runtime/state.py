@@ -112,6 +112,7 @@ class State:
         self.params: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self.stale = False
+        self._derived: list[Entry] | None = None  # those of `entries`, while they are known
         self.lock = bank.lock  # of the net: a program runs while its thread holds it
         self._bank = bank
 
@@ -149,7 +150,9 @@ class State:
 
     @property
     def derived(self) -> list[Entry]:
-        return [e for e in self.entries.values() if e.role == "derived"]
+        if self._derived is None:
+            self._derived = [e for e in self.entries.values() if e.role == "derived"]
+        return self._derived
 
     def attach(self, graph: Graph) -> list[Entry]:
         """The entries that a graph reads or commits, in input order, made where missing."""
@@ -181,7 +184,7 @@ class State:
         param = self.params.get(i.of or name)
         trainable = bool(getattr(param, "trainable", False))
         made = Entry(name, i.role, i.of, cell, tensor, trainable, shape, layout=layout)
-        self.entries[key] = made
+        self.entries[key], self._derived = made, None
         if i.role == "derived":
             made.source = self.params[i.of]
             made.source._watchers.add(self)

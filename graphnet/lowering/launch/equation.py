@@ -20,6 +20,7 @@ from graphnet.lowering.launch.cost import with_costs
 from graphnet.lowering.launch.moves import MOVES, pack, pointwise_launch, run_move
 from graphnet.lowering.launch.steps import Launch, Step, make
 from graphnet.lowering.launch.sums import SUMS
+from graphnet.lowering.launch.take import take
 from graphnet.lowering.launch.work import Work, take_apart
 
 
@@ -30,6 +31,8 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
     _check_layouts(eqn)
     if eqn.op in SUMS:
         return SUMS[eqn.op](eqn, name)
+    if eqn.op == "take":
+        return [take(eqn, name)]
     work = take_apart(eqn, name)
     if work.anchors:
         choice = kernels.choose(work)

@@ -157,6 +157,46 @@ def _pin_tools() -> None:
         triton.knobs.cache.dir = launchers()
 
 
+class Replayed:
+    """A step on fixed storage, recorded in a CUDA graph that every call replays.
+
+    once  the launches of the step, one by one
+    keep  what must live as long as the graph, which holds addresses alone
+    Recording runs nothing, so no state is touched; the first call records unless `record` was
+    called before.
+    """
+
+    def __init__(self, once: Call, device: torch.device, keep: object = ()) -> None:
+        self.once, self.device, self.keep = once, device, keep
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def record(self) -> torch.cuda.CUDAGraph:
+        """Records the step, once."""
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with MODE, torch.cuda.device(self.device), torch.no_grad():
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.graph(graph, stream=side):
+                    self.once()
+                torch.cuda.current_stream().wait_stream(side)
+            self._graph = graph
+        return self._graph
+
+    def __call__(self) -> None:
+        (self._graph or self.record()).replay()
+
+    def behind(self, first: Replayed, times: int) -> Replayed:
+        """`first` and then this step, so many times, as one graph."""
+
+        def once() -> None:
+            for _ in range(times):
+                first.once()
+                self.once()
+
+        return Replayed(once, self.device, (first, self))
+
+
 def prepare(
     plan: Plan,
     storage: Storage,
@@ -166,10 +206,10 @@ def prepare(
 ) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
-    capture  record the step in a CUDA graph; False launches step by step, for debugging, and
-             so do GRAPHNET_CHECK and GRAPHNET_DEBUG=2
+    capture  a `Replayed`; False launches step by step, for debugging, and so do GRAPHNET_CHECK and
+             GRAPHNET_DEBUG=2
     around   is given each step with its call and returns what is called instead: to time it
-    Nothing runs before the first call: capture records, so that no state is touched.
+    Nothing runs before the first call.
     """
     require(plan)
     device = next((t.device for t in storage.values()), torch.device("cuda"))
@@ -199,17 +239,5 @@ def prepare(
 
         return run
 
-    graph = torch.cuda.CUDAGraph()
-    with MODE, torch.cuda.device(device), torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.graph(graph, stream=side):
-            once()
-        torch.cuda.current_stream().wait_stream(side)
-
-    # The graph holds addresses alone: what lies there must live as long as it does. The calls hold
-    # the tables that launches read, and their descriptors.
-    def replay(_keep: tuple = (arena, held, program)) -> None:
-        graph.replay()
-
-    return replay
+    # The calls hold the tables that launches read, and their descriptors.
+    return Replayed(once, device, (arena, held, program))
