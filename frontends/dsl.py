@@ -27,7 +27,7 @@ from graphnet.errors import (
 from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
 from graphnet.ir.types import layout_of_parameter
-from graphnet.runtime.state import Cell, lock_of
+from graphnet.runtime.state import Cell, lock_of, release_held
 
 if TYPE_CHECKING:
     from graphnet.frontends.summary import Summary
@@ -322,6 +322,7 @@ class Module:
         with lock_of(self):
             for key, tensor in loaded.items():
                 mine[key].data = tensor
+            release_held(self)
         return Incompatible(missing, unexpected)
 
     def copy(self) -> Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def lower(
     grads: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
-    nonfinite: str | None = None,
+    nonfinite: str | None = "auto",
     apply: bool = True,
     augment: Any = None,
     kernels: Kernels | None = None,
@@ -176,7 +177,7 @@ def compile(
     grads: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
-    nonfinite: str | None = None,
+    nonfinite: str | None = "auto",
     augment: Any = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
@@ -193,10 +194,12 @@ def compile(
 
     accumulate  a step applies the mean gradient of this many calls, at the last of them
     clip_norm   scales the gradients down to this global norm; `step.optimizer.clip_norm` sets it
-    nonfinite   "stop": a step whose loss is not finite leaves the state as it was; "skip": so does
-                one whose gradients are not, and its recorded loss is NaN. None, the default, guards
-                nothing: a loss that is NaN makes the weights NaN. Neither raises: a `gn.Trainer`
-                does, and names the layer
+    nonfinite   "auto": a step whose loss is not finite raises NumericsError, which names the layer,
+                and leaves the state as it was. On a GPU a later call raises, and the steps between
+                change nothing. A step that accumulates has no such guard, where it costs launches.
+                "stop": the state is left as it was, and nothing raises; "skip": so do gradients
+                that are not finite, and the recorded loss is NaN. None guards nothing: a loss that
+                is NaN makes the weights NaN
     Clipping and "skip" read all gradients before the first update: `inspect --why` has the price.
 
     augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
@@ -277,7 +280,7 @@ def _program(
     if how.get("optimizer") is not None:
         clip_norm = how.get("clip_norm")
         knobs = {"clip_norm": clip_norm} if clip_norm else {}
-        common |= {"optimizer": how["optimizer"], "knobs": knobs}
+        common |= {"optimizer": how["optimizer"], "knobs": knobs, "net": weakref.ref(net)}
         if not adding:
             return TrainStep(**common)
         return Accumulated(every=how["accumulate"], adding=adding[0], **common)
@@ -297,7 +300,7 @@ def build(
     grads: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
-    nonfinite: str | None = None,
+    nonfinite: str | None = "auto",
     augment: Any = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
@@ -374,10 +377,13 @@ def _handling(
         raise ConfigError(f"accumulate is a positive int, not {accumulate!r}")
     if clip_norm is not None:
         number("compile", "clip_norm", clip_norm, above=True)
-    if optimizer is None and (accumulate != 1 or clip_norm is not None or nonfinite is not None):
+    plain = accumulate == 1 and clip_norm is None and nonfinite in ("auto", None)
+    if optimizer is None and not plain:
         raise ConfigError(
             "accumulate, clip_norm and nonfinite are about updates", help="give an optimizer"
         )
+    if nonfinite == "auto" and accumulate > 1:
+        nonfinite = None
     return Handling(accumulate > 1, apply, clip_norm is not None, nonfinite)
 
 

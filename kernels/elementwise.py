@@ -25,12 +25,29 @@ def elementwise(
 
 
 @triton.jit
-def record_step(ring, loss, step, norm, RING: tl.constexpr, NORM: tl.constexpr):
-    """ring[step mod RING] = loss, or NaN where a norm is not finite; then step + 1. One program."""
+def record_step(
+    ring, loss, step, held, go, norm,
+    RING: tl.constexpr, STICKY: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """ring[step mod RING] = loss, or NaN where a norm is not finite; then step + 1. One program.
+
+    Where it is STICKY, steps that were held back take places in the ring too, `go` is inf behind
+    the first of them, and a step that is not finite counts as held.
+    """
     at = tl.load(step)
     value = tl.load(loss)
     if NORM:
         value = tl.where(tl.abs(tl.load(norm)) < float("inf"), value, float("nan"))
-    tl.store(ring + at % RING, value)
-    tl.debug_barrier()
-    tl.store(step, at + 1)
+    if STICKY:
+        before = tl.load(held)
+        tl.store(ring + (at + before.to(tl.int64)) % RING, value)
+        free = tl.where(before == 0.0, value, float("inf"))
+        fine = tl.abs(free) < float("inf")
+        tl.debug_barrier()
+        tl.store(go, free)
+        tl.store(held, tl.where(fine, before, before + 1.0))
+        tl.store(step, tl.where(fine, at + 1, at))
+    else:
+        tl.store(ring + at % RING, value)
+        tl.debug_barrier()
+        tl.store(step, at + 1)

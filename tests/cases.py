@@ -310,6 +310,20 @@ def _draw_flags(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
     return [*(fill(t, g, dtype) for t in c.ins[:2]), *scalars]
 
 
+def _draw_record(c: Case, g: torch.Generator, dtype: torch.dtype) -> Tensors:
+    numbers = {"held": [2.5, 3.0], "inf": [math.inf, 0.0], "sticky norm": [2.5, 0.0, 7.0]}
+    loss, *rest = (torch.tensor(v, dtype=dtype) for v in numbers.get(c.note, [2.5, 0.0]))
+    return [fill(c.ins[0], g, dtype), loss, torch.tensor(4095), *rest]
+
+
+def _sticky_record(ring, loss, step, held, *norm):
+    """Behind 4,095 steps: the place of this one is the last, those held back begin at the first."""
+    ring = ring.index_fill(0, (step + held.long()) % 4096, float(loss))
+    if float(held) or not torch.isfinite(loss):
+        return ring, step, held + 1, torch.full_like(loss, math.inf) if float(held) else loss
+    return ring, step + 1, held, loss
+
+
 _W, _S = f(4, 3), f()
 UPDATES = [
     Case("sgd_update", (_W, _W, _S, _S), _torch_sgd(False), draw=_draw_sgd),
@@ -374,6 +388,13 @@ UPDATES = [
     Case("record_step", (f(4096), _S, TensorType(i64, ())),
          lambda ring, loss, step: (ring.index_fill(0, step % 4096, float(loss)), step + 1),
          exact=True),
+    *(
+        Case("record_step", (f(4096), _S, TensorType(i64, ()), *scalars), _sticky_record,
+             attrs("record_step", sticky=True), note, _draw_record, exact=True)
+        for note, *scalars in [
+            ("sticky", _S), ("sticky norm", _S, _S), ("held", _S), ("inf", _S)
+        ]
+    ),
 ]  # fmt: skip
 
 CASES = [

@@ -16,7 +16,7 @@ from graphnet.errors import ConfigError, ShapeError
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType, f32
 
-POLICIES = (None, "stop", "skip")
+POLICIES = ("auto", "stop", "skip", None)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Handling:
     accumulate  there are sums over several steps; `apply` says that this step ends one
     clip        the gradients together are scaled down to a norm
     nonfinite   "stop": a loss that is not finite leaves the state untouched; "skip": so does a
-                gradient that is not
+                gradient that is not; "auto": as "stop", and so do the steps behind it
     """
 
     accumulate: bool = False
@@ -36,7 +36,12 @@ class Handling:
 
     def __post_init__(self) -> None:
         if self.nonfinite not in POLICIES:
-            raise ConfigError(f"nonfinite={self.nonfinite!r}", help='"stop", "skip" or None')
+            raise ConfigError(f"nonfinite={self.nonfinite!r}", help=f"one of {POLICIES}")
+
+    @property
+    def sticky(self) -> bool:
+        """Whether a step that is not finite holds back those behind it."""
+        return self.nonfinite == "auto"
 
     @property
     def norm(self) -> bool:

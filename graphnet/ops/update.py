@@ -154,30 +154,48 @@ class SGDUpdate(Update):
         return [w1, v1]
 
 
+@dataclass(frozen=True)
+class RecordAttrs(Attrs):
+    """sticky: a step that is not finite holds back itself and the steps behind it."""
+
+    sticky: bool = False
+
+
 @register
 class RecordStep(Op):
-    """(ring', step'): the loss stands at ring[step mod its length], then the step counts on.
+    """(ring', step') from ring, loss, step and, where there is one, the norm of the gradients.
 
-    With a fourth operand, the norm of the gradients, NaN stands there where that is not finite.
+    The loss stands at ring[step mod its length], NaN where the norm is not finite; then the step
+    counts on. A sticky record takes a count of the steps held back, `held`, before the norm, and
+    gives (ring', step', held', go): the loss stands at ring[(step + held) mod its length]. `go` is
+    what stands there, or inf where an earlier step was not finite; the updates look at it. Where it
+    is not finite, held counts on in place of step.
     """
 
     name = "record_step"
     kernel = "record"
+    attrs_type = RecordAttrs
 
-    def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        ring, loss, step, *norm = ins
-        if len(norm) > 1 or any(t.shape != () for t in norm):
-            raise ShapeError(f"record_step takes one norm at most, a scalar, got {norm}")
+    def infer(self, attrs: RecordAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
+        ring, loss, step, *more = ins
+        if not attrs.sticky <= len(more) <= 1 + attrs.sticky or any(t.shape != () for t in more):
+            takes = "held and one norm at most" if attrs.sticky else "one norm at most"
+            raise ShapeError(f"record_step takes {takes}, scalars, got {more}")
         if len(ring.shape) != 1 or loss.shape != () or step.shape != ():
             raise ShapeError(f"record_step: {ring}, {loss}, {step} are no ring, scalar and counter")
-        return (ring, step)
+        return (ring, step, more[0], TensorType(f32, ())) if attrs.sticky else (ring, step)
 
-    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ring, loss, step, *norm = args
+    def reference(self, attrs: RecordAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ring, loss, step, *more = args
+        held = more.pop(0) if attrs.sticky else torch.zeros((), device=ring.device)
+        value = loss if all(bool(torch.isfinite(n)) for n in more) else loss * float("nan")
         out = ring.clone()
-        good = all(bool(torch.isfinite(n)) for n in norm)
-        out[int(step) % len(ring)] = loss if good else float("nan")
-        return (out, step + 1)
+        out[(int(step) + int(held)) % len(ring)] = value
+        if not attrs.sticky:
+            return (out, step + 1)
+        go = value if not held else torch.full_like(value, float("inf"))
+        fine = int(torch.isfinite(go))
+        return (out, step + fine, held + (1 - fine), go)
 
     def flops(
         self, attrs: Attrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]

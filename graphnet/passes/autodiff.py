@@ -125,16 +125,25 @@ def autodiff(
                 assert norm is not None
                 limit = b.input("clip_norm", TensorType(f32, ()), "hyper")
                 gradient = {p: b.one("clip", gradient[p], norm, limit) for p in ordered}
-            flags = [] if how.nonfinite is None else [v for v in (loss, norm) if v is not None]
+        flags = [] if how.nonfinite is None else [v for v in (loss, norm) if v is not None]
+        if go := _record(b, loss, flags[1:], how.sticky):
+            flags = [go]
+        if how.apply:
             _update(b, traced, ordered, gradient, optimizer, multipliers or {}, flags)
-        have = {i.value.name: i.value for i in b.inputs}
-        step = have.get("step") or b.input("step", TensorType(i64, ()), "counter")
-        ring = b.input("ring", TensorType(f32, (RING,)), "counter")
-        record = [ring, loss, step, *([norm] if how.nonfinite and norm is not None else [])]
-        new_ring, new_step = b.emit("record_step", record)
-        b.commit(ring, new_ring)  # type: ignore[arg-type]
-        b.commit(step, new_step)  # type: ignore[arg-type]
     return dce(b.build(loss))
+
+
+def _record(b: Builder, loss: Value, norm: Sequence[Value], sticky: bool) -> Value | None:
+    """Keeps the loss and counts the step; where it is sticky, the flag that updates look at."""
+    have = {i.value.name: i.value for i in b.inputs}
+    step = have.get("step") or b.input("step", TensorType(i64, ()), "counter")
+    ring = b.input("ring", TensorType(f32, (RING,)), "counter")
+    held = [b.input("held", TensorType(f32, ()), "counter")] if sticky else []
+    attrs = get_op("record_step").attrs_type(sticky=sticky)  # type: ignore[call-arg]
+    results = b.emit("record_step", [ring, loss, step, *held, *norm], attrs)
+    for old, new in zip((ring, step, *held), results, strict=False):
+        b.commit(old, new)  # type: ignore[arg-type]
+    return results[3] if sticky else None
 
 
 def _in_order(

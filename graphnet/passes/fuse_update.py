@@ -39,13 +39,17 @@ RULES = [
     # The guard reads the update's result, in whatever kernel that is.
     *(
         Rule(f"if_finite({name}(...)) => fused", P(("if_finite",), P((op,))), build_merge, fits)
-        for name, op in [(g, f"anchor:{g}") for g in WGRADS]
-        + [(u, u) for u in (*UPDATES, "chain", "adam_debias")]
+        for name, op in [(g, f"anchor:{g}") for g in WGRADS] + [(u, u) for u in (*UPDATES, "chain")]
     ),
 ]
-# The low-precision copy is written by the kernel that writes the master; both are results.
-COPIES = [
-    Rule(f"{copy}({inner}(...)) => fused", P((copy,), P((op,))), build_merge, fits, keeps=True)
+# The low-precision copy is written by the kernel that writes the master; both are results. So is a
+# count that the updates read, and its guarded copy, which is kept.
+_KEPT = [(f"if_finite({u}(...))", "if_finite", u) for u in ("adam_debias", "chain")] + [
+    (f"{copy}({inner}(...))", copy, op)
     for copy in ("cast", "round_tf32")
     for inner, op in [(g, f"anchor:{g}") for g in WGRADS] + [(u, u) for u in (*UPDATES, "chain")]
+]
+COPIES = [
+    Rule(f"{name} => fused", P((outer,), P((inner,))), build_merge, fits, keeps=True)
+    for name, outer, inner in _KEPT
 ]

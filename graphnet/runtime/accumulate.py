@@ -22,7 +22,7 @@ class Accumulated(TrainStep):
     def __init__(self, *, every: int, adding: Any, **kwargs: Any) -> None:
         """adding: stages and plan of the program that only sums up."""
         super().__init__(**kwargs)
-        common = {k: v for k, v in kwargs.items() if k not in ("optimizer", "knobs")}
+        common = {k: v for k, v in kwargs.items() if k not in ("optimizer", "knobs", "net")}
         self.every = every
         self._adding = Program(**common | {"stages": adding.stages, "plan": adding.plan})
         self._ran: Program = self
@@ -42,6 +42,7 @@ class Accumulated(TrainStep):
         index: torch.Tensor | None = None,
         epoch: int = 0,
     ) -> torch.Tensor:
+        self._take_over()
         state = self.state
         last = state.pending + 1 >= self.every
         program = self._ran = self if last else self._adding

@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 
+from graphnet.errors import NumericsError
 from graphnet.ir.graph import Eqn, Input, Value
 from graphnet.ops.fused import run_eqn
 from graphnet.passes.precision import derived
 from graphnet.runtime.program import Program
 
 _BOOKS = ("record_step", "if_finite")  # they hide a bad value, or only repeat one
+
+
+HELP = (
+    "lower the learning rate, clip the gradients (clip_norm), or leave such steps out "
+    '(nonfinite="skip")'
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,15 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{f'layer {self.layer}: ' if self.layer else ''}{self.what}"
+
+
+def not_finite(text: str, found: Finding | None) -> NumericsError:
+    """The error of a training step that was not finite: what happened, and what was found."""
+    if found is None:
+        return NumericsError(text, help=HELP)
+    return NumericsError(
+        f"{text}: {found.what}", layer=found.layer or None, where=found.where or None, help=HELP
+    )
 
 
 def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | None:
@@ -83,8 +99,9 @@ def _held(program: Program, i: Input) -> torch.Tensor | None:
     tensor = program._storage.get(name)
     if tensor is None:
         return None
-    held = tensor.detach().cpu()
-    return held - 1 if name == "step" else held  # it has counted on
+    value = tensor.detach().cpu()
+    counted = name == "step" and "held" not in program._storage  # a sticky one stands still
+    return value - 1 if counted else value
 
 
 def _kind(t: torch.Tensor) -> str:

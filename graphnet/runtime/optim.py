@@ -34,7 +34,7 @@ class Optimizer:
         own = self.__dict__
         own["spec"], own["_hypers"], own["_state"] = spec, hypers, state
         own["_entries"] = {e.name: e for e in entries}
-        own["_values"], own["_counts"] = {}, {"step": "steps"} | {n: n for n in counts}
+        own["_values"], own["_counts"] = {}, {"step": "done"} | {n: n for n in counts}
         own["_more"] = frozenset(more or ())
         for knob, value in ({k: getattr(spec, k) for k in spec.knobs} | dict(more or {})).items():
             self._write(knob, value)

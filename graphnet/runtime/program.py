@@ -13,7 +13,9 @@ State, and so do calls of one program, since they share its buffers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,7 +31,7 @@ from graphnet.runtime.optim import Optimizer
 from graphnet.runtime.state import Entry, State
 
 RING = 4096  # losses kept on the device; as in passes/autodiff
-_OURS = ("ring", "step")  # counters that belong to every step, whatever its optimizer
+_OURS = ("ring", "step", "held")  # counters that belong to the step, whatever its optimizer
 Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
 _STAGES = ("traced", "joint", "fused")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -207,6 +209,8 @@ class TrainStep(Program):
     """step(x, y) -> loss before the update, the mean over the rows, still on the device.
 
     Each loss is a tensor of its own, overwritten 4,096 steps later; only float() synchronises.
+    With `nonfinite="auto"` a loss that is not finite raises NumericsError and leaves the state as
+    it was: at once on the CPU; on a GPU in a later call, and the steps between change nothing.
     optimizer  the live view: set `lr`, `momentum`, `weight_decay` ... between steps
 
     A step that augments draws for each row by `index`, int64[N], its place in the data, and the
@@ -216,9 +220,20 @@ class TrainStep(Program):
     counts: tuple[str, ...] = ()  # numbers of the state that its optimizer saves
 
     def __init__(
-        self, *, optimizer: Any, knobs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        *,
+        optimizer: Any,
+        knobs: dict[str, float] | None = None,
+        net: Any = None,
+        **kwargs: Any,
     ) -> None:
+        """net: a weak reference to the net, whose attribute paths errors name."""
         super().__init__(**kwargs)
+        self._net = net
+        self._itself = weakref.ref(self)
+        self._sticky = "held" in self._storage
+        if self._sticky:
+            self.state.hold(self._storage["held"])
         own = [e for e in self._entries if e.role in ("slot", "counter") and e.name not in _OURS]
         self._unmet: Sequence[Entry] = own
         self.optimizer = Optimizer(
@@ -230,6 +245,33 @@ class TrainStep(Program):
     def _step_with(self, run: Callable[[], None]) -> None:
         self._join()
         super()._step_with(run)
+
+    def _take_over(self) -> None:
+        """Before a step that looks at no flag: hears of the steps of another program, which must
+        not be held back any more."""
+        if not self._sticky and self.state.held is not None and self.state.held.behind:
+            self._hear(wait=True)
+
+    def _hear(self, *, wait: bool = False) -> None:
+        """NumericsError once it is known that a step was not finite. The step counts as not done,
+        nor do those behind it, and the next call starts from the state before it."""
+        state = self.state
+        assert state.held is not None
+        held, steps = state.held.heard(state.steps, wait=wait)
+        if not held:
+            return
+        from graphnet.runtime.diagnose import first_nonfinite, not_finite
+
+        first = steps - held
+        text = f"the loss is {float(self._storage['ring'][first % RING])} at step {first}"
+        if since := state.steps - first - 1:
+            text += f" ({since} more {'has' if since == 1 else 'have'} run since, changing nothing)"
+        ran = state.held.program()
+        error = not_finite(text, None if ran is None else first_nonfinite(ran))
+        state.done = first
+        net = self._net() if self._net is not None else None
+        with net.locating() if net is not None else contextlib.nullcontext():
+            raise error
 
     def _join(self) -> None:
         """Before the first step: clears the state of an optimizer that counts its steps where a
@@ -260,10 +302,15 @@ class TrainStep(Program):
         index: torch.Tensor | None = None,
         epoch: int = 0,
     ) -> torch.Tensor:
+        self._take_over()
         self._feed(x, y, index, epoch)
         self._step()
         at = self.state.steps % RING
         self.state.steps += 1
+        if self._sticky:
+            assert self.state.held is not None
+            self.state.held.program = self._itself
+            self._hear()
         return self._storage["ring"][at]
 
     def bind(

@@ -19,6 +19,7 @@ from graphnet.errors import GraphError
 from graphnet.ir.graph import Graph, Input
 from graphnet.ir.types import ROW, Layout
 from graphnet.passes.precision import derived
+from graphnet.runtime.held import Held
 
 
 class Cell:
@@ -66,10 +67,26 @@ class _Bank:
         self.lock = threading.RLock()
         self.cells: dict[str, Cell] = {}
         self.states: dict[torch.device, State] = {}
-        self.steps = 0  # the host's copy of the step counter
+        self.steps = 0  # the host's copy of the step counter, with steps that are held back
         self.pending = 0  # steps summed up since the last update, and their rows
         self.pending_rows = 0
         self.stepped: set[str] = set()
+
+    @property
+    def done(self) -> int:
+        """The steps that changed something: those that are held back do not count. Waits for the
+        device."""
+        held = self.cells.get("held")
+        return self.steps - (0 if held is None else int(held.live))
+
+    def release(self, done: int) -> None:
+        """Nothing is held back any more, and so many steps are done."""
+        self.steps = done
+        if "held" in self.cells:
+            self.cells["held"].live.zero_()
+        for state in self.states.values():
+            if state.held is not None:
+                state.held.forget()
 
 
 _BANKS: weakref.WeakKeyDictionary[Any, _Bank] = weakref.WeakKeyDictionary()
@@ -93,6 +110,12 @@ def lock_of(net: Any) -> threading.RLock:
     return _bank_of(net).lock
 
 
+def release_held(net: Any) -> None:
+    """Lets the net's steps run again behind one that was not finite: other values were put in."""
+    bank = _bank_of(net)
+    bank.release(bank.done)
+
+
 def state_of(net: Any, device: torch.device) -> State:
     """The State of a net on a device, made at the first call."""
     bank = _bank_of(net)
@@ -113,6 +136,7 @@ class State:
         self.entries: dict[str, Entry] = {}
         self.stale = False
         self._derived: list[Entry] | None = None  # those of `entries`, while they are known
+        self.held: Held | None = None  # steps held back, where a program holds them
         self.lock = bank.lock  # of the net: a program runs while its thread holds it
         self._bank = bank
 
@@ -147,6 +171,21 @@ class State:
     def stepped(self) -> set[str]:
         """Names of the slots and counters that an update has moved, or that were loaded."""
         return self._bank.stepped
+
+    def hold(self, count: torch.Tensor) -> None:
+        """Says that a program counts the steps that it holds back, and where."""
+        if self.held is None or self.held.count is not count:
+            self.held = Held(count)
+
+    @property
+    def done(self) -> int:
+        """The steps that changed something. Reading it waits for the device; setting it lets steps
+        run again that were held back."""
+        return self._bank.done
+
+    @done.setter
+    def done(self, value: int) -> None:
+        self._bank.release(value)
 
     @property
     def derived(self) -> list[Entry]:

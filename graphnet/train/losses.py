@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphnet.errors import NumericsError
-from graphnet.runtime.diagnose import first_nonfinite
+from graphnet.runtime.diagnose import first_nonfinite, not_finite
 from graphnet.runtime.program import TrainStep
 
 if TYPE_CHECKING:
@@ -111,10 +110,4 @@ class Losses:
         if skipping:
             text = f"{self.bad} steps in a row were not finite; {text}"
         with trainer.net.locating():
-            raise NumericsError(
-                f"{text}: {finding.what}" if finding else text,
-                layer=finding.layer or None if finding else None,
-                where=finding.where or None if finding else None,
-                help="lower the learning rate, clip the gradients (clip_norm), or leave such steps "
-                'out (nonfinite="skip")',
-            )
+            raise not_finite(text, finding)

@@ -43,9 +43,9 @@ Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9), adam or adamw"
 Accumulate = Annotated[int, typer.Option(min=1, help="calls whose gradients one update applies")]
 ClipNorm = Annotated[float | None, typer.Option(help="global norm that gradients are cut down to")]
 Nonfinite = Annotated[
-    str | None, typer.Option(help="stop (guard by the loss) or skip (by the gradients too)")
+    str, typer.Option(help="auto, stop (guard by the loss), skip (by the gradients too) or none")
 ]
-_PLAIN = {"accumulate": 1, "clip_norm": None, "nonfinite": None}
+_PLAIN = {"accumulate": 1, "clip_norm": None, "nonfinite": "auto"}
 
 
 def training(wanted: bool, optimizer: str = "sgd", **handling: Any) -> dict[str, Any]:
@@ -55,6 +55,8 @@ def training(wanted: bool, optimizer: str = "sgd", **handling: Any) -> dict[str,
 
     spec = by_name(optimizer, 0.01, momentum=0.9, weight_decay=5e-4)
     if wanted:
+        if handling.get("nonfinite") == "none":
+            handling["nonfinite"] = None
         return {"loss": gn.CrossEntropyLoss(), "optimizer": spec, **handling}
     if optimizer != "sgd" or handling not in ({}, _PLAIN):
         raise gn.ConfigError("options of training without --train", help="add --train")

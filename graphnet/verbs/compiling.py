@@ -48,7 +48,7 @@ def inspect(
     optimizer: Optimizer = "sgd",
     accumulate: Accumulate = 1,
     clip_norm: ClipNorm = None,
-    nonfinite: Nonfinite = None,
+    nonfinite: Nonfinite = "auto",
     why: Annotated[bool, typer.Option("--why", help="what was not fused, and why")] = False,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +87,7 @@ def compile_(
     optimizer: Optimizer = "sgd",
     accumulate: Accumulate = 1,
     clip_norm: ClipNorm = None,
-    nonfinite: Nonfinite = None,
+    nonfinite: Nonfinite = "auto",
     arch: Annotated[str, typer.Option(help="e.g. sm_90")] = "sm_90",
     out: Annotated[Path | None, typer.Option(help="folder for the binaries")] = None,
     as_json: Json = False,

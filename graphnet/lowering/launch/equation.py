@@ -91,15 +91,19 @@ def _packed(work: Work) -> Launch:
 
 
 def _record(work: Work) -> Launch:
-    ring, loss, step, *norm = (work.name[v] for v in work.eqn.inputs)
-    ring1, step1 = (work.name[v] for v in work.eqn.results)
-    held = Ref(norm[0], "f32") if norm else None
-    args = (Ref(ring1, "f32"), Ref(loss, "f32"), Ref(step1, "i64"), held)
-    size = work.eqn.inputs[0].type.numel
-    pairs = ((ring, ring1), (step, step1))
-    moved = 2 * (4 + 8)  # a loss and the counter, each read and written
+    ring, loss, step, *more = reads = tuple(work.name[v] for v in work.eqn.inputs)
+    ring1, step1, *rest = writes = tuple(work.name[v] for v in work.eqn.results)
+    pairs = ((ring, ring1), (step, step1), *zip(more, rest[:1], strict=False))
+    held, go = (Ref(name, "f32") for name in rest) if rest else (None, None)
+    norm = [Ref(name, "f32") for name in more[len(rest) // 2 :]]
+    args = (
+        Ref(ring1, "f32"), Ref(loss, "f32"), Ref(step1, "i64"), held, go, norm[0] if norm else None
+    )  # fmt: skip
+    constants = {
+        "RING": work.eqn.inputs[0].type.numel, "STICKY": bool(rest), "NORM": bool(norm)
+    }  # fmt: skip
+    moved = 2 * (4 + 8 + 4 * bool(rest))  # a loss and the counters, each read and written
     return make(
-        "record_step", "elementwise", args, {"RING": size, "NORM": bool(norm)}, (1,),
-        reads=(ring, loss, step, *norm), writes=(ring1, step1), starts_as=pairs, bytes=moved,
-        num_warps=1,
+        "record_step", "elementwise", args, constants, (1,), reads=reads, writes=writes,
+        starts_as=pairs, bytes=moved, num_warps=1,
     )  # fmt: skip

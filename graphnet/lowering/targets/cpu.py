@@ -79,22 +79,56 @@ def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
     return Task(loss.inputs, (loss.out, grad.out), make, (loss, grad))
 
 
-def _record(eqn: Eqn, storage: Storage) -> Task:
-    """The loss into the ring, in place."""
-    ring, step = (storage[eqn.inputs[k].name] for k in (0, 2))
-    loss, norm = eqn.inputs[1], eqn.inputs[3:]
+def _go(eqn: Eqn, storage: Storage) -> Task:
+    """What a sticky `record_step` lets the updates look at, before anything is written."""
+    held, (loss, *norm), go = storage[eqn.inputs[3].name], _recorded(eqn), eqn.results[3]
+    nan = torch.tensor(float("nan"))
 
     def make(slot: Slot) -> Call:
-        at, flags = slot(loss), [slot(v) for v in norm]
+        at, flags, into = slot(loss), [slot(v) for v in norm], slot(go)
 
         def call(env: Env) -> None:
-            good = all(bool(torch.isfinite(env[i])) for i in flags)
-            ring[int(step) % len(ring)] = env[at] if good else float("nan")
-            step.add_(1)
+            fine = not held and all(bool(torch.isfinite(env[i])) for i in flags)
+            env[into] = env[at] if fine else nan
 
         return call
 
-    return Task((loss, *norm), eqn.results, make, (eqn,))
+    return Task((loss, *norm), (go,), make, ())
+
+
+def _record(eqn: Eqn, storage: Storage) -> Task:
+    """The loss into the ring, and the counters, in place."""
+    names = [v.name for v in eqn.inputs]
+    ring, step, reads = storage[names[0]], storage[names[2]], _recorded(eqn)
+    held = storage[names[3]] if _sticky(eqn) else None
+    if held is not None:
+        reads = (*reads, eqn.results[3])
+
+    def make(slot: Slot) -> Call:
+        at, *flags = (slot(v) for v in reads)
+
+        def call(env: Env) -> None:
+            fine = all(bool(torch.isfinite(env[i])) for i in flags)
+            if held is None:
+                ring[int(step) % len(ring)] = env[at] if fine else float("nan")
+                step.add_(1)
+                return
+            norms = all(bool(torch.isfinite(env[i])) for i in flags[:-1])
+            ring[(int(step) + int(held)) % len(ring)] = env[at] if norms else float("nan")
+            (step if fine else held).add_(1)
+
+        return call
+
+    return Task(reads, eqn.results[:3], make, (eqn,))
+
+
+def _sticky(record: Eqn) -> bool:
+    return record.attrs.sticky  # type: ignore[attr-defined]
+
+
+def _recorded(record: Eqn) -> tuple[Value, ...]:
+    """The loss, and the norm where there is one."""
+    return (record.inputs[1], *record.inputs[3 + _sticky(record) :])
 
 
 class _Schedule:
@@ -112,9 +146,10 @@ class _Schedule:
         self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
         self.fused: set[Value] = set()  # gradients that their update makes
+        self.flags: list[Task] = []  # what updates look at
         tail = self._tail()
-        self.body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
-        self.body = in_order(self.body, set(graph.input_values))
+        body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
+        self.body = in_order(self.flags + body, set(graph.input_values))
         self.tail = tail
 
     def read_by(self, v: Value) -> list[Eqn]:
@@ -135,7 +170,8 @@ class _Schedule:
             if is_update(e.op) and (u := self._in_place(e, targets)) is not None:
                 kinds.setdefault(u.kind, []).append(u)
                 after += [r for v, _ in u.new for r in self.readers.get(v, [])]
-            elif e.op == "record_step" and self._commits(cpu_update.replaced(e), targets):
+            elif e.op == "record_step" and self._commits(cpu_update.recorded(e), targets):
+                self.flags += [_go(e, self.storage)] if _sticky(e) else []
                 tasks.append(self._add(_record(e, self.storage)))
         for kind in kinds.values():
             rest = []

@@ -27,8 +27,13 @@ _BLOCK = 1 << 17  # elements of a block of a formula: with its operands it fits 
 
 
 def replaced(update: Eqn) -> list[tuple[Value, Value]]:
-    """(result, the state operand that it replaces) of an update or a record: all but the second."""
+    """(result, the state operand that it replaces) of an update: all operands but the second."""
     return list(zip(update.results, (update.inputs[0], *update.inputs[2:]), strict=False))
+
+
+def recorded(record: Eqn) -> list[tuple[Value, Value]]:
+    """The same of a `record_step`, whose fourth result replaces nothing."""
+    return replaced(record)[:3]
 
 
 def scalars_of(update: Eqn) -> tuple[Value, ...]:
