@@ -69,8 +69,8 @@ def test_the_rules_tiles_of_every_layer(works):
 
 
 def test_the_second_pass_reads_and_writes_16_bytes_a_thread(works):
-    """Parts, weight, momentum; the bf16 copy 8. Table and rates are scalars. conv1's filter rows
-    are 33 values, which no 16-byte access fits."""
+    """Parts, weight, momentum; the bf16 copy 8. Table, rates and the guard are scalars. conv1's
+    filter rows are 33 values, which no 16-byte access fits."""
     rows = WgradRows()
     seconds = {k: rows.launch(w, rows.rule(w.problem))[1] for k, w in works.items()}
     for layer, (_, ptx) in zip(seconds, binaries(list(seconds.values())), strict=True):
@@ -80,7 +80,7 @@ def test_the_second_pass_reads_and_writes_16_bytes_a_thread(works):
             assert loads.count("v4.b32") >= dict(seconds[layer].constants)["UNROLL"]
             continue
         assert set(stores) <= {"v4.b32", "v2.b32"} and stores, (layer, stores)
-        assert loads.count("b32") <= 10 and loads.count("v4.b32") > 10, (layer, loads)
+        assert loads.count("b32") <= 12 and loads.count("v4.b32") > 10, (layer, loads)
 
 
 @pytest.mark.slow
