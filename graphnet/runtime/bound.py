@@ -129,6 +129,7 @@ class Draws:
             storage.setdefault(v.name, step._input(v.name, v.type))
         self._sent: dict[int, int] = {}  # row of the orders: the epoch there
         self._origin: tuple[int, int, int] | None = None  # what `place` says
+        self._until = 0  # the steps done when these draws ended
         self._draw = step._prepare(_plan(graph, step.target), storage)
         self._runs: dict[int, Callable[[], None]] = {}
         for size in self.sizes:
@@ -163,7 +164,16 @@ class Draws:
             self._run(size)()
             self.bound.advance(size)
             self.step.state.steps += size
+            self._until = self.step.state.steps
             n -= size
+            self.step.look()
+
+    def back_to(self, done: int) -> None:
+        """Moves the place back behind the batch of step `done`, the first that was held back. Those
+        behind it were held too: as the counter stood still, each has drawn that batch again."""
+        if self._origin is not None and self._origin[0] <= done < self._until:
+            start, self.bound.at, self.bound.epoch = self._origin
+            self.bound.advance(done + 1 - start)
 
     def _meet(self) -> None:
         """Sends the place, unless the device will come to it by itself."""

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from graphnet.errors import ConfigError
+from graphnet.errors import ConfigError, NumericsError
 from graphnet.ir.graph import Graph
 from graphnet.ir.types import f32
 from graphnet.runtime.bound import TABLE, Bound, Draws, Order, check_bound
@@ -139,9 +139,11 @@ class Program:
 
     def _step_with(self, run: Callable[[], None]) -> None:
         self.state.acquire(self._entries)
-        run()  # no target records gradients
-        if self._writes and len(self.state.derived) > len(self._keeps):
-            self.state.stale = True  # copies that this program does not keep up
+        try:
+            run()  # no target records gradients
+        finally:
+            if self._writes and len(self.state.derived) > len(self._keeps):
+                self.state.stale = True  # copies that this program does not keep up
 
     def _result(self, index: int, rows: int | None = None) -> torch.Tensor:
         """A fresh copy of a returned value, row-major, cut to the live rows."""
@@ -246,6 +248,13 @@ class TrainStep(Program):
         self._join()
         super()._step_with(run)
 
+    def look(self) -> None:
+        """After steps: NumericsError if it is known by now that one of them was not finite."""
+        if self._sticky:
+            assert self.state.held is not None
+            self.state.held.program = self._itself
+            self._hear()
+
     def _take_over(self) -> None:
         """Before a step that looks at no flag: hears of the steps of another program, which must
         not be held back any more."""
@@ -269,6 +278,8 @@ class TrainStep(Program):
         ran = state.held.program()
         error = not_finite(text, None if ran is None else first_nonfinite(ran))
         state.done = first
+        if self._draws is not None:
+            self._draws.back_to(first)
         net = self._net() if self._net is not None else None
         with net.locating() if net is not None else contextlib.nullcontext():
             raise error
@@ -307,10 +318,7 @@ class TrainStep(Program):
         self._step()
         at = self.state.steps % RING
         self.state.steps += 1
-        if self._sticky:
-            assert self.state.held is not None
-            self.state.held.program = self._itself
-            self._hear()
+        self.look()
         return self._storage["ring"][at]
 
     def bind(
@@ -389,9 +397,15 @@ class TrainStep(Program):
         draws = self._draws
         assert draws is not None and len(table) <= TABLE
         draws.send(table)
-        self._step_with(functools.partial(draws.go, len(table)))
-        self._inputs.drawn(*draws.bound.latest)
-        self.optimizer.arrived(table[-1])
+        self._take_over()
+        try:
+            self._step_with(functools.partial(draws.go, len(table)))
+        except NumericsError:  # somewhere between: the numbers become those of the end
+            self._hypers.tensor.copy_(table[-1][:, None])
+            raise
+        finally:
+            self._inputs.drawn(*draws.bound.latest)
+            self.optimizer.arrived(table[-1])
 
     def _losses(self, into: torch.Tensor) -> None:
         """Copies the losses of the latest steps, up to 4,096 of them, out of the ring."""

@@ -99,7 +99,7 @@ def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     assert "740 kB more are written and read at each step, at least 0.172 us on an H200" in said
     # What follows the norm is one kernel a parameter.
     joined = [f for f in clipped.stages.fused.eqns if f.body and f.body.eqns[0].op == "clip"]
-    assert len(joined) == 10 and {f.body.eqns[-1].op for f in joined} == {"sgd_update"}
+    assert len(joined) == 10 and {f.body.eqns[-1].op for f in joined} == {"if_finite"}
     guarded = lowered(nonfinite="stop")
     assert not alone(guarded) and len(guarded.plan.launches) == len(free.plan.launches)
     assert len(alone(lowered(nonfinite="skip"))) == 5

@@ -138,16 +138,26 @@ def test_later_steps_change_nothing_until_the_flag_has_arrived(late, target, cal
     assert same(everything(nets[0], step), everything(nets[1], twin))
 
 
-def test_a_bound_step_raises_from_run_and_goes_on(late):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_run_raises_and_goes_on_behind_the_bad_batch(late, shuffle):
+    """The same bits whether the flag arrives at once or after further steps have run."""
     g = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(16, 1, 4, 4, generator=g), torch.randint(0, 3, (16,), generator=g)
+    images, labels = torch.rand(18, 1, 4, 4, generator=g), torch.randint(0, 3, (18,), generator=g)
     images[5] = math.nan
-    model = net()
-    step = late(model).bind(images, labels, shuffle=False)
-    first = compiled(twin := net()).bind(images, labels, shuffle=False).run(1)
-    with pytest.raises(gn.NumericsError, match="nan at step 1 "):
-        step.run(12)
-    assert same(model.state_dict(), twin.state_dict()) and math.isfinite(first)
+    nets, rates = (net(), net()), [0.1 / (k + 1) for k in range(12)]
+    steps = [s.bind(images, labels, shuffle=shuffle) for s in (late(nets[0]), compiled(nets[1]))]
+    raised = []
+    for step in steps:
+        with pytest.raises(gn.NumericsError, match="the input holds NaN in row") as e:
+            step.run(12, lr=rates)
+        raised.append((str(e.value).partition(":")[0].partition(" (")[0], step.state.steps))
+    assert raised[0] == raised[1]
+    left = 5 - steps[0].state.steps - 1  # to the end of the epoch, without the bad batch
+    assert torch.equal(steps[0].run(left), steps[1].run(left))
+    for step in steps:
+        with pytest.raises(gn.NumericsError, match="the input holds NaN"):
+            step.run(30)  # in the next epoch
+    assert same(everything(nets[0], steps[0]), everything(nets[1], steps[1]))
 
 
 @pytest.mark.parametrize("how", ["net", "optimizer"])
