@@ -50,12 +50,9 @@ class TorchNet(Module):
 
     def __init__(self) -> None:
         self._calls: dict[bool, list[Call]] = {}  # by whether it trains
-        self._modes: dict[bool, str] = {}  # why there are no calls in that mode
 
     def forward(self, x: Symbol) -> Any:
         tracer = active_tracer(type(self).__name__)
-        if tracer.training in self._modes:
-            raise UnsupportedOpError(self._modes[tracer.training])
         made = dict(self.named_modules())
         held = dict(self._keys())
         env: dict[str, Any] = {}

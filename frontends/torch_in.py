@@ -87,34 +87,15 @@ class _Conversion:
             return self._layer(self.module, "", {})
 
     def _recorded(self) -> Module:
-        recorded: dict[bool, torch.fx.Graph] = {}
-        modes: dict[bool, str] = {}
-        for training in (True, False):
-            graph = record(self.module, training)
-            out = next(n for n in graph.nodes if n.op == "output").args[0]
-            if isinstance(out, torch.fx.Node):
-                recorded[training] = graph
-            else:
-                modes[training] = self._several(out, training)
-        if not recorded:
-            raise UnsupportedOpError(modes[False], help="return one tensor")
+        recorded = {mode: record(self.module, mode) for mode in (True, False)}
         places = self._places(recorded)
         net = TorchNet()
         with torch.random.fork_rng(devices=[]):  # layers draw weights, which are replaced
             self._fill(net, self.module, "", places)
-            calls = {mode: self._calls(net, graph) for mode, graph in recorded.items()}
-        net._calls, net._modes = calls, modes
+            net._calls = {mode: self._calls(net, graph) for mode, graph in recorded.items()}
         return net
 
     # ---- what forward does ------------------------------------------------------------------
-
-    def _several(self, out: Any, training: bool) -> str:
-        what = f"{len(out)} values" if isinstance(out, (tuple, list, dict)) else f"{out!r:.40}"
-        mode = "training" if training else "inference"
-        return (
-            f"{self.title} returns {what} in {mode}, and a net returns one; convert a module "
-            "whose forward returns the logits alone (auxiliary heads off)"
-        )
 
     def _places(self, graphs: dict[bool, torch.fx.Graph]) -> dict[str, str]:
         """Where each layer is called: path to file:line."""

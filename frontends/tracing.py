@@ -7,6 +7,7 @@ from typing import Any
 
 from graphnet.errors import ConfigError, GraphnetError, ShapeError
 from graphnet.frontends.dsl import Module
+from graphnet.frontends.foreign import called
 from graphnet.frontends.symbolic import Symbol, Tracer
 from graphnet.ir.graph import Builder, Graph, Input, Value, Where
 from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64, layout_of_parameter
@@ -25,14 +26,12 @@ def trace(
 ) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
-    Returns logits; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in
+    Returns logits, or all that `forward` returns; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in
     training the loss alone. Inputs: x, the parameters in state_dict order, then labels, live,
     seed and step where they are read. With `augment`, x is what is stored, and index and epoch say
     for what to draw. Errors name the layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
-    if training and loss is None:
-        raise ConfigError("training needs a loss", help="loss=gn.CrossEntropyLoss()")
     b = Builder(f"{net._title()}.traced")
     paths = {m: path for path, m in net.named_modules()}
     tracer = Tracer(b, net.layer_names(), paths, training=training)
@@ -60,21 +59,30 @@ def trace(
     tracer.rows = {image}
     with tracer.active():
         try:
-            out = net(Symbol(tracer, image))
+            made = net(Symbol(tracer, image))
         except ShapeError as error:
             raise _with_chain(error, net, b, x) from None
-        if not isinstance(out, Symbol):
-            raise ConfigError(
-                f"forward of {net._title()} returned a {type(out).__name__}, not a value",
-                where=net.place,
-                help="return the logits",
-            )
-    returns: tuple[Value, ...] = (out.value,)
+        outs = made if isinstance(made, (tuple, list)) else (made,)
+        for out in outs:
+            if not isinstance(out, Symbol):
+                raise ConfigError(
+                    f"forward of {net._title()} returned {called(out)}, not a value",
+                    where=net.place,
+                    help="return the logits",
+                )
+    returns = tuple(out.value for out in outs)
     if loss is not None:
-        _check_logits(out, shape[0])
+        if len(outs) > 1:
+            raise ConfigError(
+                f"forward of {net._title()} returns {len(outs)} values, and a loss takes one",
+                where=net.place,
+                help="return the logits alone; gn.as_torch(net, shape) trains what returns several, "
+                "with a loss of torch's",
+            )
+        _check_logits(outs[0], shape[0])
         b.where = Where(("loss",), "")
-        made = b.one(loss.op, out.value, labels, live, attrs=loss.attrs())
-        returns = (made,) if training else (made, out.value)
+        value = b.one(loss.op, *returns, labels, live, attrs=loss.attrs())
+        returns = (value,) if training else (value, *returns)
     return _without_unread(b.build(*returns))
 
 

@@ -14,6 +14,7 @@ _NAMES = {
     "graphnet.api": ("build", "compile"),
     "graphnet.gradcheck": ("check_gradients",),
     "graphnet.saving": ("load", "save"),
+    "graphnet.torch_out": ("as_torch",),
     "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
         "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "GELU", "Hardswish",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from graphnet.ops.update import SGD
     from graphnet.runtime import random
     from graphnet.saving import load, save
+    from graphnet.torch_out import as_torch
     from graphnet.train import schedule
     from graphnet.train.trainer import Trainer
 

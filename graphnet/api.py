@@ -26,6 +26,7 @@ from graphnet.frontends.tracing import trace
 from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling
 from graphnet.passes import pipeline
+from graphnet.passes.halves import halves
 from graphnet.passes.precision import resolve
 from graphnet.runtime.accumulate import Accumulated
 from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
 
 TARGETS = ("auto", "cuda", "interpret", "cpu")
 BUILT_FOR = "h100"  # the GPU that we build for where there is none
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward (half 0) or the backward pass (1) from given cotangents, with respect to inputs
+    of the graph by name, in training or in inference."""
+
+    half: int
+    wrt: tuple[str, ...]
+    training: bool
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,14 @@ def lower(
     nonfinite: str | None = "auto",
     apply: bool = True,
     augment: Any = None,
+    pass_: Pass | None = None,
     kernels: Kernels | None = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
     Of the two programs that accumulate, `apply` chooses the one that ends in the update. `kernels`
-    decide between variants, where those of the target and the GPU at hand are not meant.
+    decide between variants, where those of the target and the GPU at hand are not meant. `pass_`
+    is one half of a graph without a loss: see `graphnet.torch_out`.
     """
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
@@ -82,10 +95,10 @@ def lower(
     handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     precision = resolve(precision, target)
-    training = optimizer is not None or grads
+    training = pass_.training if pass_ else optimizer is not None or grads
     traced = trace(net, shape, loss=loss, training=training, augment=augment)
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
-    if training and not keys:
+    if training and not keys and not pass_:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
     kernels = kernels or kernels_of(target)
     with net.locating():
@@ -93,8 +106,10 @@ def lower(
             traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
             trainable=keys,
             multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
-            handling=handling,
+            handling=handling, wrt=pass_.wrt if pass_ else None,
         )  # fmt: skip
+        if pass_:
+            stages.fused = halves(stages.fused, len(traced.returns))[pass_.half]
         plan = make_plan(stages.fused, target, kernels)
     dump(plan)
     return Lowered(stages, plan, target, precision, keys, kernels)

@@ -6,7 +6,8 @@ Each op's `vjp` writes its cotangents as ordinary equations. A gradient `%g` and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from graphnet.errors import GraphError
@@ -47,19 +48,24 @@ def backward(b: Builder, loss: Value, wrt: Sequence[Value]) -> dict[Value, Value
     """Appends the backward pass of everything in `b`; value to cotangent for each of `wrt`."""
     if loss.type.shape != ():
         raise GraphError(f"{loss}: {loss.type} is no scalar loss and has no gradient")
+    one = get_op("full").attrs_type(value=1.0, shape=(), dtype="f32")  # type: ignore[call-arg]
+    return _pulled(b, wrt, {loss: lambda: b.one("full", attrs=one, where=Where(by="autodiff"))})
+
+
+def _pulled(
+    b: Builder, wrt: Sequence[Value], seeds: Mapping[Value, Callable[[], Value]]
+) -> dict[Value, Value]:
+    """Appends the backward pass from the cotangents that `seeds` make for values of `b`; value to
+    cotangent for each of `wrt`."""
     forward = list(b.eqns)
-    wanted = _depends_on(Graph(b.name, tuple(b.inputs), tuple(forward), (loss,)), wrt)
-    full = get_op("full")
-    seed = full.attrs_type(value=1.0, shape=(), dtype="f32")  # type: ignore[call-arg]
-    cotangent: dict[Value, Value] = {}
-    if loss in wanted:
-        cotangent[loss] = b.one("full", attrs=seed, where=Where(by="autodiff"))
+    wanted = _depends_on(Graph(b.name, tuple(b.inputs), tuple(forward), tuple(seeds)), wrt)
+    given = {v: make() for v, make in seeds.items() if v in wanted}
     for eqn in reversed(forward):
-        cts = [None if v is None else cotangent.get(v) for v in eqn.outputs]
+        cts = [None if v is None else given.get(v) for v in eqn.outputs]
         if all(c is None for c in cts) or not any(v in wanted for v in eqn.inputs):
             continue
-        _accumulate(b, eqn, cts, wanted, cotangent)
-    return {v: cotangent[v] for v in wrt if v in cotangent}
+        _accumulate(b, eqn, cts, wanted, given)
+    return {v: given[v] for v in wrt if v in given}
 
 
 def _accumulate(
@@ -81,6 +87,38 @@ def _accumulate(
                 **eqn.where.located,
             )
         cotangent[v] = b.one("add", cotangent[v], g, where=where) if v in cotangent else g
+
+
+def pullback(traced: Graph, wrt: Sequence[str]) -> Graph:
+    """The joint graph of a traced graph and its backward pass from given cotangents.
+
+    It takes one more input of role data for each result, of its type and named by `cotangent`, and
+    returns the results, then the gradient of each input of `wrt` that they depend on (`reached`). The count
+    of steps is an input of each call, not state: who calls it draws the masks of both passes.
+    """
+    b, env = _copy(traced, "joint")
+    b.inputs = [replace(i, role="hyper") if i.role == "counter" else i for i in b.inputs]
+    returns = [env.get(v, v) for v in traced.returns]
+    values = [traced.input(name).value for name in wrt]
+
+    def seed(k: int, v: Value) -> Callable[[], Value]:
+        return lambda: b.input(cotangent(k), v.type, "data")
+
+    gradient = _pulled(b, values, {v: seed(k, v) for k, v in enumerate(returns)})
+    return dce(b.build(*returns, *(gradient[v] for v in values if v in gradient)))
+
+
+def cotangent(k: int) -> str:
+    """The input of `pullback` that is the cotangent of result k."""
+    return f"dy{k or ''}"
+
+
+def reached(traced: Graph, wrt: Sequence[str]) -> tuple[str, ...]:
+    """Those of the inputs on which a result depends."""
+    return tuple(
+        name for name in wrt
+        if not _depends_on(traced, [traced.input(name).value]).isdisjoint(traced.returns)
+    )  # fmt: skip
 
 
 def autodiff(

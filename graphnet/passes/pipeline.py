@@ -10,7 +10,7 @@ from graphnet import config
 from graphnet.ir.graph import Graph
 from graphnet.ir.verify import verify
 from graphnet.ops.gradient import Handling
-from graphnet.passes.autodiff import autodiff
+from graphnet.passes.autodiff import autodiff, pullback
 from graphnet.passes.dce import cse, dce
 from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
 from graphnet.passes.fuse_loss import fuse_pairs
@@ -45,10 +45,12 @@ def run(
     trainable: Sequence[str] = (),
     multipliers: Mapping[str, tuple[float, float]] | None = None,
     handling: Handling | None = None,
+    wrt: Sequence[str] | None = None,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused.
 
+    wrt       names of inputs: the graph of `pullback`, in the place of one with a loss
     kernels   whose layouts the graph gets; None for a target without kernels of ours
     disabled  names of passes or rules, as in GRAPHNET_DISABLE
     """
@@ -56,6 +58,8 @@ def run(
     train = optimizer is not None or grads
 
     def differentiate(g: Graph) -> Graph:
+        if wrt is not None:
+            return pullback(g, wrt)
         if not train:
             return g
         return autodiff(

@@ -134,15 +134,16 @@ class _Tf32(_Policy):
         return b.build(*(self.env.get(v, v) for v in g.returns))
 
     def without_sum(self, eqn: Eqn) -> Eqn:
-        """A weight gradient of the loss's own gradient, without its bias gradient: that sums what
-        is not rounded. Behind other products rounding adds little to their error, here it would be
-        more than half of it (LeNet-5's last bias, batch 256: 2.0e-4 in place of 8.4e-5)."""
+        """A weight gradient of the loss's own gradient, or of one that is given, without its bias
+        gradient: that sums what is not rounded. Behind other products rounding adds little to their
+        error, here it would be more than half of it (LeNet-5's last bias, batch 256: 2.0e-4 in
+        place of 8.4e-5)."""
         if eqn.op not in _WGRADS or eqn.outputs[0] is None or eqn.outputs[1] is None:
             return eqn
         made = self.made.get(eqn.inputs[1])
         while made is not None and made.op == "mul":  # by the loss's own gradient
             made = self.made.get(made.inputs[0])
-        if made is None or made.op not in _LOSSES:
+        if made is not None and made.op not in _LOSSES:  # None: a cotangent from outside
             return eqn
         x, dy = eqn.inputs
         ins = [self.rounded(x), self.env.get(dy, dy)]  # x is not read

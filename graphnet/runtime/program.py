@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -66,8 +66,10 @@ class Program:
         target: str,
         precision: str,
         seed: int = 0,
+        shared: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.stages, self.plan, self.state = stages, plan, state
+        self._shared = shared or {}  # storage of inputs, by name, that belongs to another program
         self.target, self.precision, self.seed = target, precision, seed
         self.device = state.device
         with state.lock:
@@ -83,7 +85,9 @@ class Program:
         numbers = [n for n, type, role in inputs if role == "hyper" and type.dtype == f32]
         self._hypers = Hypers(numbers, self.device)
         for name, type, role in inputs:
-            if name in self._hypers:
+            if name in self._shared:
+                self._storage[name] = self._shared[name]
+            elif name in self._hypers:
                 self._storage[name] = self._hypers.scalar(name)
             elif role in ("data", "hyper"):
                 self._storage[name] = self._zeros(type)
@@ -171,13 +175,15 @@ def _signed64(seed: int) -> int:
 
 
 class Infer(Program):
-    """infer(x) -> logits: a fresh tensor with as many rows as x. Dropout is off."""
+    """infer(x) -> logits: a fresh tensor with as many rows as x, or a tuple of them where forward
+    returns several. Dropout is off."""
 
     @taking_turns
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> Any:
         rows = self._feed(x)
         self._step()
-        return self._result(0, rows)
+        out = tuple(self._result(k, rows) for k in range(len(self._returns)))
+        return out[0] if len(out) == 1 else out
 
 
 class Evaluate(Program):

@@ -108,8 +108,6 @@ class _Planner:
         self.place: dict[str, str] = {}  # buffer to the state buffer that it is written over
         self.inputs = {i.value.name for i in graph.inputs}
         for i in graph.inputs:
-            if i.role == "data" and not i.value.type.layout.is_default:
-                raise GraphError(f"input {i.value}: {i.value.type} is not row-major")
             self.types[i.value.name] = i.value.type
         for e in graph.eqns:
             self._eqn(e)

@@ -334,6 +334,8 @@ def phase_conv(eqn: Eqn, readers: Reader) -> PhaseConv | None:
         if w.inputs != (eqn.inputs[0], g.out) or w.attrs.base() != a.base():  # type: ignore[attr-defined]
             return None
         grads.append((g, w))
+    if idx is not None and not grads:  # it leaves the graph
+        return None
     return PhaseConv(eqn, relu, pools[0], tuple(grads))
 
 
