@@ -26,10 +26,11 @@ def trace(
 ) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
-    Returns logits, or all that `forward` returns; with `loss` (a spec such as `CrossEntropyLoss()`), (loss, logits), or in
-    training the loss alone. Inputs: x, the parameters in state_dict order, then labels, live,
-    seed and step where they are read. With `augment`, x is what is stored, and index and epoch say
-    for what to draw. Errors name the layer, its place and the chain of sizes.
+    Returns logits, or all that `forward` returns; with `loss` (a spec such as
+    `CrossEntropyLoss()`), (loss, logits), or in training the loss alone. Inputs: x, the parameters
+    in state_dict order, then labels, live, seed and step where they are read. With `augment`, x is
+    what is stored, and index and epoch say for what to draw. Errors name the layer, its place and
+    the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
@@ -76,8 +77,8 @@ def trace(
             raise ConfigError(
                 f"forward of {net._title()} returns {len(outs)} values, and a loss takes one",
                 where=net.place,
-                help="return the logits alone; gn.as_torch(net, shape) trains what returns several, "
-                "with a loss of torch's",
+                help="return the logits alone; gn.as_torch(net, shape) trains what returns "
+                "several, with a loss of torch's",
             )
         _check_logits(outs[0], shape[0])
         b.where = Where(("loss",), "")

@@ -93,8 +93,9 @@ def pullback(traced: Graph, wrt: Sequence[str]) -> Graph:
     """The joint graph of a traced graph and its backward pass from given cotangents.
 
     It takes one more input of role data for each result, of its type and named by `cotangent`, and
-    returns the results, then the gradient of each input of `wrt` that they depend on (`reached`). The count
-    of steps is an input of each call, not state: who calls it draws the masks of both passes.
+    returns the results, then the gradient of each input of `wrt` that they depend on (`reached`).
+    The count of steps is an input of each call, not state: who calls it draws the masks of both
+    passes.
     """
     b, env = _copy(traced, "joint")
     b.inputs = [replace(i, role="hyper") if i.role == "counter" else i for i in b.inputs]

@@ -44,7 +44,7 @@ class Inputs:
                 index = torch.arange(first, first + rows)
             if index.dtype != torch.int64 or tuple(index.shape) != (rows,):
                 raise ShapeError(f"index {index.dtype}{list(index.shape)} for {rows} rows")
-            _copy(index, self.index)
+            copy_rows(index, self.index)
             if epoch != self.epoch and self._epoch is not None:
                 self._epoch.fill_(epoch)
                 self.epoch = epoch
@@ -52,9 +52,9 @@ class Inputs:
             raise ConfigError(
                 "this program draws nothing by index", help="compile it with augment="
             )
-        _copy(x, self.x)
+        copy_rows(x, self.x)
         if y is not None and self.labels is not None:
-            _copy(y, self.labels)
+            copy_rows(y, self.labels)
         if rows != self.live:
             self.live = rows
             if self._live is not None:
@@ -113,7 +113,7 @@ class Inputs:
             )
 
 
-def _copy(source: torch.Tensor, into: torch.Tensor) -> None:
+def copy_rows(source: torch.Tensor, into: torch.Tensor) -> None:
     """Copies the live rows; the others become zeros."""
     if source.requires_grad:
         source = source.detach()

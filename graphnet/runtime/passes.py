@@ -13,6 +13,7 @@ import torch
 
 from graphnet.errors import ShapeError
 from graphnet.passes.autodiff import cotangent
+from graphnet.runtime.inputs import copy_rows
 from graphnet.runtime.program import Program, taking_turns
 
 
@@ -63,7 +64,7 @@ class Backward(Program):
             if tuple(given.shape) != (rows, *v.type.shape[1:]):
                 raise ShapeError(f"a cotangent of shape {list(given.shape)} for {rows} rows of {v}")
             if name in self._storage:
-                self._copy(name, given, rows)
+                copy_rows(given, self._storage[name])
         self._step()
         out = {}
         for k, key in enumerate(self.keys):

@@ -69,7 +69,7 @@ class Program:
         shared: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.stages, self.plan, self.state = stages, plan, state
-        self._shared = shared or {}  # storage of inputs, by name, that belongs to another program
+        self._shared = dict(shared or {})  # storage of inputs that belongs to another program
         self.target, self.precision, self.seed = target, precision, seed
         self.device = state.device
         with state.lock:
@@ -80,14 +80,14 @@ class Program:
         stages, plan, state = self.stages, self.plan, self.state
         graph: Graph = plan.graph
         self._entries = state.attach(graph)
-        self._storage = {e.name: e.tensor for e in self._entries}
+        self._storage = {**self._shared, **{e.name: e.tensor for e in self._entries}}
         inputs = [(i.value.name, i.value.type, i.role) for i in graph.inputs]
         numbers = [n for n, type, role in inputs if role == "hyper" and type.dtype == f32]
         self._hypers = Hypers(numbers, self.device)
         for name, type, role in inputs:
             if name in self._shared:
-                self._storage[name] = self._shared[name]
-            elif name in self._hypers:
+                continue
+            if name in self._hypers:
                 self._storage[name] = self._hypers.scalar(name)
             elif role in ("data", "hyper"):
                 self._storage[name] = self._zeros(type)
