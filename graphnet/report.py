@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,17 +75,19 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
     seen: set[int] = set()
 
     def row(name: str, kind: str, layers: tuple[str, ...], binary: str, flops: int, moved: int,
-            math: str, choice: Choice | None = None) -> tuple[Kernel, str]:  # fmt: skip
+            math: str, choices: Sequence[Choice] = ()) -> tuple[Kernel, str]:  # fmt: skip
         compute, memory = limits_us(flops, moved, math, gpu)
         floor = None if low.plan.target == "cpu" else round(max(compute, memory), 6)
         bound = "compute" if compute > memory else "memory"
         about: tuple[str, dict[str, Any], str] = ("", {}, "")
         us = None
-        if choice is not None:
-            source = choice.source + (f" ({choice.origin})" if choice.origin else "")
-            about = choice.variant.name, choice.config.as_dict(), source
-            us = choice.us if id(choice) not in seen or choice.us is None else 0.0
-            seen.add(id(choice))
+        if choices:
+            sources = [c.source + (f" ({c.origin})" if c.origin else "") for c in choices]
+            config = choices[0].config.as_dict() if len(choices) == 1 else {}
+            about = _each(c.variant.name for c in choices), config, _each(sources)
+            if all(c.us is not None for c in choices):
+                us = sum(c.us or 0.0 for c in choices if id(c) not in seen)
+            seen.update(map(id, choices))
         return Kernel(name, kind, layers, binary, *about, flops, moved, floor, us), bound
 
     if low.plan.target == "cpu":
@@ -97,7 +99,13 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
     for s in low.plan.launches:
         family = s.module.rpartition(".")[2]
         binary = key_of(request(s, _ARCH))
-        yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math, s.choice)
+        choices = [m.choice for m in s.parts if m.choice is not None]
+        yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math, choices)
+
+
+def _each(names: Iterable[str]) -> str:
+    """Every name once: those of the members of a group, else the one there is."""
+    return "+".join(dict.fromkeys(names))
 
 
 def _named(eqn: Eqn) -> tuple[str, str]:
@@ -155,10 +163,12 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     found = list(_kernels(low, facts["gpu"]))
     rows = [k for k, _ in found]
     padded = [s.padded for s in low.plan.launches] or [0] * len(rows)
+    groups = {n: f"group of {len(s.members)}" for n, s in enumerate(low.plan.launches) if s.members}
     head = ("", "kernel", "layers", "variant", "FLOPs", "padding", "bytes", "floor us",
             "measured", "bound")  # fmt: skip
     cells = [
-        (str(n), k.name, ", ".join(k.layers) or "-", k.variant, count(k.flops),
+        (str(n), groups.get(n, k.name), ", ".join(k.layers) or "-",
+         "" if n in groups else k.variant, count(k.flops),
          f"+{max(0.0, padded[n] / k.flops - 1):.0%}" if padded[n] and k.flops else "",
          count(k.bytes, "B"), f"{k.floor_us or 0.0:.2f}",
          f"{k.measured_us:.1f}" if k.measured_us else "", bound)
@@ -240,13 +250,14 @@ def count(n: float, unit: str = "") -> str:
 
 def why_text(low: Lowered) -> str:
     """What the rewrite rules refused: the rule, the value, its place, and the reason; then the
-    variant of each launch, where the choice comes from, and why it was not another."""
+    variant of each launch, where the choice comes from, and why it was not another; then the small
+    launches that are in no group."""
     refused = low.stages.log.refusals
     lines = ["not fused:"] if refused else ["not fused: the rules refused nothing"]
     for (rule, label), sentence in refused.items():
         place = _place(low, label)
         lines += [f"  {rule}", f"    at {label}{f', {place}' if place else ''}", f"    {sentence}"]
-    return "\n".join([*lines, *_norm_price(low), *_choices(low)])
+    return "\n".join([*lines, *_norm_price(low), *_choices(low), *_alone(low)])
 
 
 def _norm_price(low: Lowered) -> list[str]:
@@ -268,12 +279,22 @@ def _choices(low: Lowered) -> list[str]:
     """By the number of the launch in the plan's table; of an equation's launches the first."""
     lines, seen = [], set()
     for n, s in enumerate(low.plan.launches):
-        if s.choice is None or id(s.choice) in seen:
-            continue
-        seen.add(id(s.choice))
-        lines.append(f"  {n:2}  {s.kernel} ({', '.join(s.where.layers)}): {s.choice}")
-        lines += [f"        not {name}: {why}" for name, why in s.choice.refused]
+        for m in s.parts:
+            if m.choice is None or id(m.choice) in seen:
+                continue
+            seen.add(id(m.choice))
+            lines.append(f"  {n:2}  {m.kernel} ({', '.join(m.where.layers)}): {m.choice}")
+            lines += [f"        not {name}: {why}" for name, why in m.choice.refused]
     return ["", "variants:", *lines] if lines else []
+
+
+def _alone(low: Lowered) -> list[str]:
+    """Small launches that share no launch with others, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for s, why in low.plan.alone:
+        by_reason.setdefault(why, []).append(f"{s.kernel} ({', '.join(s.where.layers) or '-'})")
+    lines = [f"  {', '.join(names)}\n    {why}" for why, names in by_reason.items()]
+    return ["", "small launches in no group:", *lines] if lines else []
 
 
 def _place(low: Lowered, label: str) -> str:

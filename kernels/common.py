@@ -103,12 +103,33 @@ def below(i, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def elements(TOTAL: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+def program(axis: tl.constexpr, AT: tl.constexpr):
+    """The number of this program along an axis of its kernel's grid.
+
+    AT: None in a launch of its own. In a group, where several kernels share one launch of one axis,
+    (first, width, height): the number of the kernel's first program, and its grid's first two
+    sizes. A kernel that takes AT can be a member of a group.
+    """
+    if AT is None:
+        i = tl.program_id(axis)
+    elif axis == 0:
+        i = (tl.program_id(0) - AT[0]) % AT[1]
+    elif axis == 1:
+        i = (tl.program_id(0) - AT[0]) // AT[1] % AT[2]
+    else:
+        i = (tl.program_id(0) - AT[0]) // (AT[1] * AT[2])
+    return i
+
+
+@triton.jit
+def elements(
+    TOTAL: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None
+):
     """Numbers of this program's BLOCK of elements out of TOTAL.
 
     int32, whose divisions are cheap, unless TOTAL or an operand of SPAN elements needs int64.
     """
-    i = tl.program_id(0)
+    i = program(0, AT)
     if TOTAL + SPAN + BLOCK > INT32_MAX:
         i = i.to(tl.int64)
     return i * BLOCK + tl.arange(0, BLOCK)

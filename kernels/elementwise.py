@@ -15,11 +15,11 @@ from .common import elements, unflatten
 def elementwise(
     args,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
-    NHWC: tl.constexpr, BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
+    NHWC: tl.constexpr, BLOCK: tl.constexpr, EPILOGUE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Runs the epilogue over every element of a [D0, D1, D2, D3] index space."""
     TOTAL: tl.constexpr = D0 * D1 * D2 * D3
-    i = elements(TOTAL, 0, BLOCK)
+    i = elements(TOTAL, 0, BLOCK, AT)
     i0, i1, i2, i3 = unflatten(i, D1, D2, D3, NHWC)
     EPILOGUE(0.0, 0, i0, i1, i2, i3, i < TOTAL, args)
 
@@ -27,7 +27,7 @@ def elementwise(
 @triton.jit
 def record_step(
     ring, loss, step, held, go, norm,
-    RING: tl.constexpr, STICKY: tl.constexpr, NORM: tl.constexpr,
+    RING: tl.constexpr, STICKY: tl.constexpr, NORM: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """ring[step mod RING] = loss, or NaN where a norm is not finite; then step + 1. One program.
 

@@ -16,7 +16,7 @@ Limits: ieee products run on FMAs and want 64x64 or less; boxes need rows of a m
 import triton
 import triton.language as tl
 
-from .common import INT32_MAX, below, dot
+from .common import INT32_MAX, below, dot, program
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def linear_product(
     AS0: tl.constexpr, AS1: tl.constexpr, BS0: tl.constexpr, BS1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     BOXED: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, EPILOGUE: tl.constexpr,
+    AT: tl.constexpr = None,
 ):  # fmt: skip
     """acc[m, n] = sum over k of a[m, k] b[k, n], or part of the sum into parts[SPLIT, M, N].
 
@@ -33,9 +34,9 @@ def linear_product(
     CHUNKS of columns (1, 2 or 4) go through the epilogue one after the other.
     """
     PER: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT * BK
-    part = tl.program_id(1)
-    m0 = tl.program_id(2) * BM
-    n0 = tl.program_id(0) * BN
+    part = program(1, AT)
+    m0 = program(2, AT) * BM
+    n0 = program(0, AT) * BN
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     rows = below(m, M, BM)[:, None]
@@ -101,11 +102,11 @@ def store_part(parts, acc, part, m, n, mask, M: tl.constexpr, N: tl.constexpr, S
 def add_parts(
     parts, args,
     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """The sum of parts[SPLIT, M, N], first part first, and the epilogue."""
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = program(1, AT) * BM + tl.arange(0, BM)
+    n = program(0, AT) * BN + tl.arange(0, BN)
     mask = below(m, M, BM)[:, None] & below(n, N, BN)[None, :]
     row = m
     if SPLIT * M * N > INT32_MAX:

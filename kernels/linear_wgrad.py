@@ -15,7 +15,7 @@ tiles, so that the other processors are left to that; each tile is computed as b
 import triton
 import triton.language as tl
 
-from .common import INT32_MAX, below, dot
+from .common import INT32_MAX, below, dot, program
 from .linear import store_part
 
 
@@ -93,6 +93,7 @@ def linear_wgrad(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
     EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, PRELOAD: tl.constexpr,
+    AT: tl.constexpr = None,
 ):  # fmt: skip
     """Rows are the K outputs, columns the C inputs; the sum runs over the N rows of the batch.
 
@@ -106,12 +107,12 @@ def linear_wgrad(
     DOWN: tl.constexpr = (K + BM - 1) // BM
     if PROGRAMS == 0:
         one_tile(
-            x, dy, parts, args, args2, tl.program_id(0), tl.program_id(1), tl.program_id(2),
+            x, dy, parts, args, args2, program(0, AT), program(1, AT), program(2, AT),
             N, C, K, XS0, XS1, DS0, DS1, BM, BN, BK, SPLIT, HAS_BIAS, BOXED, PRECISION,
             EPILOGUE, EPILOGUE2, PRELOAD,
         )  # fmt: skip
     else:
-        for t in tl.range(tl.program_id(0), ACROSS * DOWN * SPLIT, PROGRAMS, num_stages=1):
+        for t in tl.range(program(0, AT), ACROSS * DOWN * SPLIT, PROGRAMS, num_stages=1):
             one_tile(
                 x, dy, parts, args, args2, t % ACROSS, t // ACROSS % DOWN, t // (ACROSS * DOWN),
                 N, C, K, XS0, XS1, DS0, DS1, BM, BN, BK, SPLIT, HAS_BIAS, BOXED, PRECISION,

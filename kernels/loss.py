@@ -7,13 +7,15 @@ writes its sum to `work` and `mean_reduce` adds them in order.
 import triton
 import triton.language as tl
 
+from .common import program
+
 
 @triton.jit
-def _finish(total, live, loss, work, PROGRAMS: tl.constexpr):
+def _finish(total, live, loss, work, PROGRAMS: tl.constexpr, AT: tl.constexpr):
     if PROGRAMS == 1:
         tl.store(loss, total / live)
     else:
-        tl.store(work + tl.program_id(0), total)
+        tl.store(work + program(0, AT), total)
 
 
 @triton.jit
@@ -22,6 +24,7 @@ def cross_entropy(
     M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
     SMOOTHING: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, EPILOGUE: tl.constexpr,
+    AT: tl.constexpr = None,
 ):  # fmt: skip
     """Mean over the first `live` rows of -sum_j t_j log softmax(z)_j, and (softmax(z) - t)/live."""
     live = tl.load(live_ptr).to(tl.float32)
@@ -29,7 +32,7 @@ def cross_entropy(
     total = 0.0
     ROWS: tl.constexpr = (M + PROGRAMS * BM - 1) // (PROGRAMS * BM) * BM
     for start in range(0, ROWS, BM):
-        m = tl.program_id(0) * ROWS + start + tl.arange(0, BM)
+        m = program(0, AT) * ROWS + start + tl.arange(0, BM)
         inside = (m < M)[:, None] & (cols < C)[None, :]
         alive = m < live
         z = tl.load(
@@ -54,7 +57,7 @@ def cross_entropy(
             grad = tl.where(alive[:, None], grad, 0.0)
             EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)
     if LOSS:
-        _finish(total, live, loss, work, PROGRAMS)
+        _finish(total, live, loss, work, PROGRAMS, AT)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def multi_margin(
     M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
     MARGIN: tl.constexpr, DIVISOR: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Mean over live rows of sum over j != y of max(0, z_j - z_y + MARGIN) / DIVISOR."""
     live = tl.load(live_ptr).to(tl.float32)
@@ -71,7 +74,7 @@ def multi_margin(
     total = 0.0
     ROWS: tl.constexpr = (M + PROGRAMS * BM - 1) // (PROGRAMS * BM) * BM
     for start in range(0, ROWS, BM):
-        m = tl.program_id(0) * ROWS + start + tl.arange(0, BM)
+        m = program(0, AT) * ROWS + start + tl.arange(0, BM)
         inside = (m < M)[:, None] & (cols < C)[None, :]
         alive = m < live
         z = tl.load(logits + m[:, None] * S0 + (cols * S1)[None, :], mask=inside, other=0.0).to(
@@ -91,4 +94,4 @@ def multi_margin(
             grad = tl.where(alive[:, None], grad, 0.0)
             EPILOGUE(grad, 0, m[:, None], cols[None, :], 0, 0, inside, args)
     if LOSS:
-        _finish(total, live, loss, work, PROGRAMS)
+        _finish(total, live, loss, work, PROGRAMS, AT)

@@ -13,7 +13,7 @@ loads parts one by one, above SPLIT 64 bound by latency; `segment_reduce` loads 
 import triton
 import triton.language as tl
 
-from .common import INT32_MAX, filter_position, unflatten
+from .common import INT32_MAX, filter_position, program, unflatten
 
 
 @triton.jit
@@ -56,12 +56,12 @@ def split_reduce(
     work, args, args2,
     SPLIT: tl.constexpr, K: tl.constexpr, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     B: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Adds the partials of work[SPLIT, K, (r, s, c) and the bias column], first part first."""
     CRS: tl.constexpr = (R + B - 1) // B * ((S + B - 1) // B) * (B * B * CG)
     COLS: tl.constexpr = CRS + HAS_BIAS
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = program(0, AT) * BLOCK + tl.arange(0, BLOCK)
     mask = i < K * COLS
     at = work + i
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -83,7 +83,7 @@ def segment_reduce(
     CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     KT: tl.constexpr, XT: tl.constexpr, SEGMENTS: tl.constexpr, CARRIER: tl.constexpr,
     MOST: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, BIAS_BLOCK: tl.constexpr,
-    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Adds the segments of each tile of wgrad_rows.py, first segment first.
 
@@ -96,7 +96,7 @@ def segment_reduce(
     NXT: tl.constexpr = (COLS + XT - 1) // XT
     TILES: tl.constexpr = NKT * NXT * UNITS * G
     BLOCKS: tl.constexpr = KT * XT // BLOCK
-    p = tl.program_id(0)
+    p = program(0, AT)
     if p < TILES * BLOCKS:
         tile = p // BLOCKS
         unit = tile // (NKT * NXT) % UNITS
@@ -137,7 +137,9 @@ def segment_reduce(
 
 
 @triton.jit
-def mean_reduce(work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def mean_reduce(
+    work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None
+):
     """out = sum of work[COUNT] / live, by one program: a tree of fixed shape."""
     i = tl.arange(0, BLOCK)
     parts = tl.load(work + i, mask=i < COUNT, other=0.0)
@@ -146,22 +148,24 @@ def mean_reduce(work, live, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def square_sum(
-    x, work, N: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """work[FIRST + program] = the sum of squares of its blocks of x[N], in order."""
-    program = tl.program_id(0)
-    at = program * BLOCK + tl.arange(0, BLOCK)
+    x, work,
+    N: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    AT: tl.constexpr = None,
+):  # fmt: skip
+    """work[FIRST + this program] = the sum of squares of its blocks of x[N], in order."""
+    own = program(0, AT)
+    at = own * BLOCK + tl.arange(0, BLOCK)
     if N + PROGRAMS * BLOCK > INT32_MAX:
         at = at.to(tl.int64)
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N, PROGRAMS * BLOCK):
         v = tl.load(x + start + at, mask=start + at < N, other=0.0).to(tl.float32)
         sums += v * v
-    tl.store(work + FIRST + program, tl.sum(sums))
+    tl.store(work + FIRST + own, tl.sum(sums))
 
 
 @triton.jit
-def norm_reduce(work, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def norm_reduce(work, out, COUNT: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None):
     """out = sqrt(sum of work[COUNT]), by one program: a tree of fixed shape."""
     i = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -175,14 +179,14 @@ def channel_sum(
     x, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
-    BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
+    BLOCK: tl.constexpr, EPILOGUE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """The sum over n, h and w of each channel; acc is [1] at (channel, 0, 0, 0).
 
     One program a channel: reads coalesce in NCHW alone, and few channels leave processors idle.
     Only for what no weight gradient's column of ones covers.
     """
-    c = tl.program_id(0)
+    c = program(0, AT)
     base = x + c * XS1
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N * H * W, BLOCK):

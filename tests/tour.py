@@ -35,7 +35,7 @@ def blocks(page: str) -> dict[str, str]:
     low = lower(net, shape, target="cuda", precision="bf16", **training)
     half = lower(space["fork"], shape, target="cuda", precision="bf16", **training)
     traced, joint, fused = (low.stages.graph(s) for s in ("traced", "joint", "fused"))
-    epilogues = {s.kernel: s.epilogues for s in low.plan.launches}
+    epilogues = {s.kernel: s.epilogues for s in low.plan.parts}
     facts = {
         "model": "net", "batch": shape[0], "train": True, "precision": "bf16", "target": "cuda",
         "gpu": "h200", "stage": "plan",

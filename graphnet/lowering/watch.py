@@ -58,7 +58,7 @@ def dump(plan: Plan) -> None:
     folder = base / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     for s in plan.launches:
-        for source in s.epilogues:
+        for source in s.generated:
             materialise(source, folder)
     (base / f"{plan.graph.name.split('.')[0]}-plan.txt").write_text(str(plan))
 
@@ -209,14 +209,14 @@ def _checked(plan: Plan, calls: list[Call], tensor: Buffer) -> list[Call]:
 
 def _steps_of(eqn: Eqn, steps: Sequence[Step]) -> list[int]:
     """The launches that compute an equation: those that write its results, and those that fill
-    the workspaces which they read."""
+    the workspaces which they read. A group counts by its members."""
     names = {v.name for v in eqn.results}
     out: list[int] = []
     for k in range(len(steps) - 1, -1, -1):
         s = steps[k]
-        if isinstance(s, Launch) and names & set(s.writes):
-            out.append(k)
-            names |= {r for r in s.reads if r.startswith(".")}
+        own = [m for m in s.parts if names & set(m.writes)] if isinstance(s, Launch) else []
+        names |= {r for m in own for r in m.reads if r.startswith(".")}
+        out += [k] if own else []
     return out[::-1]
 
 

@@ -100,7 +100,7 @@ def test_a_dump_holds_graphs_differences_plan_and_code(tmp_path):
     assert {"00-traced.txt", "00-traced.dot", "01-autodiff.diff", "plan.txt"} <= names
     assert (tmp_path / "d/sequential-plan.txt").read_text() == str(made.plan)
     generated = {p.name for p in (tmp_path / "d/generated").iterdir()}
-    assert {f"{s.name}.py" for launch in made.plan.launches for s in launch.epilogues} == generated
+    assert {f"{s.name}.py" for launch in made.plan.launches for s in launch.generated} == generated
     (tmp_path / "file").write_text("")
     with config.override(DUMP=str(tmp_path / "file")), pytest.raises(ConfigError, match="DUMP"):
         step()

@@ -120,7 +120,7 @@ def test_rows_are_the_launches_and_memory_is_state_arena_and_io(inspected):
 def test_second_passes_count_their_workspace():
     """Bytes of all launches: those of the equations, and each workspace written and read."""
     low = step_of_lenet(precision="fp32")
-    launches = low.plan.launches
+    launches = low.plan.parts
     split = [s for s in launches if s.kernel == "split_reduce"]
     work = sum(size for s in launches for _, size in s.scratch)
     assert split and all(s.bytes > 0 and s.flops > 0 for s in split) and work > 0

@@ -224,9 +224,9 @@ def test_frozen_layers_cost_no_weight_gradient():
         p.trainable = key not in frozen
     before = net.state_dict()
     low = gn.api.lower(net, (8, 1, 28, 28), target="cuda", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
-    convs = [s.kernel for s in low.plan.launches if s.kernel.startswith("conv2d")]
+    convs = [s.kernel for s in low.plan.parts if s.kernel.startswith("conv2d")]
     assert len(convs) == 2 and not [k for k in convs if "grad" in k]  # no dgrad either
-    assert sum("wgrad" in s.kernel for s in low.plan.launches) == 3  # the linear layers
+    assert sum("wgrad" in s.kernel for s in low.plan.parts) == 3  # the linear layers
     step = gn.compile(net, (8, 1, 28, 28), target="cpu", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
     step(torch.randn(8, 1, 28, 28), torch.arange(8))
     for key, value in net.state_dict().items():

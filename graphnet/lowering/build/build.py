@@ -143,9 +143,11 @@ def _passed(a: Arg) -> Any:
 def request(launch: Launch, arch: int) -> dict[str, Any]:
     """A launch as the worker takes it: types of the pointers in place of names."""
     args, constants, options = bind(launch)
+    driver = {"driver": launch.driver.text} if launch.driver else {}
     return {
         "module": launch.module,
         "kernel": launch.kernel,
+        **driver,
         "args": [_passed(a) for a in args],
         "constants": {
             k: {"epilogue": v.text} if isinstance(v, Source) else v for k, v in constants.items()
@@ -316,6 +318,6 @@ def _export(out: Path, plan: Plan, found: list[tuple[str, dict[str, Any]]], fold
             write_whole(
                 out / f"{k:02d}-{s.kernel}.{suffix}", (folder / f"{key}.{suffix}").read_bytes()
             )
-        for source in s.epilogues:
+        for source in s.generated:
             materialise(source, out / "generated")
     write_whole(out / "plan.txt", str(plan).encode())

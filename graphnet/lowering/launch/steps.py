@@ -61,7 +61,7 @@ Arg = Ref | Box | Table | tuple[Ref, ...] | None
 class Launch:
     """One kernel launch on named buffers.
 
-    kernel      function of `module`, a module of graphnet.kernels
+    kernel      function of `module`, a module of graphnet.kernels; of a group its members' kernels
     args        the pointers and descriptors in the kernel's order; a tuple is one argument
     constants   the constexpr arguments; a Source stands for its generated function
     scratch     (buffer, bytes) that only this equation's launches use
@@ -73,6 +73,8 @@ class Launch:
     padded      arithmetic of the whole tiles that a product multiplies, their padding counted; 0
                 for what is no product
     choice      why this variant and this configuration; None where there is nothing to choose
+    members     of a group: the launches that run as this one; see group.py
+    driver      of a group: the generated function that runs, in place of a kernel of a module
     """
 
     kernel: str
@@ -93,6 +95,13 @@ class Launch:
     padded: int = 0
     where: Where = field(default=NOWHERE, compare=False)
     choice: Choice | None = field(default=None, compare=False)
+    members: tuple[Launch, ...] = ()
+    driver: Source | None = None
+
+    @property
+    def parts(self) -> tuple[Launch, ...]:
+        """The members of a group, or the launch alone."""
+        return self.members or (self,)
 
     @property
     def refs(self) -> tuple[Ref, ...]:
@@ -106,8 +115,13 @@ class Launch:
 
     @property
     def epilogues(self) -> tuple[Source, ...]:
-        """The generated files that the launch needs."""
+        """The generated functions that the launch's kernel calls."""
         return tuple(v for _, v in self.constants if isinstance(v, Source))
+
+    @property
+    def generated(self) -> tuple[Source, ...]:
+        """All generated files that the launch needs."""
+        return (*self.epilogues, self.driver) if self.driver else self.epilogues
 
     @property
     def programs(self) -> int:
@@ -179,8 +193,10 @@ def bind(launch: Launch) -> tuple[tuple[Arg, ...], dict[str, Any], dict[str, Any
     A Ref or a Table among the arguments stands for a pointer and a Box for a descriptor, a Source
     among the constexprs for its function. CompileError where the kernel does not take them so.
     """
-    signature = signature_of(launch.module, launch.kernel)
-    wrong = signature.mismatch(len(launch.args), [k for k, _ in launch.constants])
+    wrong = None
+    if launch.driver is None:  # a driver is written for its launch
+        signature = signature_of(launch.module, launch.kernel)
+        wrong = signature.mismatch(len(launch.args), [k for k, _ in launch.constants])
     if wrong is not None:
         raise CompileError(
             f"{launch.kernel} cannot be launched so: {wrong}",

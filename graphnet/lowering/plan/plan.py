@@ -19,6 +19,7 @@ from graphnet.lowering.launch.equation import launches
 from graphnet.lowering.launch.moves import is_view, run_move
 from graphnet.lowering.launch.registry import kernels_for
 from graphnet.lowering.launch.steps import Copy, Launch, Step, Table
+from graphnet.lowering.plan.groups import grouped
 from graphnet.lowering.plan.memory import Life, Slot, assign, overlaid, reachability
 from graphnet.lowering.plan.schedule import chained, memory_order, program_order, streams_of
 
@@ -33,6 +34,7 @@ class Plan:
     streams   the stream of each step; what two streams hold may run at once
     storage   buffer to the graph input or returned value whose storage it is
     arena     buffer to its place; `types` gives element type and stored count of every buffer
+    alone     small launches that are in no group, and why
     """
 
     graph: Graph
@@ -44,10 +46,16 @@ class Plan:
     arena_bytes: int = 0
     types: dict[str, tuple[str, int]] = field(default_factory=dict)
     streams: tuple[int, ...] = ()
+    alone: tuple[tuple[Launch, str], ...] = ()
 
     @property
     def launches(self) -> tuple[Launch, ...]:
         return tuple(s for s in self.steps if isinstance(s, Launch))
+
+    @property
+    def parts(self) -> tuple[Launch, ...]:
+        """The launches, groups by their members."""
+        return tuple(m for s in self.launches for m in s.parts)
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:
@@ -261,6 +269,7 @@ def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan
     edges = _edges(program, planner.place)
     if program_order(len(program), edges) is None:
         raise GraphError(f"the steps of {graph.name} depend on each other in a circle")
+    program, edges, alone = grouped(program, edges)
     sizes = {n: t.bytes for n, t in planner.types.items() if n not in storage}
     order = memory_order(program, edges, sizes)
     at = {k: n for n, k in enumerate(order)}
@@ -289,4 +298,4 @@ def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan
     types = {
         n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
     }  # fmt: skip
-    return Plan(graph, target, steps, ordered, storage, arena, size, types, streams)
+    return Plan(graph, target, steps, ordered, storage, arena, size, types, streams, alone)

@@ -82,7 +82,10 @@ def _loaded(
     args, constants, options = bind(step)
     real = operands(args, tensor)
     values = {k: load(v) if isinstance(v, Source) else v for k, v in constants.items()}
-    kernel = getattr(importlib.import_module(step.module), step.kernel)
+    if step.driver is not None:
+        kernel = load(step.driver)
+    else:
+        kernel = getattr(importlib.import_module(step.module), step.kernel)
     try:
         binary = loaded(kernel, step.grid, real, {**values, **options}, key, about)
         binary._init_handles()

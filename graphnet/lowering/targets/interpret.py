@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from graphnet.lowering.build.descriptors import descriptor, passed_box
 from graphnet.lowering.launch import files
 from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source
-from graphnet.lowering.launch.steps import Arg, Box, Copy, Fill, Step, Table, bind
+from graphnet.lowering.launch.steps import Arg, Box, Copy, Fill, Launch, Step, Table, bind
 from graphnet.lowering.plan.plan import Plan
 from graphnet.lowering.watch import watched
 
@@ -137,10 +138,13 @@ def _kernels(module: str) -> ModuleType:
 
 
 @contextmanager
-def _as_kernels() -> Iterator[None]:
-    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it."""
-    for name in ("common", "random"):
-        _kernels(f"{_KERNELS}.{name}")
+def _as_kernels(step: Launch | None = None) -> Iterator[None]:
+    """Inside, `graphnet.kernels` names the interpreted copy: generated files import from it, those
+    of a step its kernels, too."""
+    for module in (f"{_KERNELS}.common", f"{_KERNELS}.random"):
+        _kernels(module)
+    for member in step.members if step else ():
+        _kernels(member.module)
     own = {n: m for n, m in sys.modules.items() if n == _KERNELS or n.startswith(f"{_KERNELS}.")}
     copies = {
         n.replace(_PACKAGE, _KERNELS, 1): m
@@ -221,12 +225,10 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
         return lambda: b.copy_(a)
     args, constants, options = bind(step)
     real = operands(args, tensor)
-    with _as_kernels():
-        values = {
-            k: files.load(v, "graphnet_interpreted") if isinstance(v, Source) else v
-            for k, v in constants.items()
-        }
-        kernel = getattr(_kernels(step.module), step.kernel)
+    load = partial(files.load, package="graphnet_interpreted")
+    with _as_kernels(step):
+        values = {k: load(v) if isinstance(v, Source) else v for k, v in constants.items()}
+        kernel = load(step.driver) if step.driver else getattr(_kernels(step.module), step.kernel)
     return lambda: kernel[step.grid](*real, **values, **options)
 
 

@@ -15,17 +15,19 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphnet.errors import NumericsError
-from graphnet.ir.graph import Eqn
+from graphnet.ir.graph import Eqn, Graph, Input, Value, substitute
 from graphnet.lowering.build.build import answers, key_of, request
 from graphnet.lowering.launch.choice import Choice, Kernels
 from graphnet.lowering.launch.equation import launches
 from graphnet.lowering.launch.files import private_dir, write_whole
+from graphnet.lowering.launch.group import GROUPS, group
 from graphnet.lowering.launch.moves import is_view
 from graphnet.lowering.launch.steps import Launch
 from graphnet.lowering.plan.plan import Plan
@@ -72,12 +74,13 @@ def _unfit(plan: Plan, arch: int, fresh: set[str]) -> dict[Choice, str]:
     fresh |= compiled
     out: dict[Choice, str] = {}
     for s, (_, about) in zip(plan.launches, found, strict=True):
-        if s.choice is None or s.choice.source != "measured":
-            continue
-        if "error" in about:
-            out[s.choice] = f"does not compile: {about['error'].splitlines()[-1][:200]}"
-        elif about["spill_bytes"]:
-            out[s.choice] = f"spills {about['spill_bytes']} bytes in {s.kernel}"
+        for choice in (m.choice for m in s.parts):
+            if choice is None or choice.source != "measured":
+                continue
+            if "error" in about:
+                out[choice] = f"does not compile: {about['error'].splitlines()[-1][:200]}"
+            elif about["spill_bytes"]:
+                out[choice] = f"spills {about['spill_bytes']} bytes in {s.kernel}"
     return out
 
 
@@ -94,6 +97,55 @@ def computed(low: Any) -> Iterator[tuple[Eqn, list[Launch]]]:
             yield e, own
 
 
+def together(low: Any) -> Iterator[tuple[list[Eqn], list[Launch]]]:
+    """Equations whose launches meet in groups, with all of their launches: what is proven of them
+    is the group's binary."""
+    again: dict[tuple, tuple[Eqn, Launch]] = {}
+    for e in low.plan.graph.eqns:
+        steps = [] if is_view(e) else launches(e, lambda v: v.name, low.kernels)
+        again |= {_same(s): (e, s) for s in steps if isinstance(s, Launch)}
+    units: list[tuple[list[Eqn], list[Launch]]] = []
+    for s in low.plan.launches:
+        own = [again[_same(m)] for m in s.parts if _same(m) in again]
+        if len(own) < len(s.parts):  # another one here: then equations are proven one by one
+            return
+        eqns = [e for e, _ in own]
+        made = [group([m for _, m in own]) if s.members else own[0][1]]
+        for unit in [u for u in units if any(e in u[0] for e in eqns)]:
+            units.remove(unit)
+            eqns, made = [*unit[0], *eqns], [*unit[1], *made]
+        units.append((list(dict.fromkeys(eqns)), made))
+    yield from (u for u in units if any(s.members for s in u[1]))
+
+
+def _same(launch: Launch) -> tuple:
+    """What tells the launches of a graph apart, whatever their operands' buffers are called."""
+    sizes = tuple(v for _, v in launch.constants if isinstance(v, int))
+    return launch.kernel, launch.writes, launch.grid, sizes
+
+
+def joined(eqns: Sequence[Eqn]) -> Eqn:
+    """One equation that computes what these do, in their order."""
+    if len(eqns) == 1:
+        return eqns[0]
+    inner: list[Eqn] = []
+    made: dict[Value, Value] = {}
+    for k, e in enumerate(eqns):
+        own = {v: Value(f"{k}.{v.name}", v.type) for p in e.plain for v in p.results}
+        env = {**made, **own}
+        inner += [
+            replace(substitute(p, env), outputs=tuple(v and own[v] for v in p.outputs))
+            for p in e.plain
+        ]
+        returns = e.body.returns if e.body is not None else e.outputs
+        made |= {o: env[i] for i, o in zip(returns, e.outputs, strict=True) if o and i}
+    operands = [v for e in eqns for v in e.inputs if v not in made]
+    inputs = tuple(dict.fromkeys(operands))
+    body = Graph("body", tuple(Input(v) for v in inputs), tuple(inner), tuple(made.values()))
+    where = reduce(lambda a, b: a.merged(b), (e.where for e in eqns))
+    return Eqn("fused", inputs, tuple(made), body=body, where=where)
+
+
 def name_of(steps: Sequence[Launch], arch: int) -> str:
     """The key of a computation: the code of its launches, their grids and tables."""
     about = [
@@ -105,7 +157,17 @@ def name_of(steps: Sequence[Launch], arch: int) -> str:
 def _wrong(low: Any) -> dict[Choice, str]:
     """Measured choices that are wrong here; NumericsError where a choice of the rules is."""
     gpu, arch = torch.cuda.get_device_name(), low.kernels.arch
-    todo = [(e, steps, name_of(steps, arch)) for e, steps in computed(low)]
+    done: list[Eqn] = []
+    failed: list[tuple[list[Eqn], str]] = []
+    for eqns, steps in together(low):
+        name = name_of(steps, arch)
+        why = None if _proven(gpu, name) else checked(low.plan, joined(eqns), steps)
+        if why is None:
+            _remember(gpu, name, "+".join(s.kernel for s in steps))
+            done += eqns
+        else:
+            failed.append((eqns, why))
+    todo = [(e, steps, name_of(steps, arch)) for e, steps in computed(low) if e not in done]
     todo = [case for case in todo if not _proven(gpu, case[2])]
     out: dict[Choice, str] = {}
     apart = _apart(low, todo)
@@ -116,7 +178,7 @@ def _wrong(low: Any) -> dict[Choice, str]:
             continue
         why = apart[name] if name in apart else checked(low.plan, e, steps)
         if why is None:
-            _remember(gpu, name, choice)
+            _remember(gpu, name, f"{choice.problem}: {choice}")
         elif choice.source == "measured":
             out[choice] = f"is wrong on this GPU: {why}"
         else:
@@ -125,6 +187,12 @@ def _wrong(low: Any) -> dict[Choice, str]:
                 **e.where.located,
                 help="no other choice computes it rightly on this GPU; target='cpu' runs without "
                 "our kernels, GRAPHNET_DUMP=folder leaves them for a report",
+            )  # fmt: skip
+    for eqns, why in failed:
+        if not any(e in eqns and steps[0].choice in out for e, steps, _ in todo):
+            raise NumericsError(
+                f"a group of launches, each of which is right alone: {why}",
+                **eqns[0].where.located, help=f"GRAPHNET_DISABLE={GROUPS} runs them one by one",
             )  # fmt: skip
     return out
 
@@ -167,6 +235,6 @@ def _proven(gpu: str, name: str) -> bool:
         return False
 
 
-def _remember(gpu: str, name: str, choice: Choice) -> None:
-    about = {"gpu": gpu, "computation": name, "what": f"{choice.problem}: {choice}"}
+def _remember(gpu: str, name: str, what: str) -> None:
+    about = {"gpu": gpu, "computation": name, "what": what}
     write_whole(_file(gpu, name), json.dumps(about, indent=1).encode())

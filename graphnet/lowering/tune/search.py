@@ -112,7 +112,7 @@ def _jobs(plan: Plan) -> dict[Problem, list[Work]]:
     are alike one."""
     found: dict[tuple, Work] = {}
     for e in plan.graph.eqns:
-        own = [s for s in plan.launches if s.choice is not None and set(s.writes) & {
+        own = [s for s in plan.parts if s.choice is not None and set(s.writes) & {
             v.name for v in e.results}]  # fmt: skip
         if own:
             alike = tuple((s.kernel, s.constants, s.grid, s.num_warps, s.num_stages) for s in own)
