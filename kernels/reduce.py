@@ -206,7 +206,7 @@ def axis_sum(
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
-    PARTS: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    PARTS: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """out[part, kept] = the sum of a part of the elements of x for each kept one.
 
@@ -215,8 +215,8 @@ def axis_sum(
     """
     KEPT: tl.constexpr = K0 * K1 * K2 * K3
     TERMS: tl.constexpr = R0 * R1 * R2 * R3
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    part = tl.program_id(1)
+    o = program(0, AT) * BO + tl.arange(0, BO)
+    part = program(1, AT)
     o0, o1, o2, o3 = unflatten(o, K1, K2, K3, False)
     if KEPT * TERMS > INT32_MAX:
         o0 = o0.to(tl.int64)
@@ -234,9 +234,12 @@ def axis_sum(
 
 
 @triton.jit
-def ordered_sum(work, out, PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def ordered_sum(
+    work, out,
+    PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None,
+):  # fmt: skip
     """out[COUNT] = the sum of work[PARTS, COUNT], first part first."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = program(0, AT) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for part in range(PARTS):
         acc += tl.load(work + part * COUNT + i, mask=i < COUNT, other=0.0)

@@ -123,7 +123,7 @@ def test_the_key_holds_everything_that_decides_the_binary(monkeypatch):
 
 
 def test_an_edited_epilogue_gives_another_binary():
-    launch = next(s for s in plan_of().launches if s.kernel == "elementwise")
+    launch = next(s for s in plan_of().parts if s.kernel == "elementwise")
     (_, before), *_ = build.compile_launches([launch])[0]
     text = launch.epilogues[0].text.replace("maximum_nan(v0, 0.0)", "maximum_nan(v0, 1.0)")
     assert text != launch.epilogues[0].text

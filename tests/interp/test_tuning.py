@@ -386,7 +386,7 @@ def test_tune_and_cache(tmp_path, capsys, monkeypatch):
 
 
 def test_cache_says_why_a_launch_misses(capsys):
-    small = plan("cuda").plan.launches
+    small = plan("cuda").plan.parts
     launch = next(s for s in small if s.kernel == "mean_reduce" or s.kernel == "record_step")
     (row,) = inventory.why([launch])
     assert row["hit"] is False and row["differs"] is None

@@ -3,8 +3,9 @@
 Of a step the longest path to the end of the plan is its distance. Steps of one distance are never
 connected by a path, and where all that are joined have one distance, no circle can close: every
 edge leads to a smaller one. So legality needs no search; data, reads before writes and the order of
-writers are all edges. What nothing waits for, as updates and the record of the loss, has distance 0
-and meets there.
+writers are all edges. What nothing waits for, as the updates, has distance 0 and meets there. A step
+that finds nobody at its distance may take a larger one, up to where what it waits for stands: edges
+still lead to smaller ones.
 
 A group pays where its members are small: what a launch of its own costs is a large part of their
 time, and their programs find free processors beside each other. Large launches gain nothing, and
@@ -58,18 +59,19 @@ def grouped(steps: Sequence[Step], edges: Edges) -> tuple[list[Step], Edges, Alo
     launches that are in no group, and why)."""
     levels: dict[int, dict[int, Launch]] = defaultdict(dict)
     alone: dict[Launch, str] = {}
-    for k, distance in enumerate(distances(len(steps), edges)):
-        s = steps[k]
+    far = distances(len(steps), edges)
+    for k, s in enumerate(steps):
         if not isinstance(s, Launch) or not small(s):
             continue
         why = f"GRAPHNET_DISABLE names {GROUPS}" if GROUPS in config.disabled() else outside(s)
         if why is None:
-            levels[distance][k] = s
+            levels[far[k]][k] = s
         else:
             alone[s] = why
+    _meet(levels, far, edges)
     home = list(range(len(steps)))  # of each step the one in whose place it runs
     joined: dict[int, Launch] = {}
-    for level in levels.values():
+    for level in filter(None, levels.values()):
         for chosen in _shared_out(level):
             if len(chosen) > 1:
                 joined[chosen[0]] = group([level[k] for k in chosen])
@@ -87,6 +89,22 @@ def grouped(steps: Sequence[Step], edges: Edges) -> tuple[list[Step], Edges, Alo
         {(at[a], at[b]) for a, b in moved},
         tuple(alone.items()),
     )
+
+
+def _meet(levels: dict[int, dict[int, Launch]], far: list[int], edges: Edges) -> None:
+    """Moves launches that are alone at their distance to the next one where a group takes them."""
+    for level in sorted(levels):
+        if len(levels[level]) != 1:
+            continue
+        ((k, s),) = levels[level].items()
+        least = min((far[a] for a, b in edges if b == k), default=len(far))
+        for other in range(level + 1, least):
+            fits = [m for m in levels.get(other, {}).values()
+                    if 1 in (m.programs, s.programs) or m.num_warps == s.num_warps]  # fmt: skip
+            if fits:
+                far[k] = other
+                levels[other][k] = levels[level].pop(k)
+                break
 
 
 def _shared_out(level: Mapping[int, Launch]) -> Iterator[list[int]]:
