@@ -38,12 +38,13 @@ def net():
 
 
 def lowered(target="interpret", **more):
-    return lower(net(), (6, 2, 6, 6), target=target, **{"precision": "fp32", **HOW, **more})
+    how = {"precision": "fp32", "nonfinite": None, **HOW, **more}
+    return lower(net(), (6, 2, 6, 6), target=target, **how)
 
 
 def the_group(low):
-    (found,) = [s for s in low.plan.launches if s.members]
-    return found
+    """The last one: updates, which nothing waits for."""
+    return [s for s in low.plan.launches if s.members][-1]
 
 
 # ---- which -----------------------------------------------------------------------------------
@@ -75,14 +76,12 @@ def test_what_a_path_connects_is_not_joined(monkeypatch):
 
 
 def test_no_circle_through_what_stays_outside(monkeypatch):
-    """a and d are unconnected, so are b and c; a -> B -> c, d -> b: joining a with c would be wrong
-    however it is ordered."""
+    """a -> B -> c and d -> b, and B is large: d finds nobody at its distance and goes before it."""
     big = replace(step("B", ("y",), ("z",)), bytes=1 << 40)
     steps = [step("a", ("x",), ("y",)), big, step("c", ("z",), ("u",)),
              step("d", ("x",), ("w",)), step("b", ("w",), ("v",))]  # fmt: skip
     names, moved, _ = grouped(monkeypatch, steps, {(0, 1), (1, 2), (3, 4)})
-    assert names == ["a", "B", "d", {"c", "b"}] or names == ["a", "d", "B", {"c", "b"}]
-    assert all(a < b for a, b in moved)
+    assert names == [{"a", "d"}, "B", {"c", "b"}] and moved == {(0, 1), (1, 2), (0, 2)}
 
 
 def test_a_planted_dependency_keeps_an_update_out():
@@ -118,6 +117,16 @@ def test_warps_agree_or_are_those_of_one_program():
     assert record.num_warps == 1 and group([record, four]).num_warps == 4
     shares = list(groups._shared_out({0: four, 1: eight, 2: record, 3: four}))
     assert shares == [[0, 2, 3], [1]]
+
+
+def test_what_updates_wait_for_meets_others_further_from_the_end():
+    """The record of the loss tells the updates of a guarded step whether it is finite."""
+    low = lowered(nonfinite="auto")
+    joined = [s for s in low.plan.launches if s.members]
+    first = next(s for s in joined if "record_step" in [m.kernel for m in s.members])
+    assert len(joined) == 2 and first is joined[0]
+    go = next(w for w in first.writes if w in joined[1].reads)
+    assert go
 
 
 def test_a_large_level_is_several_groups():

@@ -3,9 +3,9 @@
 Of a step the longest path to the end of the plan is its distance. Steps of one distance are never
 connected by a path, and where all that are joined have one distance, no circle can close: every
 edge leads to a smaller one. So legality needs no search; data, reads before writes and the order of
-writers are all edges. What nothing waits for, as the updates, has distance 0 and meets there. A step
-that finds nobody at its distance may take a larger one, up to where what it waits for stands: edges
-still lead to smaller ones.
+writers are all edges. What nothing waits for, as the updates, has distance 0 and meets there. A
+step that finds nobody at its distance may take a larger one, up to where what it waits for stands:
+edges still lead to smaller ones.
 
 A group pays where its members are small: what a launch of its own costs is a large part of their
 time, and their programs find free processors beside each other. Large launches gain nothing, and
