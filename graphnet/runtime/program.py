@@ -394,7 +394,7 @@ class TrainStep(Program):
                 else:
                     mine = None if lr is None else lr[at:to]
                     self._ahead(self.optimizer.rates(to - at, mine))
-                    self._losses(losses[at:to])
+                    self._copy_losses(losses[at:to])
         return losses
 
     def _ahead(self, table: torch.Tensor) -> None:
@@ -413,14 +413,26 @@ class TrainStep(Program):
             self._inputs.drawn(*draws.bound.latest)
             self.optimizer.arrived(table[-1])
 
-    def _losses(self, into: torch.Tensor) -> None:
-        """Copies the losses of the latest steps, up to 4,096 of them, out of the ring."""
-        ring, n = self._storage["ring"], len(into)
+    @taking_turns
+    def ahead(self, table: torch.Tensor) -> list[torch.Tensor]:
+        """Steps over bound data, one for each row of f32[n, K] (`optimizer.rates` or `turned`); the
+        loss of each, as a call gives it."""
+        self._ahead(table)
+        return [loss for part in self._latest(len(table)) for loss in part.unbind()]
+
+    def _latest(self, n: int) -> list[torch.Tensor]:
+        """The losses of the latest n steps, up to 4,096 of them, as parts of the ring."""
+        ring = self._storage["ring"]
         first = (self.state.steps - n) % RING
-        wrap = min(n, RING - first)
-        into[:wrap].copy_(ring[first : first + wrap])
-        if wrap < n:
-            into[wrap:].copy_(ring[: n - wrap])
+        parts = ring[first : first + n], ring[: max(0, first + n - RING)]
+        return [part for part in parts if len(part)]
+
+    def _copy_losses(self, into: torch.Tensor) -> None:
+        """Copies the losses of the latest steps out of the ring."""
+        at = 0
+        for part in self._latest(len(into)):
+            into[at : at + len(part)].copy_(part)
+            at += len(part)
 
     def _call(self, losses: torch.Tensor, lr: Sequence[float] | None) -> None:
         """The same steps, call by call."""

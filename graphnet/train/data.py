@@ -92,6 +92,12 @@ class Dataset:
         """Rows of `images` as the net sees them."""
         return normalised(images, self.mean, self.std)
 
+    def levels(self) -> torch.Tensor:
+        """f32[C, 256]: what a net reads for each byte of a channel."""
+        channels = self.shape[0]
+        every = torch.arange(256, dtype=torch.uint8).expand(1, channels, 256)
+        return self.normalised(every[..., None])[0, :, :, 0]
+
     def read(self, rows: Sequence[int], workers: int = 0) -> torch.Tensor:
         """The images of some rows, as they are stored."""
         return self.images[torch.as_tensor(rows)]
@@ -247,6 +253,7 @@ class Batches:
     raw      x is what is stored, as it is: whole uint8 images, for a net that begins with its own
              augmentation
     rows     of the data set, in the batch that was given last
+    cursor   samples of this epoch that were taken
     """
 
     def __init__(
@@ -267,7 +274,7 @@ class Batches:
             raise ConfigError(f"cut is centre or random, not {cut!r}")
         self.dataset, self.batch, self.seed, self.shuffle = dataset, batch, seed, shuffle
         self.reading, self.cut, self.flip, self.raw = reading, cut, flip, raw
-        self.epoch, self._cursor = 0, 0
+        self.epoch, self.cursor = 0, 0
         self._start = 0  # where an iteration of this epoch begins: not 0 only when resuming
         self._ready: torch.Tensor | None = None
         self.rows = torch.empty(0, dtype=torch.int64)
@@ -280,24 +287,40 @@ class Batches:
         """The next iteration is that epoch; the place in it is kept if it was loaded."""
         if epoch != self.epoch:
             self._start = 0
-        self.epoch, self._cursor = epoch, self._start
+        self.epoch, self.cursor = epoch, self._start
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        data, n, epoch = self.dataset, len(self.dataset), self.epoch
-        order = permutation(n, self.seed, epoch) if self.shuffle else torch.arange(n)
+        data, epoch = self.dataset, self.epoch
+        order = self.order(epoch)
         read = self._memory if isinstance(data, Dataset) else self._files
-        for x, self.rows, self._cursor in read(data, order, epoch):
+        for x, self.rows, self.cursor in read(data, order, epoch):
             yield x.pin_memory() if self.reading.pin else x, data.labels[self.rows]
-        self.epoch, self._start, self._cursor = epoch + 1, 0, 0
+        self.end()
 
-    def _memory(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
-        if not self.raw and self._ready is None:
+    def order(self, epoch: int) -> torch.Tensor:
+        """i64[N]: the rows of the data set as an epoch goes through them."""
+        n = len(self.dataset)
+        return permutation(n, self.seed, epoch) if self.shuffle else torch.arange(n)
+
+    def end(self) -> None:
+        """The epoch is over: the place is the beginning of the next."""
+        self.epoch, self._start, self.cursor = self.epoch + 1, 0, 0
+
+    @property
+    def ready(self) -> torch.Tensor | None:
+        """All images as the net sees them, of a data set in memory that is small enough."""
+        data = self.dataset
+        if self._ready is None and not self.raw and isinstance(data, Dataset):
             if data.images.numel() * 4 <= _NORMALISE_AT_ONCE:
                 self._ready = data.normalised(data.images)
+        return self._ready
+
+    def _memory(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
+        ready = self.ready
         for at in range(self._start, len(order), self.batch):
             rows = order[at : at + self.batch]
-            if self._ready is not None:
-                x = self._ready[rows]
+            if ready is not None:
+                x = ready[rows]
             else:
                 x = data.images[rows] if self.raw else data.normalised(data.images[rows])
             yield x, rows, at + len(rows)
@@ -314,10 +337,10 @@ class Batches:
 
     def state(self) -> dict[str, Any]:
         """Where the iteration stands, as JSON: epoch, samples taken, and what the order needs."""
-        done = self._cursor >= len(self.dataset)
+        done = self.cursor >= len(self.dataset)
         return {
             "epoch": self.epoch + done,
-            "cursor": 0 if done else self._cursor,
+            "cursor": 0 if done else self.cursor,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "samples": len(self.dataset),
@@ -339,4 +362,4 @@ class Batches:
             0 <= cursor < len(self.dataset)
         ):
             raise DataError(f"epoch {epoch!r} with cursor {cursor!r} is no place in the data")
-        self.epoch, self._start, self._cursor = epoch, cursor, cursor
+        self.epoch, self._start, self.cursor = epoch, cursor, cursor

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +17,11 @@ from graphnet.ops.augment import Augment
 from graphnet.passes.precision import resolve
 from graphnet.runtime.diagnose import Finding
 from graphnet.runtime.program import Evaluate, TrainStep
+from graphnet.train.feeding import Batched, feeding, pair
 from graphnet.train.losses import Losses
 from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.rundir import finite
-from graphnet.train.schedule import Schedule, turn
+from graphnet.train.schedule import Schedule
 
 
 @dataclass
@@ -46,7 +44,8 @@ class Callback:
         """Before the first step, programs compiled."""
 
     def on_step(self, trainer: Trainer, loss: torch.Tensor) -> None:
-        """After each step; reading the loss waits for the device."""
+        """After each step; reading the loss waits for the device. With a callback that does
+        something here, each step is a call of its own, also where the data lie on a GPU."""
 
     def on_losses(self, trainer: Trainer, losses: Sequence[float]) -> None:
         """The losses of the latest steps, fetched together about twice a second."""
@@ -151,12 +150,12 @@ class Trainer:
         self._prepare_augment(train)
         step = self.compile((batch, *_sample_shape(self.net, train)))
         self._place(train)
-        losses = Losses(self, step)
+        losses, feed = Losses(self, step), feeding(self, step, train)
         try:
             for c in self.callbacks:
                 c.on_start(self)
             while self.epoch < epochs and not self.stop:
-                metrics = self._epoch(step, train, val, losses)
+                metrics = self._epoch(step, feed, val, losses)
                 if metrics is None:
                     break
                 self.epoch, self.partial = self.epoch + 1, None
@@ -192,12 +191,12 @@ class Trainer:
         self._data_state = None
 
     def _epoch(
-        self, program: TrainStep, train: Any, val: Any, losses: Losses
+        self, program: TrainStep, feed: Batched, val: Any, losses: Losses
     ) -> dict[str, float] | None:
         """The rest of the epoch and its evaluation: its metrics, None where it was stopped."""
         now = self.partial = self.partial or Partial()
         if not now.trained:
-            self._train(program, train, now, losses)
+            self._train(feed, now, losses)
         if not now.trained:
             return None
         metrics = {
@@ -213,36 +212,25 @@ class Trainer:
             metrics |= {"val_loss": found[0], "val_accuracy": found[1]}
         return metrics
 
-    def _train(self, program: TrainStep, train: Any, now: Partial, losses: Losses) -> None:
+    def _train(self, feed: Batched, now: Partial, losses: Losses) -> None:
         """Trains to the end of the epoch, or until stopped."""
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(self.epoch)
-        batches = iter(train)
-        if not hasattr(train, "state"):  # deterministic by its epoch, or not to be resumed
-            batches = itertools.islice(batches, now.batches, None)
+        feed.begin(self.epoch, now.batches)
+        listening = [c for c in self.callbacks if _hears_steps(c)]
         start = time.perf_counter()
         # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
         while not self.stop:
-            place = train.state() if hasattr(train, "state") else None
-            batch = next(batches, None)
-            if batch is None:
+            done = feed.steps()
+            if not done:
                 now.trained = True
                 break
-            x, y = _pair(batch)
-            if self.schedule is not None:
-                turn(program.optimizer, self.schedule(self.step))
-            taken = (x, y, *self._drawn_by(train))
-            loss = program(*taken)
-            self.step += 1
-            now.batches += 1
-            now.rows += len(x)
-            if place is None:
-                losses.add(now, len(x), loss, partial(tuple, taken), holds=x.nbytes)
-            else:
-                losses.add(now, len(x), loss, partial(self._again, train, place))
-            for c in self.callbacks:
-                c.on_step(self, loss)
-        if hasattr(train, "state") and train.state()["epoch"] > self.epoch:
+            for fed in done:
+                self.step += 1
+                now.batches += 1
+                now.rows += fed.rows
+                losses.add(now, fed.rows, fed.loss, fed.again, holds=fed.holds)
+                for c in listening:
+                    c.on_step(self, fed.loss)
+        if feed.ended(self.epoch):
             now.trained = True  # stopped behind the last batch, before the end was asked for
         losses.fetch(now)
         now.seconds += time.perf_counter() - start
@@ -254,18 +242,10 @@ class Trainer:
                 help="lower the learning rate, or clip the gradients (clip_norm)",
             )
 
-    def _drawn_by(self, train: Any) -> tuple[Any, ...]:
-        """What the augmentation of the batch at hand draws by."""
-        if self.augment is None or not hasattr(train, "rows"):
-            return ()
-        return train.rows, self.epoch
-
-    def _again(self, train: Any, place: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The batch that a data set gave at a place, as a step takes it."""
-        other = copy.copy(train)  # the iteration under way keeps its own place
-        other.load_state(place)
-        x, y = next(iter(other))
-        return x, y, *self._drawn_by(other)
+    @property
+    def stepwise(self) -> bool:
+        """Whether a callback wants to be called behind each step, before the next one."""
+        return any(map(_hears_steps, self.callbacks))
 
     def evaluate(self, val: Any, batch: int = 128) -> tuple[float, float]:
         """(mean loss, accuracy between 0 and 1) over a data set, by the evaluation program."""
@@ -285,7 +265,7 @@ class Trainer:
         for batch in val:
             if interruptible and self.stop:
                 return None
-            x, y = _pair(batch)
+            x, y = pair(batch)
             loss, logits = self.evaluation(x, y)
             rows += len(x)
             mean.add(loss, len(x))
@@ -356,15 +336,9 @@ class Trainer:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
 
-def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, y) of what an iterable gives as a batch."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        many = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise DataError(
-            f"a batch is a {type(batch).__name__}{many}, not a pair (images, labels)",
-            help="wrap the loader in an iterable that gives (x, y)",
-        )
-    return batch[0], batch[1]
+def _hears_steps(c: Callback) -> bool:
+    """Whether a callback does something behind each step."""
+    return getattr(type(c), "on_step", None) is not Callback.on_step or "on_step" in vars(c)
 
 
 def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
@@ -376,5 +350,5 @@ def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
     if isinstance(batches, Batches):  # drawing a batch would move its place
         return tuple(batches.dataset.shape)
     for batch in batches:
-        return tuple(_pair(batch)[0].shape[1:])
+        return tuple(pair(batch)[0].shape[1:])
     raise DataError("the data holds no batch")
