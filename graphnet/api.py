@@ -29,8 +29,9 @@ from graphnet.passes import pipeline
 from graphnet.passes.halves import halves
 from graphnet.passes.precision import resolve
 from graphnet.runtime.accumulate import Accumulated
-from graphnet.runtime.program import Evaluate, Gradients, Infer, Program, TrainStep
+from graphnet.runtime.program import Evaluate, Gradients, Infer, Program
 from graphnet.runtime.state import state_of
+from graphnet.runtime.training import TrainStep
 
 if TYPE_CHECKING:
     from graphnet.lowering.launch.choice import Kernels

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from graphnet.runtime.bound import Bound
-from graphnet.runtime.program import RING, Program, TrainStep, taking_turns
+from graphnet.runtime.program import Program, taking_turns
+from graphnet.runtime.training import RING, TrainStep
 
 
 class Accumulated(TrainStep):

@@ -21,7 +21,7 @@ from graphnet.ir.verify import verify
 from graphnet.ops.take import TakeAttrs
 
 if TYPE_CHECKING:
-    from graphnet.runtime.program import TrainStep
+    from graphnet.runtime.training import TrainStep
 
 TABLE = 1024  # steps whose numbers lie on the device: as many are sent at once at most
 SIZES = (64, 16, 4, 1)  # steps in a CUDA graph

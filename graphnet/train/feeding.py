@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphnet.errors import DataError
-from graphnet.runtime.program import TrainStep
+from graphnet.runtime.training import TrainStep
 from graphnet.train.data import Batches, Dataset
 from graphnet.train.schedule import turn
 

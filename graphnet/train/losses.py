@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphnet.runtime.diagnose import first_nonfinite, not_finite
-from graphnet.runtime.program import TrainStep
+from graphnet.runtime.training import TrainStep
 
 if TYPE_CHECKING:
     from graphnet.train.trainer import Partial, Trainer

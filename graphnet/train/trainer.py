@@ -16,7 +16,8 @@ from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
 from graphnet.passes.precision import resolve
 from graphnet.runtime.diagnose import Finding
-from graphnet.runtime.program import Evaluate, TrainStep
+from graphnet.runtime.program import Evaluate
+from graphnet.runtime.training import TrainStep
 from graphnet.train.feeding import Batched, feeding, pair
 from graphnet.train.losses import Losses
 from graphnet.train.metrics import RunningMean, topk_wrong

@@ -27,7 +27,7 @@ from graphnet.lowering.build import build
 from graphnet.lowering.build.worker import _Driver
 from graphnet.lowering.targets import cuda
 from graphnet.lowering.targets.interpret import buffers
-from graphnet.runtime.program import TrainStep
+from graphnet.runtime.training import TrainStep
 from graphnet.runtime.state import state_of
 
 driver.set_active(_Driver(90))
