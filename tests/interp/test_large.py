@@ -27,7 +27,7 @@ def record(acc, aux, i0, i1, i2, i3, mask, args):
     tl.store(args + at, i0.to(tl.int64), mask=mask & (at >= 0) & (at < {BLOCK}))
 """)
 SIZES = {
-    "N": FIRST + BLOCK, "D0": FIRST + BLOCK, "COUNT_PAD": False, "NHWC": False, "DIVISOR": 0,
+    "N": FIRST + BLOCK, "D0": FIRST + BLOCK, "COUNT_PAD": False, "NHWC": False, "DIVISOR": 0, "AT": None,
     "BLOCK": BLOCK,
 }  # fmt: skip
 

@@ -164,7 +164,7 @@ def test_inspect_reads_as_a_table(run):
     assert code == 0 and max(map(len, lines)) <= 120
     assert lines[0].startswith("lenet5, training step, batch 128, tf32 (auto: cuda), target cuda: ")
     assert "conv1, relu1" in lines[4] and lines[4].split()[-1] in ("compute", "memory")
-    assert lines[-2].startswith("61,706 parameters; peak 4.")
+    assert lines[-2].startswith("61,706 parameters; peak 5.")
     assert "hold batch" in lines[-1]
 
 
