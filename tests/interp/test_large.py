@@ -27,8 +27,8 @@ def record(acc, aux, i0, i1, i2, i3, mask, args):
     tl.store(args + at, i0.to(tl.int64), mask=mask & (at >= 0) & (at < {BLOCK}))
 """)
 SIZES = {
-    "N": FIRST + BLOCK, "D0": FIRST + BLOCK, "COUNT_PAD": False, "NHWC": False, "DIVISOR": 0, "AT": None,
-    "BLOCK": BLOCK,
+    "N": FIRST + BLOCK, "D0": FIRST + BLOCK, "COUNT_PAD": False, "NHWC": False, "DIVISOR": 0,
+    "BLOCK": BLOCK, "AT": None,
 }  # fmt: skip
 
 
