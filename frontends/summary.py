@@ -69,7 +69,10 @@ class Summary:
         """Cells of each layer under those of the modules that it lies in, in the order of calls."""
         kinds, open_ = dict(self.inside), list[str]()
         for r in self.rows:
-            *above, key = r.path.split(".")
+            if not r.path:  # a function between layers
+                above, key = list(open_), ""
+            else:
+                *above, key = r.path.split(".")
             while above[: len(open_)] != open_:
                 open_.pop()
             for part in above[len(open_) :]:

@@ -9,6 +9,9 @@ from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.models.alexnet import alexnet, alexnet_2012, alexnet_owt, caffenet
 from graphnet.frontends.models.lenet import caffe_lenet, lenet5
+from graphnet.frontends.models.squeezenet import squeezenet1_1
+from graphnet.frontends.models.vgg import vgg11, vgg13, vgg16, vgg19
+from graphnet.frontends.models.zfnet import zfnet
 
 MODELS: dict[str, Callable[..., Module]] = {
     "alexnet": alexnet,
@@ -17,6 +20,12 @@ MODELS: dict[str, Callable[..., Module]] = {
     "caffe_lenet": caffe_lenet,
     "caffenet": caffenet,
     "lenet5": lenet5,
+    "squeezenet1_1": squeezenet1_1,
+    "vgg11": vgg11,
+    "vgg13": vgg13,
+    "vgg16": vgg16,
+    "vgg19": vgg19,
+    "zfnet": zfnet,
 }
 
 

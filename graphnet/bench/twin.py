@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graphnet.errors import UnsupportedOpError
+from graphnet.errors import ConfigError, UnsupportedOpError
 from graphnet.frontends import dsl, layers
 
 
@@ -68,22 +68,55 @@ _TWINS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+class Composed(nn.Module):
+    """The twin of a module with a `forward` of its own, which runs on the twins of its submodules.
+
+    So a `forward` that is benchmarked is written with operators, methods and torch's functions,
+    which symbolic values and tensors both have: `torch.cat`, not `gn.cat`.
+    """
+
+    def __init__(self, net: dsl.Module) -> None:
+        super().__init__()
+        for key, child in net._own(dsl.Module):
+            self._modules[key] = _build(child)
+        object.__setattr__(self, "net", net)  # no submodule
+
+    def forward(self, *args: Any) -> Any:
+        try:
+            return type(self.net).forward(self, *args)  # type: ignore[arg-type]
+        except ConfigError as error:  # a function of ours was given a tensor
+            raise UnsupportedOpError(
+                f"no torch twin for {type(self.net).__name__}: {error.args[0]}",
+                help="write its forward with torch's functions: torch.relu(x), torch.cat([x, y])",
+            ) from None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what is neither a submodule nor torch's, such as a number
+            return getattr(self.net, name)
+
+
 def _build(m: dsl.Module) -> nn.Module:
     if type(m) is dsl.Sequential:
         return nn.Sequential(OrderedDict((key, _build(child)) for key, child in m._own(dsl.Module)))
     name = type(m).__name__
-    if getattr(layers, name, None) is not type(m) or name not in _TWINS:
+    if getattr(layers, name, None) is type(m):
+        if name not in _TWINS:
+            raise UnsupportedOpError(f"no torch twin for {name}", help="bench another net")
+        return _TWINS[name](m)
+    if any(True for _ in m._own(dsl.Parameter)):
         raise UnsupportedOpError(
-            f"no torch twin for {name}: only layers in gn.Sequential have one",
-            help="benchmark a Sequential net",
+            f"no torch twin for {name}, which has parameters of its own",
+            help="put them into layers: gn.Linear, gn.Conv2d",
         )
-    return _TWINS[name](m)
+    return Composed(m)
 
 
 def torch_twin(net: dsl.Module) -> nn.Module:
     """A torch.nn.Module that computes what `net` does, with a copy of its weights.
 
-    UnsupportedOpError for a net that is not built of Sequentials and layers.
+    UnsupportedOpError for a layer that has no twin, and for parameters outside of layers.
     """
     made = _build(net)
     made.load_state_dict(net.state_dict())

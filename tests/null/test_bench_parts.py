@@ -28,13 +28,26 @@ def test_the_twin_computes_the_same_under_the_same_keys():
     torch.testing.assert_close(infer(x), twin(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_of_ones_own_has_no_twin():
+def test_a_module_of_ones_own_has_a_twin_if_its_forward_runs_on_tensors():
     class Own(gn.Module):
-        def forward(self, x):
-            return gn.relu(x)
+        def __init__(self, relu):
+            super().__init__()
+            self.relu, self.times, self.inner = relu, 3, gn.Linear(4, 2)
 
-    with pytest.raises(UnsupportedOpError, match="no torch twin for Own"):
-        torch_twin(gn.Sequential(Own()))
+        def forward(self, x):
+            return self.relu(self.inner(x)) * self.times
+
+    x = torch.randn(5, 4)
+    net = gn.Sequential(Own(torch.relu))
+    got = gn.compile(net, (5, 4), target="cpu")(x)
+    torch.testing.assert_close(torch_twin(net)(x), got)
+    twin = torch_twin(gn.Sequential(Own(gn.relu)))
+    with pytest.raises(UnsupportedOpError, match="no torch twin for Own: .*relu was called outsi"):
+        twin(x)
+    net = Own(torch.relu)
+    net.scale = gn.Parameter(torch.ones(3))
+    with pytest.raises(UnsupportedOpError, match="Own, which has parameters of its own"):
+        torch_twin(net)
 
 
 # ---- rounds ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The AlexNets against their own definitions."""
+"""The models against their own definitions, and against torch."""
 
 import pytest
 import torch
@@ -9,8 +9,11 @@ from graphnet.errors import ConfigError, ShapeError
 
 PARAMS = {
     "alexnet": 62_378_344, "alexnet_2012": 60_965_224, "caffenet": 60_965_224,
-    "alexnet_owt": 61_100_840,
+    "alexnet_owt": 61_100_840, "squeezenet1_1": 1_235_496, "zfnet": 62_357_608,
+    "vgg11": 132_863_336, "vgg13": 133_047_848, "vgg16": 138_357_544, "vgg19": 143_667_240,
 }  # fmt: skip
+LARGE = ("zfnet", "vgg11", "vgg13", "vgg16", "vgg19")  # seconds to make
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in PARAMS]
 # The lecture's table, height x width x channels.
 TABLE = {
     "conv1": (96, 55, 55), "pool1": (96, 27, 27), "norm1": (96, 27, 27), "conv2": (256, 27, 27),
@@ -20,7 +23,7 @@ TABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts(name):
     assert sum(p.numel() for p in gn.models.get(name).parameters()) == PARAMS[name]
 
@@ -64,13 +67,39 @@ def test_one_weird_trick_has_torchvisions_keys():
     assert keys == want
 
 
-@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_inference_is_torchs(name):
     torch.manual_seed(0)
     net = gn.models.get(name, num_classes=10)
     x = torch.randn(2, *net.input_shape)
     got = gn.compile(net, tuple(x.shape), target="cpu")(x)
     torch.testing.assert_close(got, torch_twin(net).eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_of_zfnet_are_those_of_its_paper():
+    rows = {r.layer: r.output for r in gn.models.zfnet(num_classes=2).summary().rows}
+    sizes = [rows[k][2] for k in ("conv1", "pool1", "conv2", "pool2", "conv5", "pool5")]
+    assert sizes == [110, 55, 26, 13, 13, 6]
+
+
+def test_a_fire_trains_as_its_twin_and_shows_as_a_tree():
+    torch.manual_seed(0)
+    net = gn.models.squeezenet1_1(num_classes=4, dropout=0.0)
+    keys = list(net.state_dict())
+    assert keys[2:4] == ["features.3.squeeze.weight", "features.3.squeeze.bias"]
+    assert keys[-1] == "classifier.1.bias"
+    twin = torch_twin(net)
+    x, y = torch.randn(2, 3, 63, 63), torch.tensor([1, 3])
+    grads = gn.compile(net, tuple(x.shape), target="cpu", loss=gn.CrossEntropyLoss(), grads=True)
+    loss, got = grads(x, y)
+    want = torch.nn.functional.cross_entropy(twin(x), y)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach())
+    for key, p in twin.named_parameters():
+        torch.testing.assert_close(got[key], p.grad, rtol=1e-3, atol=1e-5)
+    text = str(net.summary())
+    assert text.count("Sequential") == 2 and text.count("Fire") == 8
+    assert "\n                          cat1      concat " in text
 
 
 def test_initialisations():
