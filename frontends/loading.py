@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graphnet.errors import ConfigError, GraphnetError
 
 
@@ -20,6 +18,8 @@ def load_model(spec: str, classes: int = 0) -> Any:
 
     classes  outputs of a named model, or of a function with a parameter num_classes; 0 for its own
     """
+    import torch
+
     from graphnet.frontends import models
     from graphnet.frontends.dsl import Module
 

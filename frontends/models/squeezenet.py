@@ -33,8 +33,11 @@ class Fire(Module):
 
     def forward(self, x: Any) -> Any:
         x = self.squeeze_activation(self.squeeze(x))
-        one = self.expand1x1_activation(self.expand1x1(x))
-        return torch.cat([one, self.expand3x3_activation(self.expand3x3(x))], 1)
+        sides: Any = (
+            self.expand1x1_activation(self.expand1x1(x)),
+            self.expand3x3_activation(self.expand3x3(x)),
+        )
+        return torch.cat(sides, 1)
 
 
 def squeezenet1_1(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:

@@ -244,7 +244,7 @@ def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
         ("summary no.py:net", "model file no.py does not exist"),
         ("summary FILE", "names no net"),
         ("summary FILE:nothing", "has no attribute 'nothing'"),
-        ("summary FILE:number", "is no gn.Module but 3"),
+        ("summary FILE:number", "is no gn.Module or torch.nn.Module but 3"),
         ("summary FILE:broken", "broken() fails: ValueError: two; lines"),
         ("summary FILE:shapeless", "net.input_shape"),
         ("inspect lenet5 --precision fp8", "one of auto, fp32, tf32, bf16"),
