@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,111 +24,12 @@ from graphnet.errors import (
     StateDictError,
 )
 from graphnet.frontends.foreign import called, instead_on_module, ours
+from graphnet.frontends.held import Buffer, Held, Parameter
 from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
-from graphnet.ir.types import layout_of_parameter
-from graphnet.runtime.state import Cell, lock_of, release_held
+from graphnet.runtime.state import lock_of, release_held
 
 if TYPE_CHECKING:
     from graphnet.frontends.summary import Summary
-
-
-class Parameter(Cell):
-    """A trained fp32 tensor.
-
-    data       the live tensor; assigning copies into it. After a program ran on the GPU it is
-               there, and shared with the program. Copies that programs derive from it (bf16)
-               follow an assignment and `load_state_dict`, not in-place arithmetic on it. Filters
-               have torch's shape (O, I, R, S) and channels-last strides.
-    trainable  False freezes it in programs compiled from then on
-    lr_mult, decay_mult  factors of the learning rate, and of weight decay and L1, in programs
-               compiled from then on; see `Module.set_multipliers`
-    """
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        trainable: bool = True,
-        lr_mult: float = 1.0,
-        decay_mult: float = 1.0,
-    ) -> None:
-        if not isinstance(data, torch.Tensor):
-            raise ConfigError(f"a Parameter takes a torch tensor, not a {type(data).__name__}")
-        shape = tuple(data.shape)
-        super().__init__(layout_of_parameter(shape).zeros(shape, torch.float32))
-        self.live.copy_(data.detach())
-        self.trainable = trainable
-        self.lr_mult, self.decay_mult = lr_mult, decay_mult
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("lr_mult", "decay_mult"):
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
-            value = float(value)
-        super().__setattr__(name, value)
-
-    @property
-    def data(self) -> torch.Tensor:
-        """The values, wherever they live at present; filters have channels-last strides."""
-        return self.live
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        value = torch.as_tensor(value)
-        if tuple(value.shape) != self.shape:
-            raise ShapeError(
-                f"a parameter of shape {list(self.shape)} was assigned a tensor of shape "
-                f"{list(value.shape)}"
-            )
-        self.live.copy_(value.detach())
-        self.touched()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The sizes, as torch orders them."""
-        return tuple(self.live.shape)
-
-    def numel(self) -> int:
-        """The number of elements."""
-        return self.live.numel()
-
-    def _symbol(self) -> Symbol:
-        """What it is in the trace in progress: in `forward` it behaves like a symbolic value."""
-        tracer = active_tracer("arithmetic on a gn.Parameter")
-        return Symbol(tracer, tracer.param(self))
-
-    def reshape(self, *shape: Any) -> Symbol:
-        """In `forward`: the same elements in another shape."""
-        return self._symbol().reshape(*shape)
-
-    view = reshape
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return Symbol.__torch_function__(function, types, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        made = Parameter(self.live, self.trainable, self.lr_mult, self.decay_mult)
-        memo[id(self)] = made
-        return made
-
-    def __repr__(self) -> str:
-        frozen = "" if self.trainable else ", trainable=False"
-        return f"Parameter({list(self.shape)}{frozen})"
-
-
-def _as_symbol(name: str) -> Callable[..., Any]:
-    """The method of a symbolic value, on the parameter's own in the trace in progress."""
-
-    def call(self: Parameter, *args: Any) -> Any:
-        return getattr(self._symbol(), name)(*args)
-
-    return call
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg"):
-    setattr(Parameter, f"__{_name}__", _as_symbol(f"__{_name}__"))
 
 
 class Incompatible(NamedTuple):
@@ -211,19 +111,36 @@ class Module:
         """This module and all inside it, a shared one once."""
         return (m for _, m in self.named_modules())
 
-    def _keys(self) -> Iterator[tuple[str, Parameter]]:
-        """Every key of the state dict; a shared parameter stands under each of its paths."""
+    def _keys(self) -> Iterator[tuple[str, Held]]:
+        """Every key of the state dict, as torch orders them: of each module the parameters, then
+        the buffers. What is shared stands under each of its paths."""
         for path, module in self._paths("", None):
-            for key, p in module._own(Parameter):
+            for key, p in (*module._own(Parameter), *module._own(Buffer)):
                 yield (f"{path}.{key}" if path else key), p
+
+    def _named(self, kind: type) -> Iterator[tuple[str, Any]]:
+        seen: set[Held] = set()
+        for key, p in self._keys():
+            if isinstance(p, kind) and p not in seen:
+                seen.add(p)
+                yield key, p
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(state_dict key, parameter) in state_dict order; a shared parameter once."""
-        seen: set[Parameter] = set()
-        for key, p in self._keys():
-            if p not in seen:
-                seen.add(p)
-                yield key, p
+        return self._named(Parameter)
+
+    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
+        """(state_dict key, buffer) in state_dict order; a shared buffer once."""
+        return self._named(Buffer)
+
+    def buffers(self) -> Iterator[Buffer]:
+        """The buffers in state_dict order, a shared one once."""
+        return (b for _, b in self.named_buffers())
+
+    def register_buffer(self, name: str, tensor: torch.Tensor) -> None:
+        """Keeps a tensor that no optimizer trains: it stands in `state_dict`, and `forward` may
+        read it and, in training, replace it (`self.name.update(value)`)."""
+        setattr(self, name, Buffer(tensor))
 
     def parameters(self) -> Iterator[Parameter]:
         """The parameters in state_dict order, a shared one once."""
@@ -286,7 +203,8 @@ class Module:
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """A snapshot of all parameters: fp32 on the CPU, torch's keys and layout."""
+        """A snapshot of all parameters and buffers, on the CPU, under torch's keys, in its order and
+        layout. Parameters are fp32."""
         with lock_of(self):
             return OrderedDict((key, p.snapshot()) for key, p in self._keys())
 
@@ -306,9 +224,9 @@ class Module:
             if tuple(t.shape) != mine[k].shape
         ]
         problems += [
-            f"{k}: dtype {t.dtype} is not a floating-point type"
+            f"{k}: dtype {t.dtype} where the net has {mine[k].live.dtype}"
             for k, t in loaded.items()
-            if not t.is_floating_point()
+            if t.is_floating_point() != mine[k].live.is_floating_point()
         ]
         if strict:
             problems = [f"missing {k}" for k in missing] + [

@@ -28,7 +28,8 @@ from graphnet.ir.op import get_op
 from graphnet.ir.types import Shape
 
 if TYPE_CHECKING:
-    from graphnet.frontends.dsl import Module, Parameter
+    from graphnet.frontends.dsl import Module
+    from graphnet.frontends.held import Held
 
 
 def user_place() -> str:
@@ -63,7 +64,8 @@ class Tracer:
         self.names = names
         self.paths = paths
         self.training = training
-        self.params: dict[Parameter, Value] = {}
+        self.held: dict[Held, Value] = {}  # parameters and buffers, as they are by now
+        self.commits: dict[Held, Value] = {}  # what replaces a buffer
         self.batch = 0
         self.rows: set[Value] = set()
         self.lazy: dict[str, Value] = {}
@@ -88,27 +90,37 @@ class Tracer:
         self._used.add(f"{kind}{at}")
         return f"{kind}{at}"
 
-    def param(self, p: Parameter) -> Value:
-        """The graph input of a parameter."""
+    def kept(self, p: Held) -> Value:
+        """The graph's value of a parameter or a buffer."""
         try:
-            return self.params[p]
+            return self.held[p]
         except KeyError:
             raise ConfigError(
-                f"a parameter of shape {list(p.shape)} is used in forward but belongs to no "
+                f"a {p.title} of shape {list(p.shape)} is used in forward but belongs to no "
                 "attribute of the net",
                 help="layers in a plain list are not registered: put them into gn.Sequential",
             ) from None
 
+    def replace(self, p: Held, value: Value) -> None:
+        """From here on a buffer is `value`; a training step keeps it."""
+        before = self.kept(p).type
+        if (before.shape, before.dtype) != (value.type.shape, value.type.dtype):
+            raise ShapeError(
+                f"a buffer of type {before} cannot become {value.type}", where=user_place() or None
+            )
+        if self.training:
+            self.held[p] = self.commits[p] = value
+
     def value(self, x: Any) -> Value:
         """The graph value of a symbol, a parameter or a number."""
-        from graphnet.frontends.dsl import Parameter
+        from graphnet.frontends.held import Held
 
         if isinstance(x, Symbol):
             if x.tracer is not self:
                 raise ConfigError("a symbolic value of another trace was used in forward")
             return x.value
-        if isinstance(x, Parameter):
-            return self.param(x)
+        if isinstance(x, Held):
+            return self.kept(x)
         if isinstance(x, (int, float)):
             attrs = get_op("full").attrs_type(value=float(x), shape=(), dtype="f32")  # type: ignore[call-arg]
             return self.b.one("full", attrs=attrs)
@@ -120,6 +132,12 @@ class Tracer:
         Inside a layer the line carries the layer's name; a function called straight from
         `forward` (`kind` given) gets a name of its own and the place of the call.
         """
+        return self.emit_all(op, operands, kind, **attrs)[0]
+
+    def emit_all(
+        self, op: str, operands: Sequence[Any], kind: str = "", optional: bool = False, **attrs: Any
+    ) -> list[Symbol]:
+        """The same with all results, the optional ones only where they are asked for."""
         layer = self.stack[-1] if self.stack else None
         if layer is not None and layer in self.names:
             self.b.where = Where((self.names[layer],), layer.place)
@@ -128,9 +146,10 @@ class Tracer:
         values = [self.value(x) for x in operands]
         spec = get_op(op)
         try:
-            made = self.b.emit(op, values, spec.attrs_type(**attrs), unread=spec.optional)[0]
-            assert made is not None  # no op has an optional first result
-            self._keep_rows(kind or op, values, made)
+            unread = () if optional else spec.optional
+            made = self.b.emit(op, values, spec.attrs_type(**attrs), unread=unread)
+            results = [v for v in made if v is not None]  # the first one is never optional
+            self._keep_rows(kind or op, values, results[0])
         except GraphnetError as error:
             if isinstance(error, ShapeError) and len(values) > 1 and spec.elementwise:
                 error.message += f" ({self._origins(operands, values)})"
@@ -139,7 +158,7 @@ class Tracer:
                 error.path = self.paths.get(layer) if layer in self.names else None
             error.where = error.where or self.b.where.place or None
             raise
-        return Symbol(self, made)
+        return [Symbol(self, v) for v in results]
 
     def _origins(self, operands: Sequence[Any], values: Sequence[Value]) -> str:
         """What the operands are: "[2,8,4,4] of conv1 net.py:12; [2,4,4,4] of conv2 net.py:13"."""
@@ -149,7 +168,7 @@ class Tracer:
             at = made.get(v)
             named = f"{', '.join(at.layers)} {at.place}".strip() if at is not None else ""
             if not isinstance(x, Symbol):
-                named = f"parameter {v.name}" if x in self.params else f"the number {x}"
+                named = f"parameter {v.name}" if x in self.held else f"the number {x}"
             said.append(f"{list(v.type.shape)} of {named or 'the input'}")
         return "; ".join(said)
 

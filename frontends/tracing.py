@@ -27,10 +27,10 @@ def trace(
     """The traced graph of a net for inputs of `shape`, its batch first.
 
     Returns logits, or all that `forward` returns; with `loss` (a spec such as
-    `CrossEntropyLoss()`), (loss, logits), or in training the loss alone. Inputs: x, the parameters
-    in state_dict order, then labels, live, seed and step where they are read. With `augment`, x is
-    what is stored, and index and epoch say for what to draw. Errors name the layer, its place and
-    the chain of sizes.
+    `CrossEntropyLoss()`), (loss, logits), or in training the loss alone; and commits of what becomes
+    of the buffers. Inputs: x, the parameters in state_dict order, then buffers, labels, live, seed
+    and step where they are read. With `augment`, x is what is stored, and index and epoch say for
+    what to draw. Errors name the layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
@@ -44,12 +44,18 @@ def trace(
     x = b.input("x", TensorType(kind, stored), "data")
     for key, p in net.named_parameters():
         type = TensorType(f32, p.shape, layout_of_parameter(p.shape))
-        tracer.params[p] = b.input(key, type, "param")
+        tracer.held[p] = b.input(key, type, "param")
+    for key, p in net.named_buffers():
+        tracer.held[p] = b.input(
+            key, TensorType(p.dtype, p.shape, layout_of_parameter(p.shape)), "buffer"
+        )
+    given = dict(tracer.held)
     labels = b.input("labels", TensorType(i64, shape[:1]), "data")
     live = b.input("live", TensorType(i32, ()), "hyper")
     tracer.lazy = {
         "seed": b.input("seed", TensorType(i64, ()), "hyper"),
         "step": b.input("step", TensorType(i64, ()), "counter"),
+        "live": live,
     }
     image = x
     if augment is not None:
@@ -84,6 +90,8 @@ def trace(
         b.where = Where(("loss",), "")
         value = b.one(loss.op, *returns, labels, live, attrs=loss.attrs())
         returns = (value,) if training else (value, *returns)
+    for held, new in tracer.commits.items():
+        b.commit(given[held], new)
     return _without_unread(b.build(*returns))
 
 
@@ -112,12 +120,14 @@ def _check_logits(out: Symbol, batch: int) -> None:
 
 
 def _without_unread(graph: Graph) -> Graph:
-    """Drops labels, live, seed and step where nothing reads them; parameters stay."""
-    read = {v for e in graph.eqns for v in e.inputs}
+    """Drops buffers, labels, live, seed and step where nothing reads them; parameters stay."""
+    read = {v for e in graph.eqns for v in e.inputs} | {old for old, _ in graph.commits}
+    read |= set(graph.returns)
     lazy = ("labels", "live", "seed", "step")
 
     def keep(i: Input) -> bool:
-        return i.role == "param" or i.value.name not in lazy or i.value in read
+        may_go = i.role == "buffer" or i.role != "param" and i.value.name in lazy
+        return not may_go or i.value in read
 
     kept = tuple(i for i in graph.inputs if keep(i))
     return Graph(graph.name, kept, graph.eqns, graph.returns, graph.commits)

@@ -18,6 +18,7 @@ from graphnet.ir.types import TensorType, i32, i64
 from tests.case import Case, Tensors, attrs, f, fill, pulled_back
 from tests.cases_augment import augment_rows
 from tests.cases_elementwise import ELEMENTWISE, SOFTMAX
+from tests.cases_norm import norm_rows
 from tests.cases_pool import lrn_rows, pool_rows
 from tests.cases_take import take_rows
 from tests.philox import philox_scalar
@@ -398,6 +399,6 @@ UPDATES = [
 ]  # fmt: skip
 
 CASES = [
-    *ELEMENTWISE, *SOFTMAX, *PRODUCTS, *pool_rows(), *lrn_rows(), *MOVES, *_loss_rows(),
-    *_dropout_rows(), *augment_rows(), *take_rows(), *UPDATES,
+    *ELEMENTWISE, *SOFTMAX, *PRODUCTS, *norm_rows(), *pool_rows(), *lrn_rows(), *MOVES,
+    *_loss_rows(), *_dropout_rows(), *augment_rows(), *take_rows(), *UPDATES,
 ]  # fmt: skip

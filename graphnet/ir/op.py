@@ -56,6 +56,9 @@ class Op:
     joins        elementwise code that fuses with the kernels around it. What treats gradients does
                  not: only what makes a gradient and its update take it (`passes/fuse_update.py`)
     keeps        it joins the kernel that makes its operand even where others read the operand, too
+    low          operands that may be bf16, where the others stay fp32; None where all are alike
+    over_batch   of what reduces over the batch, the operand that says how many rows are live
+    over_channels  operands of elementwise code that are vectors over axis 1
     mask         of a gradient op(v, dy): "output", "sign" or "input", see `ops/function.py`
     effect       "none", or "collective" (keeps its program order)
     optional     indices of results that may be left unread (`_`) and then cost nothing
@@ -67,6 +70,9 @@ class Op:
     elementwise: ClassVar[bool] = False
     joins: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    low: ClassVar[tuple[int, ...] | None] = None
+    over_batch: ClassVar[int | None] = None
+    over_channels: ClassVar[tuple[int, ...]] = ()
     mask: ClassVar[str] = ""
     effect: ClassVar[str] = "none"
     optional: ClassVar[tuple[int, ...]] = ()

@@ -50,6 +50,16 @@ def _missed_fusion(graph: Graph, eqn: Eqn) -> str | None:
     return f"{eqn.op} of a {made.op} that nobody else reads was not fused"
 
 
+def _rows_missing(graph: Graph, eqn: Eqn) -> str | None:
+    """What reduces over the batch must be told how many of its rows are live."""
+    hypers = {i.value for i in graph.inputs if i.role == "hyper"}
+    for e in eqn.plain:
+        at = get_op(e.op).over_batch
+        if at is not None and (len(e.inputs) <= at or e.inputs[at] not in hypers):
+            return f"{e.op} reduces over the batch: its operand {at + 1} is the input %live"
+    return None
+
+
 def _check_types(eqn: Eqn) -> str | None:
     if eqn.body is not None:
         outer = tuple(v.type for v in eqn.inputs)
@@ -92,6 +102,8 @@ def verify(graph: Graph, stage: str, *, fusing: bool = True) -> Graph:
             problem = _vocabulary(eqn, stage) or _check_types(eqn)
         except GraphnetError as error:
             raise _fail(graph, at, str(error)) from error
+        if problem is None and stage != _BODY:
+            problem = _rows_missing(graph, eqn)
         if problem is None and stage in ("fused", "plan") and fusing:
             problem = _missed_fusion(graph, eqn)
         if problem is None and eqn.body is not None:

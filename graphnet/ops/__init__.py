@@ -5,6 +5,7 @@ from graphnet.ops import (  # noqa: F401
     adam,
     adaptive_pool,
     augment,
+    batch_norm,
     conv2d,
     dropout,
     elementwise,

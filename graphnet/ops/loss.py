@@ -38,6 +38,7 @@ class MultiMarginAttrs(Attrs):
 
 class _Loss(Op):
     kernel = "loss"
+    over_batch = 2
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
         logits, labels, live = ins

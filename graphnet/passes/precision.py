@@ -188,7 +188,7 @@ class _Bf16(_Policy):
         for eqn in g.eqns:
             self.equation(eqn)
         for old, new in g.commits:
-            new = self.env.get(new, new)
+            new = self.cast(self.env.get(new, new), old.type.dtype)
             b.commit(old, new)
             if old in self.copies:  # the low-precision copy follows its parameter
                 where = Where(by="precision")
@@ -225,6 +225,9 @@ class _Bf16(_Policy):
                 attrs = replace(attrs, out=self.result_dtype(eqn).name)  # type: ignore[call-arg]
         elif eqn.op in _LOSSES:
             ins[0] = self.cast(ins[0], f32)
+        elif (low := get_op(eqn.op).low) is not None:
+            small = bf16 if any(ins[k].type.dtype == bf16 for k in low) else f32
+            ins = [self.cast(v, small if k in low else f32) for k, v in enumerate(ins)]
         elif eqn.op in _EXACT:
             ins = [self.cast(v, f32) for v in ins]
         elif eqn.op.endswith("_update"):

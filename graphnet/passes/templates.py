@@ -31,6 +31,8 @@ TEMPLATES = {
     t.anchor: t
     for t in (
         Template("augment", follows=("cast", "is:rounding")),
+        Template("batch_norm"),
+        Template("batch_norm_grad"),
         Template("conv2d"),
         Template("conv2d_dgrad"),
         Template("conv2d_wgrad", updates=True, follows=()),

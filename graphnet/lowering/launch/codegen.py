@@ -191,8 +191,12 @@ class Writer:
 
     def eqn(self, e: Eqn) -> None:
         """The elementwise equation, on what was loaded or computed."""
-        context = _Context(self.index.shape)
-        expressions = get_op(e.op).emit([self.load(v) for v in e.inputs], e.attrs, context)
+        context, op = _Context(self.index.shape), get_op(e.op)
+        operands = [
+            self.channel(v) if k in op.over_channels else self.load(v)
+            for k, v in enumerate(e.inputs)
+        ]
+        expressions = op.emit(operands, e.attrs, context)
         for v, text in zip(e.outputs, expressions, strict=True):
             if v is not None:
                 self.env[v] = self.let(text)

@@ -13,6 +13,7 @@ from math import prod
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
+from graphnet.ir.op import get_op
 from graphnet.lowering.launch.aside import confined
 from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
@@ -61,10 +62,11 @@ def _pointwise(work: Work) -> Launch:
     results = [o for _, o in work.stores]
     shape = results[0].type.shape
     inputs = {v for e in work.rest for v in e.inputs if v in work.name}
+    channels = any(get_op(e.op).over_channels for e in work.rest)
     full = [work.type(v) for v in inputs if v.type.shape == shape] + [v.type for v in results]
     alike = len({t.layout for t in full}) == 1
     repeated = any(v.type.shape != shape and v.type.numel > 1 for v in inputs)
-    coordinates = repeated or any(e.op == "dropout" for e in work.rest)
+    coordinates = repeated or channels or any(e.op == "dropout" for e in work.rest)
     flat = alike and not coordinates
     if len(shape) > 4 and not flat:
         raise UnsupportedOpError(

@@ -6,6 +6,7 @@ Adding a variant is its class, in the file of its kernel family, and one row her
 from __future__ import annotations
 
 from graphnet.lowering.launch.augment import Augmentation
+from graphnet.lowering.launch.batch_norm import BatchNorms
 from graphnet.lowering.launch.choice import Kernels, Table
 from graphnet.lowering.launch.chunks import Chunks, PoolThenNorm, TwoPass
 from graphnet.lowering.launch.conv_flat import Flat, FlatWgrad
@@ -46,6 +47,7 @@ VARIANTS: tuple[Variant, ...] = (
     Pools(),
     Norm(),
     PooledNorm(),
+    BatchNorms(),
     Losses(),
     Augmentation(),
 )

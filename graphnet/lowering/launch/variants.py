@@ -34,6 +34,7 @@ AXES = {
     **dict.fromkeys(("adaptive_avgpool2d", "adaptive_avgpool2d_grad"), (*_IMAGE, "OH", "OW")),
     **dict.fromkeys(("lrn", "lrn_grad"), _NORM),
     **dict.fromkeys(("cross_entropy", "multi_margin"), ("N", "C")),
+    **dict.fromkeys(("batch_norm", "batch_norm_grad"), _IMAGE),
     "augment": _IMAGE,
 }
 
