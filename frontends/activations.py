@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.symbolic import Symbol, active_tracer
+from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.tracer import active_tracer
 from graphnet.ops.activation import GeluAttrs, LeakyReluAttrs
 
 

@@ -20,12 +20,12 @@ from graphnet.errors import (
     ConfigError,
     GraphnetError,
     MissingError,
-    ShapeError,
     StateDictError,
 )
 from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.held import Buffer, Held, Parameter
-from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
+from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.tracer import active_tracer, user_place
 from graphnet.runtime.state import lock_of, release_held
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Module:
     """
 
     kind: ClassVar[str] = ""  # stem of the display name; only layers have one
+    drawn: ClassVar[bool] = True  # whether `gn.init` draws its parameters
     name: str = ""
     input_shape: tuple[int, ...] | None = None
     place: str = ""
@@ -203,8 +204,8 @@ class Module:
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """A snapshot of all parameters and buffers, on the CPU, under torch's keys, in its order and
-        layout. Parameters are fp32."""
+        """A snapshot of all parameters and buffers on the CPU: torch's keys, order and layout;
+        parameters are fp32."""
         with lock_of(self):
             return OrderedDict((key, p.snapshot()) for key, p in self._keys())
 

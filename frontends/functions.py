@@ -19,7 +19,8 @@ from graphnet.errors import UnsupportedOpError
 from graphnet.frontends import layers
 from graphnet.frontends.activations import ROWS
 from graphnet.frontends.dsl import Parameter
-from graphnet.frontends.symbolic import Symbol, along_channels, cat, flatten, padded, user_place
+from graphnet.frontends.symbolic import Symbol, along_channels, cat, flatten, padded
+from graphnet.frontends.tracer import user_place
 
 Function = Callable[..., Any]
 

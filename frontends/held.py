@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from graphnet.errors import ConfigError, DTypeError, ShapeError
-from graphnet.frontends.symbolic import Symbol, active_tracer
+from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.tracer import active_tracer
 from graphnet.ir.types import DTYPES, DType, f32, i64, layout_of_parameter
 from graphnet.runtime.state import Cell
 

@@ -40,7 +40,7 @@ def _fill(
 ) -> Module:  # fmt: skip
     names, generator, done = net.layer_names(), _generator(seed), set()
     for module in net.modules():
-        for _, p in module._own(Parameter):
+        for _, p in module._own(Parameter) if module.drawn else ():
             if p in done:
                 continue
             done.add(p)
@@ -83,7 +83,8 @@ def default_(net: Module, *, seed: int | None = None) -> Module:
     """What layers are made with: torch's uniform weights and biases within 1 / sqrt(fan in)."""
     generator, bound = _generator(seed), 0.0
     for module in net.modules():
-        for _, p in module._own(Parameter):  # a layer's weight stands before its bias
+        # A layer's weight stands before its bias.
+        for _, p in module._own(Parameter) if module.drawn else ():
             value = torch.empty(p.shape)
             if value.ndim > 1:
                 torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)

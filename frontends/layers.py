@@ -25,7 +25,9 @@ from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one roo
     Tanh,
 )
 from graphnet.frontends.dsl import Module, Parameter
-from graphnet.frontends.symbolic import Symbol, active_tracer, along_channels, flatten, padded
+from graphnet.frontends.norm import BatchNorm1d, BatchNorm2d  # noqa: F401
+from graphnet.frontends.symbolic import Symbol, along_channels, flatten, padded
+from graphnet.frontends.tracer import active_tracer
 from graphnet.ops.lrn import LrnAttrs
 
 Pair = int | tuple[int, int]

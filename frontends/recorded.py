@@ -19,7 +19,8 @@ import torch.fx
 
 from graphnet.errors import ConfigError, GraphnetError, UnsupportedOpError
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.symbolic import Symbol, active_tracer, user_place
+from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.tracer import active_tracer, user_place
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from graphnet.frontends.recorded import (
     record,
     title,
 )
-from graphnet.frontends.symbolic import user_place
+from graphnet.frontends.tracer import user_place
 from graphnet.frontends.tracing import trace
 
 _OWN_MODE = (F.dropout,)  # functions that have a mode: they become layers

@@ -9,7 +9,7 @@ from typing import Any
 from graphnet.errors import ConfigError, GraphnetError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.foreign import called, is_torchs, ours
-from graphnet.frontends.symbolic import user_place
+from graphnet.frontends.tracer import user_place
 
 _NO_MATTER = ("foreach", "capturable", "differentiable", "fused")  # how torch's steps run
 _LIKE = {

@@ -8,7 +8,8 @@ from typing import Any
 from graphnet.errors import ConfigError, GraphnetError, ShapeError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.foreign import called
-from graphnet.frontends.symbolic import Symbol, Tracer
+from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.tracer import Tracer
 from graphnet.ir.graph import Builder, Graph, Input, Value, Where
 from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64, layout_of_parameter
 from graphnet.ops.augment import Augment
@@ -27,10 +28,10 @@ def trace(
     """The traced graph of a net for inputs of `shape`, its batch first.
 
     Returns logits, or all that `forward` returns; with `loss` (a spec such as
-    `CrossEntropyLoss()`), (loss, logits), or in training the loss alone; and commits of what becomes
-    of the buffers. Inputs: x, the parameters in state_dict order, then buffers, labels, live, seed
-    and step where they are read. With `augment`, x is what is stored, and index and epoch say for
-    what to draw. Errors name the layer, its place and the chain of sizes.
+    `CrossEntropyLoss()`), (loss, logits), or in training the loss alone; and commits of what
+    becomes of the buffers. Inputs: x, the parameters in state_dict order, then buffers, labels,
+    live, seed and step where they are read. With `augment`, x is what is stored, and index and
+    epoch say for what to draw. Errors name the layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
@@ -45,10 +46,9 @@ def trace(
     for key, p in net.named_parameters():
         type = TensorType(f32, p.shape, layout_of_parameter(p.shape))
         tracer.held[p] = b.input(key, type, "param")
-    for key, p in net.named_buffers():
-        tracer.held[p] = b.input(
-            key, TensorType(p.dtype, p.shape, layout_of_parameter(p.shape)), "buffer"
-        )
+    for key, v in net.named_buffers():
+        kept = TensorType(v.dtype, v.shape, layout_of_parameter(v.shape))
+        tracer.held[v] = b.input(key, kept, "buffer")
     given = dict(tracer.held)
     labels = b.input("labels", TensorType(i64, shape[:1]), "data")
     live = b.input("live", TensorType(i32, ()), "hyper")

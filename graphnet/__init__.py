@@ -15,11 +15,11 @@ _NAMES = {
     "graphnet.gradcheck": ("check_gradients",),
     "graphnet.saving": ("load", "save"),
     "graphnet.torch_out": ("as_torch",),
-    "graphnet.frontends.dsl": ("Module", "Parameter", "Sequential"),
+    "graphnet.frontends.dsl": ("Buffer", "Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
-        "AdaptiveAvgPool2d", "AvgPool2d", "Conv2d", "Dropout", "Flatten", "GELU", "Hardswish",
-        "LeakyReLU", "Linear", "LocalResponseNorm", "LogSoftmax", "MaxPool2d", "ReLU", "ReLU6",
-        "Sigmoid", "SiLU", "Softmax", "Tanh", "ZeroPad2d",
+        "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout",
+        "Flatten", "GELU", "Hardswish", "LeakyReLU", "Linear", "LocalResponseNorm", "LogSoftmax",
+        "MaxPool2d", "ReLU", "ReLU6", "Sigmoid", "SiLU", "Softmax", "Tanh", "ZeroPad2d",
     ),
     "graphnet.frontends.activations": (
         "clamp", "exp", "gelu", "hardswish", "leaky_relu", "relu", "relu6", "sigmoid", "silu",
@@ -69,12 +69,14 @@ if TYPE_CHECKING:
         sqrt,
         tanh,
     )
-    from graphnet.frontends.dsl import Module, Parameter, Sequential
+    from graphnet.frontends.dsl import Buffer, Module, Parameter, Sequential
     from graphnet.frontends.functions import log_softmax, mean, pad, softmax
     from graphnet.frontends.layers import (
         GELU,
         AdaptiveAvgPool2d,
         AvgPool2d,
+        BatchNorm1d,
+        BatchNorm2d,
         Conv2d,
         Dropout,
         Flatten,

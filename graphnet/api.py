@@ -20,8 +20,8 @@ from graphnet.errors import (
 )
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.foreign import called, ours
-from graphnet.frontends.symbolic import user_place
 from graphnet.frontends.torch_specs import loss_of, optimizer_of
+from graphnet.frontends.tracer import user_place
 from graphnet.frontends.tracing import trace
 from graphnet.ops.augment import Augment
 from graphnet.ops.gradient import Handling

@@ -61,6 +61,8 @@ def check_gradients(
     from graphnet.ops.loss import CrossEntropyLoss
 
     traced = trace(net, shape, loss=loss or CrossEntropyLoss(), training=True)
+    buffers = {k: v.data.detach().cpu() for k, v in net.named_buffers()}
+    kept = {k: v.double() if v.is_floating_point() else v for k, v in buffers.items()}
     params = {k: p.data.detach().to("cpu", torch.float64) for k, p in net.named_parameters()}
     keys = [k for k, p in net.named_parameters() if p.trainable]
     joint = pipeline.run(traced, precision="fp32", grads=True, trainable=keys).joint
@@ -73,14 +75,14 @@ def check_gradients(
         "seed": torch.tensor(seed),
         "step": torch.tensor(0),
     }
-    _, *gradients = evaluate(joint, {**feed, **params})
+    _, *gradients = evaluate(joint, {**feed, **kept, **params})
     rows = []
     for key, gradient in zip(keys, gradients, strict=True):
         direction = torch.randn(params[key].shape, generator=rng, dtype=torch.float64)
         ends = []
         for sign in (1, -1):
             moved = {**params, key: params[key] + sign * eps * direction}
-            ends.append(float(evaluate(traced, {**feed, **moved})[0]))
+            ends.append(float(evaluate(traced, {**feed, **kept, **moved})[0]))
         numeric = (ends[0] - ends[1]) / (2 * eps)
         analytic = float((gradient.double() * direction).sum())
         scale = max(abs(numeric), abs(analytic), float(gradient.double().norm()), 1e-12)

@@ -17,9 +17,9 @@ import torch
 
 from graphnet import api, config
 from graphnet.errors import ConfigError, DTypeError, GraphError
-from graphnet.frontends.dsl import Module
+from graphnet.frontends.dsl import Buffer, Module, Parameter
 from graphnet.frontends.foreign import called
-from graphnet.frontends.symbolic import user_place
+from graphnet.frontends.tracer import user_place
 from graphnet.frontends.tracing import trace
 from graphnet.passes.autodiff import reached
 from graphnet.runtime.passes import Backward, Forward
@@ -74,6 +74,8 @@ class TorchModule(torch.nn.Module):
         with state.lock:
             entries = state.attach(traced)
             state.acquire(entries)
+            for b in net.buffers():  # those, too, that only training reads
+                b.live = b.live.to(device)
         self._keys = tuple(key for key, _ in net.named_parameters())
         self._own = self._adopt(net)
 
@@ -87,6 +89,10 @@ class TorchModule(torch.nn.Module):
                 if part not in into._modules:
                     into.add_module(part, _Part())
                 into = into.get_submodule(part)
+            if isinstance(p, Buffer):
+                into.register_buffer(last, p.data)
+                continue
+            assert isinstance(p, Parameter)
             if p not in made:
                 made[p] = torch.nn.Parameter(p.data, requires_grad=p.trainable)
             into.register_parameter(last, made[p])

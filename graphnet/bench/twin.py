@@ -43,6 +43,10 @@ def _avg(m: Any) -> nn.Module:
     )
 
 
+def _norm(m: Any) -> tuple:
+    return m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats
+
+
 _TWINS: dict[str, Callable[[Any], nn.Module]] = {
     "Conv2d": _conv,
     "Linear": lambda m: nn.Linear(m.in_features, m.out_features, bias=m.bias is not None),
@@ -51,6 +55,8 @@ _TWINS: dict[str, Callable[[Any], nn.Module]] = {
     ),
     "AvgPool2d": _avg,
     "AdaptiveAvgPool2d": lambda m: nn.AdaptiveAvgPool2d(m.output_size),
+    "BatchNorm1d": lambda m: nn.BatchNorm1d(*_norm(m)),
+    "BatchNorm2d": lambda m: nn.BatchNorm2d(*_norm(m)),
     "LocalResponseNorm": _lrn,
     "Dropout": lambda m: nn.Dropout(m.p) if m.mode == "inverted" else VanillaDropout(m.p),
     "Flatten": lambda m: nn.Flatten(m.start_dim, m.end_dim),

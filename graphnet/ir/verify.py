@@ -52,11 +52,11 @@ def _missed_fusion(graph: Graph, eqn: Eqn) -> str | None:
 
 def _rows_missing(graph: Graph, eqn: Eqn) -> str | None:
     """What reduces over the batch must be told how many of its rows are live."""
-    hypers = {i.value for i in graph.inputs if i.role == "hyper"}
+    given = {i.value for i in graph.inputs if i.role != "hyper"}
     for e in eqn.plain:
         at = get_op(e.op).over_batch
-        if at is not None and (len(e.inputs) <= at or e.inputs[at] not in hypers):
-            return f"{e.op} reduces over the batch: its operand {at + 1} is the input %live"
+        if at is not None and (len(e.inputs) <= at or e.inputs[at] in given):
+            return f"{e.op} reduces over the batch: its operand {at + 1} must be %live"
     return None
 
 

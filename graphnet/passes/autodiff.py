@@ -94,8 +94,8 @@ def pullback(traced: Graph, wrt: Sequence[str]) -> Graph:
 
     It takes one more input of role data for each result, of its type and named by `cotangent`, and
     returns the results, then the gradient of each input of `wrt` that they depend on (`reached`).
-    The count of steps is an input of each call, not state: who calls it draws the masks of both
-    passes.
+    The forward pass commits what the traced graph does. The count of steps is an input of each
+    call, not state: who calls it draws the masks of both passes.
     """
     b, env = _copy(traced, "joint")
     b.inputs = [replace(i, role="hyper") if i.role == "counter" else i for i in b.inputs]
@@ -106,6 +106,8 @@ def pullback(traced: Graph, wrt: Sequence[str]) -> Graph:
         return lambda: b.input(cotangent(k), v.type, "data")
 
     gradient = _pulled(b, values, {v: seed(k, v) for k, v in enumerate(returns)})
+    for old, new in traced.commits:
+        b.commit(old, env.get(new, new))
     return dce(b.build(*returns, *(gradient[v] for v in values if v in gradient)))
 
 
@@ -135,7 +137,8 @@ def autodiff(
 
     trainable    names of the parameters to differentiate for
     optimizer    an `OptimizerSpec`; adds the update and its commits
-    grads        return the gradients behind the loss, in the order of `trainable`
+    grads        return the gradients behind the loss, in the order of `trainable`; nothing is
+                 committed then, statistics neither
     handling     accumulation, clipping and the guard of the gradients
     multipliers  by name, what a parameter multiplies the learning rate and the penalties with
     """
@@ -169,6 +172,10 @@ def autodiff(
             flags = [go]
         if how.apply:
             _update(b, traced, ordered, gradient, optimizer, multipliers or {}, flags)
+        made = {v: e.where for e in traced.eqns for v in e.results}
+        for old, new in traced.commits:  # statistics, once for each call
+            b.where = made.get(new, b.where)
+            b.commit(old, _kept(b, old, env.get(new, new), flags))
     return dce(b.build(loss))
 
 
@@ -208,6 +215,11 @@ def _accumulated(
         b.commit(total, b.one("full", attrs=zero) if last else gradient[p])
 
 
+def _kept(b: Builder, old: Value, new: Value, flags: Sequence[Value]) -> Value:
+    """What becomes of state: the new value, or the old one where a flag is not finite."""
+    return b.one("if_finite", new, old, *flags) if flags else new
+
+
 def _update(
     b: Builder, traced: Graph, params: Sequence[Value], gradient: Mapping[Value, Value], spec: Any,
     multipliers: Mapping[str, tuple[float, float]], flags: Sequence[Value],
@@ -215,7 +227,7 @@ def _update(
     """One update per parameter; nothing changes where a flag is not finite."""
 
     def commit(old: Value, new: Value) -> None:
-        b.commit(old, b.one("if_finite", new, old, *flags) if flags else new)
+        b.commit(old, _kept(b, old, new, flags))
 
     hypers = {name: b.input(name, TensorType(f32, ()), "hyper") for name in spec.hypers}
     scalars, own = spec.scalars(b, hypers)

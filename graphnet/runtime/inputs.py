@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
+from graphnet.ir.graph import Graph
 from graphnet.runtime.bound import check_labels
 
 
@@ -18,13 +19,14 @@ class Inputs:
     storage  where the step reads them, by name; `x` may be rounded to bf16 there
     takes    the element type of the batch as it is called
     classes  width of the logits, 0 where no loss reads labels
+    least    rows that a batch needs: 2 where statistics would have one value for a channel
     live, epoch  what the step was told last
     """
 
     def __init__(
-        self, storage: dict[str, torch.Tensor], takes: torch.dtype, classes: int
+        self, storage: dict[str, torch.Tensor], takes: torch.dtype, classes: int, least: int = 1
     ) -> None:
-        self.x, self.takes, self.classes = storage["x"], takes, classes
+        self.x, self.takes, self.classes, self.least = storage["x"], takes, classes, least
         self.labels, self.index = storage.get("labels"), storage.get("index")
         self._live, self._epoch = storage.get("live"), storage.get("epoch")
         self.whole, self.device = self.x.shape, self.x.device
@@ -85,6 +87,8 @@ class Inputs:
                     f"a batch of {x.shape[0]} rows, compiled for 1 to {whole[0]}",
                     help="split the batch, or compile for a larger one",
                 )
+            if x.shape[0] < self.least:
+                raise one_value()
         self._check_device("input", x)
         return x.shape[0]
 
@@ -123,3 +127,25 @@ def copy_rows(source: torch.Tensor, into: torch.Tensor) -> None:
     else:
         into[:rows].copy_(source, non_blocking=True)
         into[rows:].zero_()
+
+
+def one_value() -> ShapeError:
+    """What a batch of one row is where batch normalization has one pixel for each row."""
+    return ShapeError(
+        "a batch of 1 row: batch normalization needs more than one value for each channel in "
+        "training", help="drop the last batch, choose another batch size, or bn.frozen = True",
+    )  # fmt: skip
+
+
+def least_rows(traced: Graph) -> int:
+    """2 where batch normalization has one value for each row in a channel, else 1."""
+    norms = [e.inputs[0].type for e in traced.eqns if e.op == "batch_norm"]
+    return 2 if any(t.numel == t.shape[0] * t.shape[1] for t in norms) else 1
+
+
+def classes_of(traced: Graph) -> int:
+    """Width of the logits that the loss reads, 0 without a loss."""
+    made = traced.producers().get(traced.returns[0])
+    if made is None or traced.returns[0].type.shape != ():
+        return 0
+    return made.inputs[0].type.shape[-1]

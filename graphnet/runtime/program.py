@@ -23,7 +23,7 @@ from graphnet.errors import ConfigError
 from graphnet.ir.graph import Graph
 from graphnet.ir.types import f32
 from graphnet.runtime.hypers import Hypers
-from graphnet.runtime.inputs import Inputs
+from graphnet.runtime.inputs import Inputs, classes_of, least_rows
 from graphnet.runtime.state import State
 
 Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
@@ -89,10 +89,10 @@ class Program:
             if v.name not in self._storage:
                 self._storage[v.name] = self._zeros(v.type)
         self.shape = tuple(stages.traced.input("x").value.type.shape)
-        self.classes = _classes(stages.traced)
+        self.classes = classes_of(stages.traced)
         self._returns = tuple(v.name for v in graph.returns)
         takes = stages.traced.input("x").value.type.dtype.torch
-        self._inputs = Inputs(self._storage, takes, self.classes)
+        self._inputs = Inputs(self._storage, takes, self.classes, least_rows(stages.traced))
         if "seed" in self._storage:
             self._storage["seed"].fill_(_signed64(self.seed))
         targets = {old.name for old, _ in graph.commits}
@@ -153,14 +153,6 @@ class Program:
         name = self.stages.traced.name.split(".")[0]
         shape = "x".join(map(str, self.shape))
         return f"{type(self).__name__}({name}, {shape}, {self.target}, {self.precision})"
-
-
-def _classes(traced: Graph) -> int:
-    """Width of the logits that the loss reads, 0 without a loss."""
-    made = traced.producers().get(traced.returns[0])
-    if made is None or traced.returns[0].type.shape != ():
-        return 0
-    return made.inputs[0].type.shape[-1]
 
 
 def _signed64(seed: int) -> int:

@@ -124,6 +124,7 @@ def state_of(net: Any, device: torch.device) -> State:
             bank.states[device] = State(bank, device)
         state = bank.states[device]
         state.params = dict(net.named_parameters())
+        state.buffers = dict(net.named_buffers())
     return state
 
 
@@ -133,6 +134,7 @@ class State:
     def __init__(self, bank: _Bank, device: torch.device) -> None:
         self.device = device
         self.params: dict[str, Any] = {}
+        self.buffers: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self.stale = False
         self._derived: list[Entry] | None = None  # those of `entries`, while they are known
@@ -201,12 +203,17 @@ class State:
         """What `attach` would have to allocate for a graph."""
         kept = [i for i in graph.inputs if i.role not in ("data", "hyper")]
         there = {_key(i) for i in kept if _key(i) in self.entries}
-        there |= {_key(i) for i in kept if i.role == "param" and self._shared(i.value.name)}
+        there |= {_key(i) for i in kept if self._shared(i)}
         return sum(i.value.type.bytes for i in kept if _key(i) not in there)
 
-    def _shared(self, name: str) -> bool:
-        """Whether a parameter's tensor lies on this device already."""
-        return name in self.params and self.params[name].live.device == self.device
+    def _own(self, role: str) -> dict[str, Any]:
+        """The cells of a role that belong to the net itself, by name."""
+        return {"param": self.params, "buffer": self.buffers}.get(role, {})
+
+    def _shared(self, i: Input) -> bool:
+        """Whether the tensor of a parameter or buffer lies on this device already."""
+        cell = self._own(i.role).get(i.value.name)
+        return cell is not None and cell.live.device == self.device
 
     def _entry(self, i: Input) -> Entry:
         name, shape, layout = i.value.name, tuple(i.value.type.shape), i.value.type.layout
@@ -232,10 +239,10 @@ class State:
 
     def _cell(self, i: Input) -> Cell:
         name, type = i.value.name, i.value.type
-        if i.role == "param":
-            if name not in self.params:
-                raise GraphError(f"the net has no parameter {name}")
-            return self.params[name]
+        if i.role in ("param", "buffer"):
+            if name not in self._own(i.role):
+                raise GraphError(f"the net has no {i.role} {name}")
+            return self._own(i.role)[name]
         zeros = lambda: type.layout.zeros(type.shape, type.dtype.torch, self.device)
         if i.role == "derived":  # belongs to the device: rebuilt there, never moved
             have = self.entries.get(_key(i))

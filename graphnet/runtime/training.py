@@ -12,6 +12,7 @@ import torch
 
 from graphnet.errors import ConfigError, NumericsError
 from graphnet.runtime.bound import TABLE, Bound, Draws, Order, check_bound
+from graphnet.runtime.inputs import one_value
 from graphnet.runtime.optim import Optimizer
 from graphnet.runtime.program import Program, taking_turns
 from graphnet.runtime.state import Entry
@@ -149,6 +150,8 @@ class TrainStep(Program):
         seed    of the order of each epoch; the step's own seed by default
         """
         check_bound(images, labels, self.shape, self.classes)
+        if images.shape[0] % self.shape[0] == 1 and self._inputs.least > 1:
+            raise one_value()
         seed, n = self.seed if seed is None else seed, images.shape[0]
 
         def order(epoch: int) -> torch.Tensor:
