@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.symbolic import Symbol
+from graphnet.frontends.symbolic import Symbol, along_channels
 from graphnet.frontends.tracer import active_tracer
 from graphnet.ops.activation import GeluAttrs, LeakyReluAttrs
 
@@ -164,6 +164,35 @@ class GELU(_Function):
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
+
+
+class _Normalised(Module):
+    """Along axis 1: the classes of [N, C], the channels of [N, C, H, W]."""
+
+    op: ClassVar[str] = ""
+
+    def __init__(self, dim: int | None = None, *, name: str = "") -> None:
+        self.dim, self.name = dim, name
+
+    def forward(self, x: Symbol) -> Symbol:
+        return along_channels(self.op, x, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Softmax(_Normalised):
+    """exp(x) over its sum, along axis 1 of [N, C] or [N, C, H, W]."""
+
+    kind: ClassVar[str] = "softmax"
+    op: ClassVar[str] = "softmax"
+
+
+class LogSoftmax(_Normalised):
+    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
+
+    kind: ClassVar[str] = "softmax"
+    op: ClassVar[str] = "log_softmax"
 
 
 # ---- what they are called ------------------------------------------------------------------------

@@ -18,15 +18,17 @@ from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one roo
     GELU,
     Hardswish,
     LeakyReLU,
+    LogSoftmax,
     ReLU,
     ReLU6,
     Sigmoid,
     SiLU,
+    Softmax,
     Tanh,
 )
 from graphnet.frontends.dsl import Module, Parameter
 from graphnet.frontends.norm import BatchNorm1d, BatchNorm2d  # noqa: F401
-from graphnet.frontends.symbolic import Symbol, along_channels, flatten, padded
+from graphnet.frontends.symbolic import Symbol, flatten, padded
 from graphnet.frontends.tracer import active_tracer
 from graphnet.ops.lrn import LrnAttrs
 
@@ -379,35 +381,6 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (', mode="vanilla"' if self.mode == "vanilla" else "")
-
-
-class _Normalised(Module):
-    """Along axis 1: the classes of [N, C], the channels of [N, C, H, W]."""
-
-    op: ClassVar[str] = ""
-
-    def __init__(self, dim: int | None = None, *, name: str = "") -> None:
-        self.dim, self.name = dim, name
-
-    def forward(self, x: Symbol) -> Symbol:
-        return along_channels(self.op, x, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
-
-
-class Softmax(_Normalised):
-    """exp(x) over its sum, along axis 1 of [N, C] or [N, C, H, W]."""
-
-    kind: ClassVar[str] = "softmax"
-    op: ClassVar[str] = "softmax"
-
-
-class LogSoftmax(_Normalised):
-    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
-
-    kind: ClassVar[str] = "softmax"
-    op: ClassVar[str] = "log_softmax"
 
 
 class ZeroPad2d(Module):

@@ -105,7 +105,7 @@ CALLS = [
     (lambda: gn.SGD(small().parameters(), lr=0.1), gn.ConfigError,
      ["SGD is given a generator in the place of its learning rate", "gn.SGD(lr=0.01)"]),
     (lambda: gn.Adam([{"params": []}]), gn.ConfigError, ["Adam is given a list"]),
-    (lambda: gn.BatchNorm9d(3), gn.MissingError, ["graphnet has no 'BatchNorm9d'", "MaxPool2d"]),
+    (lambda: gn.GroupNorm9d(3), gn.MissingError, ["graphnet has no 'GroupNorm9d'", "MaxPool2d"]),
     (lambda: gn.Conv2D(3), gn.MissingError, ["did you mean Conv2d?"]),
     (lambda: small().to("cuda"), gn.MissingError, ["Sequential has no 'to'", 'target="cuda"']),
     (lambda: small().train(), gn.MissingError, ["has no 'train'", "with a loss", HERE]),
