@@ -35,7 +35,7 @@ class Metrics(Callback):
         assert trainer.program is not None
         lr = trainer.program.optimizer.lr
         self._log.append(
-            {"kind": "train", "step": trainer.step, "loss": mean, "of": len(losses), "lr": lr}
+            {"kind": "train", "step": trainer.heard, "loss": mean, "of": len(losses), "lr": lr}
         )
 
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
 """The losses of a run's steps: when they are read, and what follows where one is not finite.
 
 On the CPU each is read before the next step. Reading one from a GPU waits for it, so there several
-are fetched together, after later steps have run.
+are fetched together, after later steps have run: a copy of some is asked for, more steps are
+launched, and then the copy is looked at, so that the GPU has work all the while.
 """
 
 from __future__ import annotations
@@ -36,12 +37,27 @@ class Taken:
     again: Callable[[], Sequence[Any]] | None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Losses whose copy is under way, until `done`; None where it needs no time."""
+
+    taken: list[Taken]
+    copied: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def values(self) -> list[float]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.copied.tolist()
+
+
 class Losses:
     """Collects the losses of a trainer's steps and tells them to its callbacks."""
 
     def __init__(self, trainer: Trainer, program: TrainStep) -> None:
         self.trainer, self.program = trainer, program
         self.pending: list[Taken] = []
+        self.asked: _Asked | None = None
         self.held, self.fetched = 0, time.perf_counter()
         self.bad = 0  # steps in a row
 
@@ -65,23 +81,52 @@ class Losses:
                 self.bad = 0
             else:
                 self._not_finite(value, self.trainer.step - 1)
-        full = len(self.pending) == AT_MOST or self.held > HELD
+        full = len(self.pending) == AT_MOST or 2 * self.held > HELD  # the others are being copied
         if full or time.perf_counter() - self.fetched > EVERY_S:
-            self.fetch(now)
+            if known:
+                self.fetch(now)
+            else:
+                self._settle(now)
+                self._ask()
 
     def fetch(self, now: Partial) -> None:
-        """Adds the losses to the epoch's and tells the callbacks."""
+        """Adds all losses to the epoch's and tells the callbacks; waits for the device."""
+        self._settle(now, last=True)
+
+    def _ask(self) -> None:
+        """Has the losses copied, behind what was launched so far."""
         pending, self.pending, self.held = self.pending, [], 0
         if pending:
-            losses = torch.stack([t.loss for t in pending]).double().cpu().tolist()
-            self._count(now, pending, losses)
+            values = torch.stack([t.loss for t in pending]).double().to("cpu", non_blocking=True)
+            done = torch.cuda.Event() if self.program.device.type == "cuda" else None
+            if done is not None:
+                done.record()
+            self.asked = _Asked(pending, values, done)
+
+    def _settle(self, now: Partial, *, last: bool = False) -> None:
+        """Looks at the copy that was asked for; at the `last` time, or where a loss in it is not
+        finite, also at all losses since."""
+        first = self.trainer.step - len(self.pending)
+        taken: list[Taken] = []
+        losses: list[float] = []
+        if self.asked is not None:
+            taken, losses = self.asked.taken, self.asked.values()
+            first, self.asked = first - len(taken), None
+        if self.pending and (last or not all(map(math.isfinite, losses))):
+            taken = [*taken, *self.pending]
+            losses += torch.stack([t.loss for t in self.pending]).double().cpu().tolist()
+            self.pending, self.held = [], 0
+        if taken:
+            self._count(now, taken, losses, first)
+            self.trainer.heard = first + len(taken)
             if fine := [v for v in losses if math.isfinite(v)]:
                 for c in self.trainer.callbacks:
                     c.on_losses(self.trainer, fine)
         self.fetched = time.perf_counter()
 
-    def _count(self, now: Partial, pending: Sequence[Taken], losses: Sequence[float]) -> None:
-        first = self.trainer.step - len(pending)
+    def _count(
+        self, now: Partial, pending: Sequence[Taken], losses: Sequence[float], first: int
+    ) -> None:
         for at, (taken, value) in enumerate(zip(pending, losses, strict=True)):
             if math.isfinite(value):
                 now.loss += taken.rows * value

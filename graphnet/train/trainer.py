@@ -112,6 +112,7 @@ class Trainer:
         self.target, self.seed = target, seed
         self.precision = resolve(precision, _resolve(target))
         self.epoch, self.step, self.stop = 0, 0, False
+        self.heard = 0  # steps whose losses `on_losses` has told
         self.history: list[dict[str, float]] = []
         self.partial: Partial | None = None
         self.data: Any = None

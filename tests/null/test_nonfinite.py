@@ -238,7 +238,7 @@ def test_read_late_batches_are_kept_up_to_a_bound(late, monkeypatch):
             fetched.append(len(values))
 
     trainer(net(), "stop", Count()).fit(Loader() * 2, epochs=1, batch=4)
-    assert fetched == [3, 3, 2]
+    assert fetched == [2, 2, 2, 2]
 
 
 def test_batches_whose_losses_are_known_are_not_kept():
