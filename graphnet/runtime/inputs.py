@@ -11,6 +11,7 @@ import torch
 from graphnet.errors import ConfigError, DataError, DTypeError, ShapeError
 from graphnet.ir.graph import Graph
 from graphnet.runtime.bound import check_labels
+from graphnet.runtime.upload import Upload
 
 
 class Inputs:
@@ -31,6 +32,7 @@ class Inputs:
         self._live, self._epoch = storage.get("live"), storage.get("epoch")
         self.whole, self.device = self.x.shape, self.x.device
         self.live = self.epoch = 0
+        self._upload: Upload | None = None
 
     def feed(
         self, x: torch.Tensor, y: torch.Tensor | None, index: torch.Tensor | None, epoch: int,
@@ -54,7 +56,12 @@ class Inputs:
             raise ConfigError(
                 "this program draws nothing by index", help="compile it with augment="
             )
-        copy_rows(x, self.x)
+        if x.is_cuda or not self.x.is_cuda:
+            copy_rows(x, self.x)
+        else:
+            self._upload = self._upload or Upload(self.x, self.takes)
+            copy_rows(self._upload.send(x.detach()), self.x)
+            self._upload.taken()
         if y is not None and self.labels is not None:
             copy_rows(y, self.labels)
         if rows != self.live:

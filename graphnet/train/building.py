@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +19,7 @@ from graphnet.ops.fused import eqn_cost
 from graphnet.ops.loss import CrossEntropyLoss, MulticlassHingeLoss, MultiMarginLoss
 from graphnet.ops.update import SGD
 from graphnet.runtime.program import Program
-from graphnet.train import rundir, schedule
+from graphnet.train import folder, rundir, schedule
 from graphnet.train.data import check_classes
 from graphnet.train.settings import RunConfig, settings, typed
 
@@ -101,7 +100,12 @@ _FLOPS_OF_A_THREAD = 100e6  # about 3 ms of work
 
 def processors() -> int:
     """That this process may use; OMP_NUM_THREADS and torch.set_num_threads count as a limit."""
-    return min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+    return min(folder.processors(), torch.get_num_threads())
+
+
+def workers_of(s: RunConfig) -> int:
+    """Processes that decode image files."""
+    return folder.processors() if s.workers == "auto" else int(s.workers)
 
 
 def threads_for(flops: int, processors: int) -> int:

@@ -23,7 +23,7 @@ from graphnet.train import checkpoint, rundir
 from graphnet.train.building import read_settings
 from graphnet.train.data import Batches, ClassesWarning, check_classes, load
 from graphnet.train.decode import MAX_PIXELS
-from graphnet.train.folder import Folder, Reading, centre, normalised
+from graphnet.train.folder import Folder, Reading, centre, normalised, processors
 from graphnet.train.metrics import confusion_matrix, topk_wrong
 from graphnet.train.settings import RunConfig
 
@@ -275,7 +275,7 @@ def evaluate_run(
     ten_crop: bool = False,
     ensemble: Sequence[Path] = (),
     resize: int = 0,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Test loss, top-1 and top-5 error in percent and confusion matrix (row = label), as JSON.
 
@@ -286,6 +286,7 @@ def evaluate_run(
     ten_crop  the softmax is averaged over four corners, the centre and their mirrors, cut from
               images kept in `resize` (default: the run's)
     ensemble  further runs or checkpoints; the softmax is averaged over all of them
+    workers   processes that decode image files; one for each processor by default
     """
     first = load_trained(path, model)
     others = (load_trained(p, model, insist=False, trusted=trusted) for p in ensemble)
@@ -322,7 +323,8 @@ def evaluate_run(
                 f"{m.file} tells {theirs} classes apart, {first.file} {ours}",
                 help="an ensemble votes on the same classes",
             )
-    batches = Batches(test, batch, shuffle=False, reading=Reading(workers), raw=True)
+    reading = Reading(processors() if workers is None else workers)
+    batches = Batches(test, batch, shuffle=False, reading=reading, raw=True)
     voices = [
         _member(program, m.about, {"mean": test.mean, "std": test.std})
         for m, program in zip(members, programs, strict=True)

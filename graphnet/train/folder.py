@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -27,6 +28,11 @@ from graphnet.train.rowstore import RowStore
 
 Window = tuple[int, int, bool]  # top, left, mirrored
 MAX_BAD = 0.001
+
+
+def processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def normalised(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

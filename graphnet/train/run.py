@@ -32,6 +32,7 @@ from graphnet.train.building import (
     read_settings,
     step_flops,
     threads_for,
+    workers_of,
 )
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore, say
 from graphnet.train.data import Batches, Dataset, load
@@ -218,7 +219,7 @@ def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Fo
 
 def _reading(settings: RunConfig) -> Reading:
     pin = settings.target in ("auto", "cuda") and torch.cuda.is_available()
-    return Reading(settings.workers, pin=pin)
+    return Reading(workers_of(settings), pin=pin)
 
 
 def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunConfig:

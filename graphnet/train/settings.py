@@ -59,7 +59,9 @@ class RunConfig:
     threads: int = _setting(
         0, "of target cpu; 0: by the work of a step, and the run keeps the number", min=0
     )
-    workers: int = _setting(2, "processes that decode image files", min=0)
+    workers: str = _setting(
+        "auto", "processes that decode image files; auto: one for each processor, 0: this one"
+    )
     resize: int = _setting(
         0, "keep image files in this size and train on random crops (0: the net's size)", min=0
     )
@@ -69,6 +71,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """ConfigError for what no later check would name as the option it is."""
+        object.__setattr__(self, "workers", str(self.workers))
+        if self.workers != "auto" and not self.workers.isdecimal():
+            raise ConfigError(f"workers={self.workers!r}", help="auto, or a number of processes")
         for f in settings():
             value = getattr(self, f.name)
             low, high = f.metadata.get("min"), f.metadata.get("max")
@@ -119,6 +124,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def typed(path: Path, f: Field[Any], value: Any) -> Any:
     """The value of a setting as a file holds it; ConfigError where it is of another type."""
     want = kind(f)
+    if f.name == "workers" and type(value) is int:  # as older versions wrote it
+        value = str(value)
     if want is float and type(value) is int:
         value = float(value)
     if type(value) is not want:

@@ -1,6 +1,7 @@
 """Settings of a run: options, files, what they build, and what is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ def test_prepare_sets_values_multipliers_and_what_is_frozen():
         net, (2, 1, 28, 28), target="cpu", loss=gn.CrossEntropyLoss(), optimizer=gn.SGD(0.1)
     )
     assert "conv2d_wgrad" not in str(step.graph("joint"))
+
+
+def test_workers_are_the_processors_unless_a_number_is_given(tmp_path):
+    assert config().workers == "auto"
+    assert building.workers_of(config()) == len(os.sched_getaffinity(0))
+    assert building.workers_of(config(workers=3)) == building.workers_of(config(workers="3")) == 3
+    (tmp_path / "c.toml").write_text("workers = 2")  # of an older version
+    assert settings.read_config_file(tmp_path / "c.toml") == {"workers": "2"}
+    for wrong in ("-1", -1, "two", ""):
+        with pytest.raises(gn.ConfigError, match="workers"):
+            config(workers=wrong)
 
 
 def test_a_net_fits_a_few_batches_by_heart(tmp_path):
