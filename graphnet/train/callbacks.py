@@ -152,6 +152,8 @@ class Progress(Callback):
             text += f"  test accuracy {100 * metrics['val_accuracy']:.2f} %"
         if "skipped" in metrics:
             text += f"  {metrics['skipped']:.0f} steps were not finite and skipped"
+        if trainer.waited:
+            text += f"  ({trainer.waited})"
         if self._bar is None:
             say(text)
             return

@@ -21,6 +21,7 @@ from graphnet.errors import DataError
 from graphnet.runtime.training import TrainStep
 from graphnet.train.data import Batches, Dataset
 from graphnet.train.schedule import turn
+from graphnet.train.waiting import Waiting
 
 if TYPE_CHECKING:
     from graphnet.train.trainer import Trainer
@@ -89,6 +90,7 @@ class Batched:
     def __init__(self, trainer: Trainer, program: TrainStep, train: Any) -> None:
         self.trainer, self.program, self.train = trainer, program, train
         self._batches: Iterator[Any] = iter(())
+        self._waiting, self._decoded = Waiting(program.device), 0
 
     def begin(self, epoch: int, done: int) -> None:
         """Goes to the beginning of an epoch, or to where its batches have been `done` so far."""
@@ -97,12 +99,23 @@ class Batched:
         self._batches = iter(self.train)
         if not hasattr(self.train, "state"):  # deterministic by its epoch, or not to be resumed
             self._batches = itertools.islice(self._batches, done, None)
+        self._waiting, self._decoded = Waiting(self.program.device), self._decoded_by_now()
+
+    def _decoded_by_now(self) -> int:
+        return getattr(getattr(self.train, "dataset", None), "decoded", 0)
+
+    def waited(self, rows: int) -> str | None:
+        """Behind the last step, the device done: what the steps of so many rows waited for, where
+        it is worth saying."""
+        self._waiting.finish()
+        return self._waiting.told(self._decoded_by_now() - self._decoded, rows)
 
     def steps(self) -> list[Fed]:
         """Does the next steps, one or more; none at the end of the epoch. A batch that is fetched
         is trained on."""
         place = self.train.state() if hasattr(self.train, "state") else None
-        batch = next(self._batches, None)
+        with self._waiting.fetch():
+            batch = next(self._batches, None)
         if batch is None:
             return []
         x, y = pair(batch)
@@ -110,7 +123,8 @@ class Batched:
         if trainer.schedule is not None:
             turn(self.program.optimizer, trainer.schedule(trainer.step))
         taken = (x, y, *self._drawn_by(self.train))
-        loss = self.program(*taken)
+        with self._waiting.step():
+            loss = self.program(*taken)
         if place is None:
             return [Fed(len(x), loss, partial(tuple, taken), x.nbytes)]
         return [Fed(len(x), loss, partial(self._again, place))]
@@ -159,6 +173,10 @@ class Resident(Batched):
         if together(program) and not trainer.stepwise:
             assert program._draws is not None
             self.most = program._draws.sizes[0]
+
+    def waited(self, rows: int) -> str | None:
+        """Nothing: what a step reads lies there."""
+        return None
 
     def begin(self, epoch: int, done: int) -> None:
         self.train.set_epoch(epoch)

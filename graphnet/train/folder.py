@@ -85,6 +85,7 @@ class Folder:
     cache     keep decoded images under GRAPHNET_CACHE_DIR
     quarantined   {row: reason} of the files found so far
     note      why nothing is kept although it was asked for, or None
+    decoded   files that `stream` has decoded so far; others were kept
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Folder:
         self.labels = torch.tensor([f.label for f in files])
         self.quarantined: dict[int, str] = {}
         self.note: str | None = None
+        self.decoded = 0
         self.cache = self._open_cache() if cache else None
 
     def __len__(self) -> int:
@@ -191,6 +193,7 @@ class Folder:
         with _Reader(self, batch, reading, windows, normalise) as reader:
             for part in reader.parts(order, places):
                 self._quarantine(part)
+                self.decoded += part.decoded
                 if not held and len(part.places) == batch:
                     yield part.result(order)
                     continue
@@ -226,6 +229,7 @@ class _Part:
     images: torch.Tensor
     places: np.ndarray
     failed: dict[int, str] = field(default_factory=dict)
+    decoded: int = 0
 
     def result(self, order: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
         rows = torch.from_numpy(order[self.places])
@@ -346,7 +350,7 @@ class _Reader:
                 np.divide(piece, np.float32(255), out=image, dtype=np.float32)
                 np.subtract(image, self.mean, out=image)
                 np.divide(image, self.std, out=image)
-        return _Part(images, places[[k for k, _ in good]], failed)
+        return _Part(images, places[[k for k, _ in good]], failed, len(jobs))
 
     def _batch(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, np.ndarray]:
         """Memory for a batch, as a tensor and as an array."""

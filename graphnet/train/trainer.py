@@ -112,6 +112,7 @@ class Trainer:
         self.target, self.seed = target, seed
         self.precision = resolve(precision, _resolve(target))
         self.epoch, self.step, self.stop = 0, 0, False
+        self.waited: str | None = None  # what the steps of the epoch waited for, if they did
         self.heard = 0  # steps whose losses `on_losses` has told
         self.history: list[dict[str, float]] = []
         self.partial: Partial | None = None
@@ -218,7 +219,7 @@ class Trainer:
         """Trains to the end of the epoch, or until stopped."""
         feed.begin(self.epoch, now.batches)
         listening = [c for c in self.callbacks if _hears_steps(c)]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), now.rows
         # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
         while not self.stop:
             done = feed.steps()
@@ -235,6 +236,7 @@ class Trainer:
         if feed.ended(self.epoch):
             now.trained = True  # stopped behind the last batch, before the end was asked for
         losses.fetch(now)
+        self.waited = feed.waited(now.rows - before)
         now.seconds += time.perf_counter() - start
         if now.trained and not now.rows:
             raise DataError("the training data holds no batch")
