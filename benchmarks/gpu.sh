@@ -7,8 +7,8 @@
 #
 #   OUT         folder for the results, at most 8 files with log.txt; benchmarks/results by default
 #   PYTHON      interpreter; python3 by default
-#   --part      of correctness, steps, peers, tune, sweep, mnist, streams, history; all but the last
-#               two by default
+#   --part      of correctness, steps, peers, tune, sweep, mnist, streams, history, input; all but
+#               the last three by default
 #   --seconds   for all of it; 570 by default. What has no time left says so
 #   --dry-run   the same commands on the CPU with tiny budgets, to see that they run
 #
@@ -48,7 +48,7 @@ while (($#)); do
 done
 [[ $BUDGET =~ ^[1-9][0-9]*$ && -n $PARTS ]] || usage
 for part in ${PARTS//,/ }; do
-    [[ ,$ALL,streams,history, == *",$part,"* ]] || usage
+    [[ ,$ALL,streams,history,input, == *",$part,"* ]] || usage
 done
 
 mkdir -p "$OUT" || exit 1
@@ -237,6 +237,17 @@ published() { # what others published, on the same work
     bench 60 benchmarks/nets.py:kernelbench_alexnet 1024 tf32 --infer --against eager --seconds 6
 }
 
+input() { # image files on the way to the step, and the step alone
+    local options=(--train --json "$OUT")
+    if ((DRY)); then
+        options+=(--images 64 --batch 32 --epochs 1 --rounds 1)
+    else
+        warm alexnet:128:bf16
+        options+=(--images 8192 --epochs 5 --rounds 3)
+    fi
+    step 150 "image files to a training step" "$PYTHON" benchmarks/input_pipeline.py "${options[@]}"
+}
+
 asked() { [[ ,$PARTS, == *",$1,"* ]]; }
 asked correctness && correctness
 asked steps && step_times
@@ -246,5 +257,6 @@ asked sweep && sweep
 asked mnist && mnist
 asked streams && streams
 asked history && published
+asked input && input
 say "== done at second $SECONDS; results in $OUT: $(cd "$OUT" && echo *)"
 exit $FAILED

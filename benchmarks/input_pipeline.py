@@ -1,6 +1,7 @@
 """Reading image files: graphnet beside a torch DataLoader whose workers use Pillow.
 
     python benchmarks/input_pipeline.py --json FILE
+    python benchmarks/input_pipeline.py --train --json FILE     # end to end, beside the step alone
 
 Writes JPEGs of 256x256 into a temporary folder. In each round, in an order that rotates, every
 contestant reads one epoch of shuffled batches of random 227x227 crops, with as many worker
@@ -12,6 +13,11 @@ every bit.
 uint8    crops as bytes
 float32  crops as (value / 255 - mean) / std; the loader in two ways, in its workers image by image
          or in the consumer batch by batch: the faster one of a round counts
+
+With --train a net is trained on the files by `gn.Trainer`, as `graphnet train` does it: AlexNet in
+bf16 on a GPU, a small net elsewhere. Each epoch's rate is the Trainer's own: the first one decodes
+(cold), the others read what was kept (warm; the first of these compares checksums). Beside them
+stands the rate of the step over one batch that lies on the device.
 """
 
 from __future__ import annotations
@@ -29,10 +35,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+import graphnet as gn
 from graphnet import config
-from graphnet.bench.rounds import Quartiles
+from graphnet.bench.rounds import Quartiles, wait
+from graphnet.train.augment import known, parse
 from graphnet.train.data import Batches, crops, load, permutation
-from graphnet.train.folder import Folder, Reading
+from graphnet.train.folder import Folder, processors, reading_of
+from graphnet.train.trainer import Callback
 
 SIZE, CROP, CLASSES = 256, 227, 8
 Epoch = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -93,7 +102,7 @@ class Bench:
         return data
 
     def ours(self, form: str) -> Epoch:
-        data, reading = self.folder(), Reading(self.workers)
+        data, reading = self.folder(), reading_of(self.workers)
         if form == "float32":
             yield from Batches(data, self.batch, 0, reading=reading, cut="random")
             return
@@ -153,6 +162,67 @@ class Bench:
         }
 
 
+class Told(Callback):
+    """What each epoch waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[str | None] = []
+
+    def on_epoch(self, trainer: gn.Trainer, metrics: dict[str, float]) -> None:
+        self.waited.append(trainer.waited)
+
+
+def small() -> gn.Module:
+    """A step of a few milliseconds on a CPU."""
+    return gn.Sequential(
+        gn.Conv2d(3, 8, 11, stride=8), gn.ReLU(), gn.Flatten(), gn.Linear(8 * 28 * 28, CLASSES)
+    )  # fmt: skip
+
+
+def end_to_end(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Images a second of a training run over the files, epoch by epoch, and of its step alone."""
+    gpu = torch.cuda.is_available()
+    data = load(f"imagefolder:{root}", "train", shape=(3, CROP, CROP), resize=SIZE)
+    torch.manual_seed(0)
+    net = gn.models.alexnet(num_classes=CLASSES) if gpu else small()
+    told = Told()
+    trainer = gn.Trainer(
+        net, gn.CrossEntropyLoss(), gn.SGD(lr=0.001, momentum=0.9, weight_decay=5e-4),
+        callbacks=[told], precision="bf16" if gpu else "fp32",
+        augment=known(parse("crop,flip=0.5,brightness=0.1,contrast=0.2"), data),
+    )  # fmt: skip
+    batch, reading = options.batch, reading_of(options.workers, pin=gpu)
+    step = trainer.compile((batch, 3, CROP, CROP))
+    alone = rate_alone(step, data, batch, options.rounds)
+    batches = Batches(data, batch, 0, reading=reading, cut="random", raw=True)
+    history = trainer.fit(batches, epochs=1 + options.epochs, batch=batch)
+    rates = [round(m["images_per_s"], 1) for m in history]
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu", "net": "alexnet" if gpu
+        else "small", "precision": step.precision, "prefetch": reading.prefetch,
+        "step_images_per_s": round(alone, 1), "cold_images_per_s": rates[0],
+        "first_warm_images_per_s": rates[1],
+        "warm_images_per_s": round(float(np.median(rates[2:] or rates[1:])), 1),
+        "epochs": rates, "waited": told.waited,
+    }  # fmt: skip
+
+
+def rate_alone(step: Any, data: Folder, batch: int, rounds: int) -> float:
+    """Images a second of calls with one batch on the device; the best of the rounds."""
+    x = torch.randint(0, 256, (batch, *data.stored), dtype=torch.uint8).to(step.device)
+    y = torch.zeros(batch, dtype=torch.int64, device=step.device)
+    index = torch.arange(batch, device=step.device)
+    best, calls = float("inf"), 20 if step.device.type == "cuda" else 2
+    for _ in range(rounds + 1):
+        wait(step.device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            step(x, y, index, 0)
+        wait(step.device)
+        best = min(best, (time.perf_counter() - begin) / calls)
+    return batch / best
+
+
 def _rounded(q: Quartiles) -> dict[str, float]:
     return {k: round(getattr(q, k), 3) for k in ("median", "low", "high")}
 
@@ -161,24 +231,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=processors())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--train", action="store_true", help="end to end, beside the step alone")
+    parser.add_argument("--epochs", type=int, default=4, help="of --train, behind the first")
+    parser.add_argument("--json", type=Path, help="file, or a folder that it gets a name in")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, config.override(CACHE_DIR=f"{folder}/cache"):
         size = write_images(Path(folder) / "images", options.images)
-        bench = Bench(Path(folder) / "images", options.batch, options.workers)
-        found = {
+        found: dict[str, Any] = {
             "images": options.images, "image_bytes": round(size), "batch": options.batch,
             "workers": options.workers, "rounds": options.rounds,
             "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "uint8": bench.compare("uint8", ["as bytes"], options.rounds),
-            "float32": bench.compare("float32", ["in workers", "by batch"], options.rounds),
         }  # fmt: skip
+        if options.train:
+            found["train"] = end_to_end(Path(folder) / "images", options)
+        else:
+            bench = Bench(Path(folder) / "images", options.batch, options.workers)
+            found["uint8"] = bench.compare("uint8", ["as bytes"], options.rounds)
+            both = ["in workers", "by batch"]
+            found["float32"] = bench.compare("float32", both, options.rounds)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n")
+        place = options.json
+        if place.is_dir():
+            place /= "input-pipeline-train.json" if options.train else "input-pipeline.json"
+        place.write_text(text + "\n")
 
 
 if __name__ == "__main__":

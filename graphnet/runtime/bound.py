@@ -132,6 +132,7 @@ class Draws:
         self._until = 0  # the steps done when these draws ended
         self._draw = step._prepare(_plan(graph, step.target), storage)
         self._runs: dict[int, Callable[[], None]] = {}
+        self._send_orders(1)
         for size in self.sizes:
             if size <= max(1, bound.batches) and hasattr(run := self._run(size), "record"):
                 run.record()

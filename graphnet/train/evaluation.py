@@ -23,7 +23,7 @@ from graphnet.train import checkpoint, rundir
 from graphnet.train.building import read_settings
 from graphnet.train.data import Batches, ClassesWarning, check_classes, load
 from graphnet.train.decode import MAX_PIXELS
-from graphnet.train.folder import Folder, Reading, centre, normalised, processors
+from graphnet.train.folder import Folder, centre, normalised, processors, reading_of
 from graphnet.train.metrics import confusion_matrix, topk_wrong
 from graphnet.train.settings import RunConfig
 
@@ -323,7 +323,7 @@ def evaluate_run(
                 f"{m.file} tells {theirs} classes apart, {first.file} {ours}",
                 help="an ensemble votes on the same classes",
             )
-    reading = Reading(processors() if workers is None else workers)
+    reading = reading_of(processors() if workers is None else workers)
     batches = Batches(test, batch, shuffle=False, reading=reading, raw=True)
     voices = [
         _member(program, m.about, {"mean": test.mean, "std": test.std})

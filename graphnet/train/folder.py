@@ -76,6 +76,12 @@ class Reading:
             raise ConfigError("pinned memory is for a GPU, and none is here", help="pin=False")
 
 
+def reading_of(workers: int, pin: bool = False) -> Reading:
+    """Reading with so many workers, and a batch ahead for every two of them: each batch is put
+    together by a thread."""
+    return Reading(workers, max(2, min(8, workers // 2)), pin)
+
+
 class Folder:
     """A data set of image files.
 

@@ -37,7 +37,7 @@ from graphnet.train.building import (
 from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore, say
 from graphnet.train.data import Batches, Dataset, load
 from graphnet.train.evaluation import Tally, keep_about
-from graphnet.train.folder import Folder, Reading, centre
+from graphnet.train.folder import Folder, Reading, centre, reading_of
 from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
 from graphnet.train.trainer import Trainer
@@ -219,7 +219,7 @@ def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Fo
 
 def _reading(settings: RunConfig) -> Reading:
     pin = settings.target in ("auto", "cuda") and torch.cuda.is_available()
-    return Reading(workers_of(settings), pin=pin)
+    return reading_of(workers_of(settings), pin)
 
 
 def _settings_of(out: Path, wanted: RunConfig, given: Set[str] | None) -> RunConfig:

@@ -92,6 +92,12 @@ def test_streams_are_compared_in_one_process_for_each_precision(tmp_path):
     assert all("--streams 0,1,16,32,48" in line for line in said)
 
 
+def test_image_files_are_measured_where_they_are_asked_for(tmp_path):
+    done, said = stubbed(tmp_path, "--part", "input")
+    assert done.returncode == 0 and ["--warm" in line for line in said] == [True, False]
+    assert "input_pipeline.py --train --json" in said[1] and "--images 8192" in said[1]
+
+
 def test_a_part_or_two_alone(tmp_path):
     done, said = stubbed(tmp_path, "--part", "correctness", LACKS="1")
     assert done.returncode == 0 and len(said) == 2
@@ -140,6 +146,14 @@ def test_streams_run_dry(tmp_path):
     (run,) = result["runs"]
     assert run["streams"] == [0, 1, 16, 32, 48] and not run["failures"]
     assert [n for n in run["ways"] if "streams" in n] == [f"streams {n}" for n in run["streams"]]
+
+
+@pytest.mark.slow
+def test_image_files_run_dry(tmp_path):
+    done = gpu_sh(tmp_path, "--dry-run", "--part", "input", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "input-pipeline-train.json").read_text())["train"]
+    assert len(found["epochs"]) == 2 and found["step_images_per_s"] > 0
 
 
 @pytest.mark.slow
