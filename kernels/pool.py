@@ -117,7 +117,7 @@ def maxpool2d_grad(
 
 
 @triton.jit
-def _divisor(
+def divisor(
     oh, ow, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
     PB: tl.constexpr, PR: tl.constexpr, COUNT_PAD: tl.constexpr, DIVISOR: tl.constexpr,
@@ -157,7 +157,7 @@ def avgpool2d(
             ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
             at = x + n * XS0 + c * XS1 + ih * XS2 + iw * XS3
             acc += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    count = _divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
+    count = divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
     EPILOGUE(acc / count.to(tl.float32), 0, n, c, oh, ow, live, args)
 
 
@@ -185,7 +185,7 @@ def avgpool2d_grad(
             ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
             ok = ok & (th % SH == 0) & (tw % SW == 0)
             at = dy + n * DS0 + c * DS1 + oh * DS2 + ow * DS3
-            count = _divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
+            count = divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
             share = tl.load(at, mask=ok, other=0.0).to(tl.float32) / count.to(tl.float32)
             acc += tl.where(ok, share, 0.0)
     EPILOGUE(acc, 0, n, c, ih, iw, live, args)

@@ -16,7 +16,7 @@ the operand where that can write it in whole runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from typing import Protocol
@@ -32,7 +32,8 @@ _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
 
 
 class Kernels(Protocol):
-    """Tells the pass which layouts the kernels of the target take."""
+    """Tells passes what the kernels of the target can do: which layouts they take, and which
+    equations they join."""
 
     def takes(self, eqn: Eqn, layouts: Mapping[Value, Layout]) -> bool:
         """Whether one computes an anchor with its operands and results in these layouts."""
@@ -42,6 +43,9 @@ class Kernels(Protocol):
 
     def writes(self, eqn: Eqn, layout: Layout) -> bool:
         """Whether the kernel of an equation writes its result in another layout, too."""
+
+    def joins(self, whole: Eqn, parts: Sequence[Eqn]) -> str | None:
+        """Why equations should not become one region; None where that pays."""
 
 
 def _pinned(graph: Graph) -> set[Value]:

@@ -19,6 +19,7 @@ from graphnet.passes.fuse_update import COPIES, RULES
 from graphnet.passes.layout import Kernels, layout
 from graphnet.passes.observe import Observer
 from graphnet.passes.precision import precision
+from graphnet.passes.regions import regions
 from graphnet.passes.rewrite import Log, rewrite
 
 
@@ -81,6 +82,7 @@ def run(
         ("fuse_updates", "fused", "fused", rules(RULES)),
         ("fuse_copies", "fused", "fused", rules(COPIES)),
         ("fuse_chains", "fused", "fused", rules(CHAINS)),
+        ("regions", "fused", "fused", lambda g: regions(g, kernels, log, off)),
         ("layout", "fused", "fused", lambda g: layout(g, kernels)),
         ("dce", "fused", "fused", dce),
     ]

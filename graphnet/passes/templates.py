@@ -1,14 +1,16 @@
 """Which fused bodies one kernel can run. Pure IR, so that fusing and layout can ask.
 
 A kernel has one anchor, the op whose loops it is, and composed elementwise code on the anchor's
-results; `lowering/launch/equation.py` turns the same answer into a launch.
+results; `lowering/launch/equation.py` turns the same answer into a launch. A region (regions.py) is
+several such equations in one body: its members.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphnet.ir.graph import Eqn, Graph, Value
+from graphnet.ir.graph import Eqn, Graph, Input, Value
 from graphnet.ir.op import get_op
 
 
@@ -95,6 +97,39 @@ def traits_of(eqn: Eqn) -> set[str]:
     if eqn.body is None and specs[0].mask:
         found |= {"is:mask"} | ({"is:sign"} if specs[0].mask == "sign" else set())
     return found
+
+
+def members_of(eqn: Eqn) -> tuple[Eqn, ...]:
+    """The equations of a region, each what one kernel could run: an anchor, or a pair of them, with
+    the elementwise code on its results. They are in the order of their anchors and name values as
+    the body does. An equation that is no region is its only member."""
+    body = eqn.body
+    if body is None or len(anchors_of(eqn)) < 2 or refusal(body) is None:
+        return (eqn,)
+    groups: list[list[Eqn]] = []
+    made: dict[Value, int] = {}
+    for e in body.eqns:
+        at = max((made[v] for v in e.inputs if v in made), default=len(groups))
+        if e.op in TEMPLATES:
+            last = groups[-1][0] if groups else None
+            paired = last is not None and TEMPLATES[last.op].pair == e.op
+            at = len(groups) - 1 if last and paired and last.inputs == e.inputs else len(groups)
+        if at == len(groups):
+            groups.append([])
+        groups[at].append(e)
+        made.update((v, at) for v in e.results)
+    return tuple(_member(group, body, made, k) for k, group in enumerate(groups))
+
+
+def _member(group: Sequence[Eqn], body: Graph, made: dict[Value, int], at: int) -> Eqn:
+    if len(group) == 1:
+        return group[0]
+    own = {v for e in group for v in e.results}
+    inputs = tuple(dict.fromkeys(v for e in group for v in e.inputs if v not in own))
+    read = {v for e in body.eqns if made[e.results[0]] != at for v in e.inputs} | set(body.returns)
+    results = tuple(v for e in group for v in e.results if v in read)
+    inner = Graph("body", tuple(Input(v) for v in inputs), tuple(group), results)
+    return Eqn("fused", inputs, results, body=inner)
 
 
 def refusal(body: Graph) -> str | None:

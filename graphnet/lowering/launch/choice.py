@@ -84,7 +84,7 @@ class Kernels:
     table: Table = field(default_factory=dict)
 
     def variants(self, op: str) -> Sequence[Variant]:
-        """The variants of an op; UnsupportedOpError where there are none."""
+        """The variants of an op or a region; UnsupportedOpError where there are none."""
         if op not in self.registry:
             raise UnsupportedOpError(f"no kernel computes {op}")
         return self.registry[op]
@@ -117,7 +117,7 @@ class Kernels:
         ask  with operands in the layouts that each variant wants, not as they lie
         """
         found, refused, dtype = [], {}, work.problem.dtype
-        for v in self.variants(work.problem.op):
+        for v in self.variants(work.problem.kind):
             layouts = work.layouts
             if ask:
                 layouts |= v.wants(work.eqn, layouts, dtype)
@@ -148,6 +148,14 @@ class Kernels:
         able, refused = self.able(work)
         return bool(able) and self._picked(work, able, refused).variant.writes(eqn, layout)
 
+    def joins(self, whole: Eqn, parts: Sequence[Eqn]) -> str | None:
+        """Why equations should not become one region; None where that pays."""
+        work = take_apart(whole, lambda v: v.name)
+        able, refused = self.able(work)
+        if not able:
+            return "; ".join(refused.values())
+        return able[0].joins(work, [take_apart(p, lambda v: v.name) for p in parts])
+
     def choose(self, work: Work) -> Choice:
         """The variant and its configuration; UnsupportedOpError where none can."""
         p = work.problem
@@ -164,10 +172,10 @@ class Kernels:
         """What is measured or by rule, and what is forced over it."""
         p = work.problem
         choice = self._measured(p, able) or self._rule(p, able)
-        wanted, changes = _forces(p.op, {v.name for v in self.variants(p.op)})
+        wanted, changes = _forces(p.kind, {v.name for v in self.variants(p.kind)})
         named = next((v for v in able if v.name == wanted), None)
         if named is not None and named is not choice.variant:
-            choice = Choice(p, named, named.rule(p), "forced")
+            choice = Choice(p, named, self._config(named, p), "forced")
         if changes:
             config = choice.variant.cut(replace(choice.config, **changes), p)
             choice = replace(choice, config=config, source="forced", origin="", us=None)
@@ -178,7 +186,11 @@ class Kernels:
 
     def _rule(self, p: Problem, able: Sequence[Variant]) -> Choice:
         pick = next((v for v in able if v.suits(p) is None), able[0])
-        return Choice(p, pick, pick.rule(p), "rule")
+        return Choice(p, pick, self._config(pick, p), "rule")
+
+    def _config(self, v: Variant, p: Problem) -> Config:
+        """The configuration by the rules."""
+        return v.interpretable(v.rule(p), p) if self.interpreted else v.rule(p)
 
     def _measured(self, p: Problem, able: Sequence[Variant]) -> Choice | None:
         """The row that decides among those of variants that can compute the equation."""

@@ -20,7 +20,7 @@ from graphnet.ir.types import TensorType
 from graphnet.lowering.launch.files import Source
 
 # The same lines above every function, whatever it uses.
-_HEADER = """\
+HEADER = """\
 import triton
 import triton.language as tl
 
@@ -35,7 +35,8 @@ from graphnet.kernels.random import dropout_keep  # noqa: F401
 
 @triton.jit
 """
-_EPILOGUE = "def epilogue(acc, aux, i0, i1, i2, i3, mask, args):"
+PARAMETERS = "(acc, aux, i0, i1, i2, i3, mask, args):"
+EPILOGUE = f"def epilogue{PARAMETERS}"
 _PRELOAD = "def preload(i0, i1, i2, i3, mask, args):"
 _HELPERS = ("cast_store", "maximum_nan", "round_tf32", "tanh", "dropout_keep")
 _WIDE = 1 << 31
@@ -56,6 +57,7 @@ class Epilogue:
     inplace  (operand, result) pairs read and written at one index: they may share memory
     preload  loads the operands, in the order in which the epilogue finds them in `aux`; None where
              the epilogue loads them itself, or there are none
+    lines    the statements of the function, for who writes several into one file
     """
 
     source: Source
@@ -64,6 +66,7 @@ class Epilogue:
     writes: tuple[str, ...]
     inplace: tuple[tuple[str, str], ...]
     preload: Source | None = None
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,17 +222,18 @@ class Writer:
             names = [f"v{k}" for k in range(len(self.early))]
             loads = [f"{v} = {text}" for v, text in zip(names, self.early, strict=True)]
             preload = _written(_PRELOAD, [*loads, f"return ({', '.join(names)},)"], notes)
+        lines = self.lines or ["pass"]
         return Epilogue(
-            _written(_EPILOGUE, self.lines or ["pass"], notes), tuple(self.args),
+            _written(EPILOGUE, lines, notes), tuple(self.args),
             tuple(dict.fromkeys(self.reads)), tuple(self.writes),
-            tuple(dict.fromkeys(self.inplace)), preload,
+            tuple(dict.fromkeys(self.inplace)), preload, tuple(lines),
         )  # fmt: skip
 
 
 def _written(signature: str, lines: Sequence[str], notes: str) -> Source:
     """A file of one function, what it is for below it."""
     body = "\n".join(f"    {line}" for line in lines)
-    return Source(f"{_HEADER}{signature}\n{body}\n\n\n{notes}\n")
+    return Source(f"{HEADER}{signature}\n{body}\n\n\n{notes}\n")
 
 
 # What makes a tensor of its own in generated code: in a Gluon kernel it would lack a layout.
@@ -255,6 +259,7 @@ def write_epilogue(
     widen: bool = False,
     ahead: bool = False,
     returns: Value | None = None,
+    args: list[Ref] | None = None,
 ) -> Epilogue:
     """The composed epilogue of a kernel.
 
@@ -264,9 +269,10 @@ def write_epilogue(
     ahead   operands come from a preload, which the kernel calls beforehand at the same index; then
             no root is held in "aux", nor is the index widened
     returns  the value that the function gives back to the kernel (fp32), where it goes on
+    args     the pointers that several functions share: those that are missing are added
     """
     assert not (ahead and (widen or "aux" in roots.values()))
-    w = Writer(index, name, widen, ahead)
+    w = Writer(index, name, widen, ahead, args=[] if args is None else args)
     w.env.update(roots)
     if bias is not None:
         first = next(iter(roots))

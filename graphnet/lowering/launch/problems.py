@@ -92,4 +92,11 @@ def problem_of(anchors: Sequence[Eqn], held: int = 0) -> Problem:
     return Problem(op, shape, dtype, held)
 
 
+def problem_of_region(members: Sequence[Sequence[Eqn]]) -> Problem:
+    """The problem of a region, whose members have these anchors."""
+    each = [problem_of(anchors) for anchors in members]
+    shape = tuple(n for p in each for n in p.shape)
+    return Problem(f"region:{','.join(p.op for p in each)}", shape, each[0].dtype)
+
+
 ANCHORS = tuple(AXES) + ("cross_entropy_grad", "multi_margin_grad")

@@ -20,6 +20,7 @@ from graphnet.lowering.launch.loss import Losses
 from graphnet.lowering.launch.norm import Norm, PooledNorm
 from graphnet.lowering.launch.pool import Pools
 from graphnet.lowering.launch.pool_tiles import PoolGradTiles, PoolTiles
+from graphnet.lowering.launch.region import Stages
 from graphnet.lowering.launch.variants import Variant
 from graphnet.lowering.launch.wgrad_rows import WgradRows
 
@@ -50,6 +51,7 @@ VARIANTS: tuple[Variant, ...] = (
     BatchNorms(),
     Losses(),
     Augmentation(),
+    Stages(),
 )
 
 

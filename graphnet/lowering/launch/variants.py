@@ -9,7 +9,7 @@ chooses, searches or reports asks the registry and names no kernel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,11 +43,12 @@ AXES = {
 class Problem:
     """What a kernel is chosen for, and what a measurement is remembered by.
 
-    op     the anchor, or two of one kernel joined: "lrn_grad+maxpool2d_grad"
+    op     the anchor, or two of one kernel joined: "lrn_grad+maxpool2d_grad"; of a region what
+           its members are: "region:conv2d,maxpool2d"
     shape  the anchor's full logical shape, named by AXES. Of all three passes of a convolution:
            images, channels, height, width, filters, filter height and width, stride, padding,
            dilation, groups; of a fully connected layer: rows, inputs, outputs. A second anchor's
-           numbers follow those of the first
+           numbers follow those of the first, a region's are those of its members in order
     dtype  how products are formed ("ieee", "tf32", "bf16"); elsewhere the image's element type
     held   tensors that the code behind a product reads beside each accumulator: what an update
            keeps in registers. It is no part of the key
@@ -59,8 +60,18 @@ class Problem:
     held: int = field(default=0, compare=False)
 
     @property
+    def kind(self) -> str:
+        """Under which name the registry has its variants: `op`, or "region"."""
+        return self.op.partition(":")[0]
+
+    @property
     def axes(self) -> tuple[str, ...]:
-        """The names of the shape's numbers; the second anchor's only where they are new."""
+        """The names of the shape's numbers; the second anchor's only where they are new. A region
+        numbers its members: N0, C0, ..., N1, ..."""
+        if self.kind != self.op:
+            ops = self.op.partition(":")[2].split(",")
+            each = (Problem(op, (), self.dtype).axes for op in ops)
+            return tuple(f"{axis}{k}" for k, axes in enumerate(each) for axis in axes)
         first, *more = self.op.split("+")
         own = AXES.get(first, ("elements",))
         return own + tuple(a for op in more for a in AXES[op] if a not in own)
@@ -133,3 +144,13 @@ class Variant(ABC):
     @abstractmethod
     def launch(self, work: Work, config: Config) -> list[Launch]:
         """The launches that compute the equation, in order."""
+
+    def interpretable(self, config: Config, problem: Problem) -> Config:
+        """The configuration by the rules where Triton's interpreter runs it, which pays for each
+        operation and not for each element."""
+        return config
+
+    def joins(self, whole: Work, parts: Sequence[Work]) -> str | None:
+        """Of a region's variant: why it should not compute an equation in place of the launches of
+        its parts; None where that pays."""
+        return None

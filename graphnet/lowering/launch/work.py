@@ -10,8 +10,9 @@ from typing import Any
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout, TensorType
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, write_epilogue
-from graphnet.lowering.launch.problems import ANCHORS, problem_of
+from graphnet.lowering.launch.problems import ANCHORS, problem_of, problem_of_region
 from graphnet.lowering.launch.variants import Problem
+from graphnet.passes.templates import anchors_of, members_of
 
 
 def strides(prefix: str, type: TensorType) -> dict[str, int]:
@@ -46,7 +47,14 @@ class Work:
     @cached_property
     def problem(self) -> Problem:
         """What a kernel for the equation is chosen for."""
+        if len(self.members) > 1:
+            return problem_of_region([anchors_of(m) for m in self.members])
         return problem_of(self.anchors, self.held)
+
+    @cached_property
+    def members(self) -> tuple[Eqn, ...]:
+        """The equations of a region, or the equation itself."""
+        return members_of(self.eqn)
 
     @property
     def layouts(self) -> dict[Value, Layout]:

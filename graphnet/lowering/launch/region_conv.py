@@ -1,0 +1,145 @@
+"""Stages of a region: convolutions with what follows them (kernels/region_conv.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphnet.ir.graph import Eqn, Value
+from graphnet.lowering.launch.codegen import Index
+from graphnet.lowering.launch.config import cdiv, next_power
+from graphnet.lowering.launch.pool import window
+from graphnet.lowering.launch.region import Body, Stage
+from graphnet.lowering.launch.work import Work, strides
+from graphnet.passes.templates import anchors_of
+
+CHANNELS = 64  # of either side; more fill a matrix product
+PIXELS = 9  # of a pool's window, whose sums one lane holds
+SUMS = 32  # of a lane
+ROW = 4  # pixels of a lane where no pool follows
+
+
+def not_small(e: Eqn) -> str | None:
+    """Why a convolution, or a gradient of one, is none for FMAs; None where it is."""
+    a: Any = e.attrs
+    if a.groups != 1:
+        return f"a convolution of {a.groups} groups has no stage"
+    channels = max(v.type.shape[1] for v in (*e.inputs[:1], *e.results[:1]))
+    if channels > CHANNELS:
+        return f"{channels} channels are a matrix product's, a stage takes at most {CHANNELS}"
+    return None
+
+
+def channels_of_a_lane(filters: int, tiles: int, pixels: int, across: int, taps: int) -> int:
+    """How many output channels a lane holds: the fewest clocks for a filter row.
+
+    tiles   of an image
+    pixels  of a tile; `across` of those of the image that a lane loads for them
+    taps    of a filter row
+
+    A warp's load of pixels touches about 4 lines and one of a weight 1, and a processor serves a
+    line a clock. A warp alone issues an instruction a clock and waits about 100 for its loads.
+    """
+
+    def clocks(kb: int) -> float:
+        warps = cdiv(tiles * cdiv(filters, kb), 32)
+        lines = warps * (4 * across + 1.5 * taps * kb)
+        alone = cdiv(warps, 8) * (100 + across + (1 + pixels) * taps * kb)
+        return max(lines, alone)
+
+    most = max(1, min(next_power(filters), SUMS // pixels))
+    return min((1 << k for k in range(most.bit_length())), key=clocks)
+
+
+class Convolution(Stage):
+    """conv2d with its elementwise code and, where `ops` says so, the pool behind it."""
+
+    def __init__(self, *ops: str) -> None:
+        self.ops = ops
+
+    def share(self) -> float:
+        return 1.0 if len(self.ops) > 1 else 0.6
+
+    def refusal(self, members: Sequence[Eqn], kept: set[Value]) -> str | None:
+        conv, *pools = (anchors_of(m)[0] for m in members)
+        if why := not_small(conv):
+            return why
+        for pool in pools:
+            if pool.inputs[0] not in members[0].results:
+                return f"{pool.op} does not read the result of {conv.op}"
+            if why := _not_pooled(members[0], pool, kept):
+                return why
+        return None
+
+    def write(self, body: Body, works: Sequence[Work]) -> None:
+        conv, *pools = (w.anchor for w in works)
+        x, w = conv.inputs[:2]
+        (_, k, ch, cw), (r, s) = conv.out.type.shape, w.type.shape[2:]
+        a: Any = conv.attrs
+        tile = _tile(pools[0] if pools else None, ch, cw)
+        across = (tile["TW"] - 1) * a.stride[1] + (s - 1) * a.dilation[1] + 1
+        lanes = tile["OH"] * tile["OW"]
+        kb = channels_of_a_lane(k, lanes, tile["TH"] * tile["TW"], tile["TH"] * across, s)
+        pooled = "None"
+        if pools:
+            roots = {pools[0].out: "acc"}
+            if len(pools[0].outputs) > 1 and pools[0].outputs[1] is not None:
+                roots[pools[0].outputs[1]] = "aux"
+            pooled = body.epilogue(works[1], roots, Index(pools[0].out.type.shape))
+        operands = [body.read(v) for v in conv.inputs]
+        behind = body.epilogue(
+            works[0], {conv.out: "acc"}, Index(conv.out.type.shape),
+            returns=pools[0].inputs[0] if pools else None,
+        )  # fmt: skip
+        constants = {
+            "N": x.type.shape[0], "IMAGES": body.config.BM, "C": x.type.shape[1],
+            "H": x.type.shape[2], "W": x.type.shape[3], "K": k, "CH": ch, "CW": cw,
+            "R": r, "S": s, "SH": a.stride[0], "SW": a.stride[1],
+            "PT": a.padding[0], "PL": a.padding[2], "DH": a.dilation[0], "DW": a.dilation[1],
+            "UH": 1, "UW": 1, **strides("X", works[0].type(x)), **strides("W", works[0].type(w)),
+            "WAT": 0, "HAS_BIAS": len(operands) > 2, **tile, "KB": kb,
+            "BLOCK": body.config.BLOCK, "EPILOGUE": behind, "POOLED": pooled,
+        }  # fmt: skip
+        body.call("conv", (operands * 2)[:3] if len(operands) < 3 else operands, constants)
+        body.notes += [w.note for w in works]
+
+
+def _not_pooled(member: Eqn, pool: Eqn, kept: set[Value]) -> str | None:
+    """Why a pool cannot take the convolution's pixels from registers."""
+    a: Any = pool.attrs
+    (kh, kw), (h, w), (oh, ow) = a.kernel, pool.inputs[0].type.shape[2:], pool.out.type.shape[2:]
+    if a.dilation != (1, 1):
+        return f"a window dilated by {a.dilation[0]} x {a.dilation[1]} is no tile"
+    if kh * kw > PIXELS:
+        return f"a window of {kh} x {kw} has more pixels than a lane holds, {PIXELS}"
+    tiled = a.stride == (kh, kw) and not any(a.padding) and oh * kh >= h and ow * kw >= w
+    if not tiled and any(v in kept for v in member.results):
+        return "the convolution's result is read elsewhere, and the windows are no tiles of it"
+    return None
+
+
+def _tile(pool: Eqn | None, height: int, width: int) -> dict[str, Any]:
+    """The constants of the tiles: a pool's windows, or runs of a row's pixels."""
+    if pool is None:
+        return {
+            "OH": height, "OW": cdiv(width, ROW), "POOL": repr("none"), "TH": 1, "TW": ROW,
+            "TSH": 1, "TSW": ROW, "TPT": 0, "TPL": 0, "TPB": 0, "TPR": 0, "COUNT_PAD": True,
+            "DIVISOR": 0,
+        }  # fmt: skip
+    a: Any = pool.attrs
+    known = window(a, dilated=False)
+    oh, ow = pool.out.type.shape[2:]
+    return {
+        "OH": oh, "OW": ow, "POOL": repr(pool.op.removesuffix("pool2d")),
+        "TH": known["KH"], "TW": known["KW"], "TSH": known["SH"], "TSW": known["SW"],
+        "TPT": known["PT"], "TPL": known["PL"], "TPB": a.padding[1], "TPR": a.padding[3],
+        "COUNT_PAD": getattr(a, "count_include_pad", True),
+        "DIVISOR": getattr(a, "divisor_override", 0),
+    }  # fmt: skip
+
+
+STAGES: tuple[Stage, ...] = (
+    Convolution("conv2d", "maxpool2d"),
+    Convolution("conv2d", "avgpool2d"),
+    Convolution("conv2d"),
+)
