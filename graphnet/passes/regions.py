@@ -6,9 +6,9 @@ from stage to stage never leaves a processor's cache, and nothing is launched in
 is local to an image can be a stage; sums over the batch end in a second pass.
 
 The rules here join a producer with its consumer, and the driver keeps them legal: what is read
-elsewhere stays a result, and no cycle closes. The target's kernels say which stages there are and
-whether one launch is faster than two (`Kernels.joins`, lowering/launch/region.py). For another op to
-take part it needs a stage there, and a rule here.
+elsewhere stays a result, and no cycle closes. The kernels of the target say which stages there are
+and whether one launch is faster than two (`Kernels.joins`, lowering/launch/region.py). For another
+op to take part it needs a stage there, and a rule here.
 """
 
 from __future__ import annotations

@@ -84,10 +84,11 @@ class Kernels:
     table: Table = field(default_factory=dict)
 
     def variants(self, op: str) -> Sequence[Variant]:
-        """The variants of an op or a region; UnsupportedOpError where there are none."""
-        if op not in self.registry:
+        """The variants of a problem's op; UnsupportedOpError where there are none."""
+        kind = op.partition(":")[0]
+        if kind not in self.registry:
             raise UnsupportedOpError(f"no kernel computes {op}")
-        return self.registry[op]
+        return self.registry[kind]
 
     def refusal(
         self, variant: Variant, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str
@@ -117,7 +118,7 @@ class Kernels:
         ask  with operands in the layouts that each variant wants, not as they lie
         """
         found, refused, dtype = [], {}, work.problem.dtype
-        for v in self.variants(work.problem.kind):
+        for v in self.variants(work.problem.op):
             layouts = work.layouts
             if ask:
                 layouts |= v.wants(work.eqn, layouts, dtype)
@@ -172,7 +173,7 @@ class Kernels:
         """What is measured or by rule, and what is forced over it."""
         p = work.problem
         choice = self._measured(p, able) or self._rule(p, able)
-        wanted, changes = _forces(p.kind, {v.name for v in self.variants(p.kind)})
+        wanted, changes = _forces(p.kind, {v.name for v in self.variants(p.op)})
         named = next((v for v in able if v.name == wanted), None)
         if named is not None and named is not choice.variant:
             choice = Choice(p, named, self._config(named, p), "forced")

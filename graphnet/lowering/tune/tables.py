@@ -189,7 +189,7 @@ def as_table(entries: Iterable[Entry]) -> dict[Problem, list[Measured]]:
     registry = by_op()
     rows: dict[Any, tuple[Problem, Measured]] = {}
     for e in entries:
-        names = [v.name for v in registry.get(e.problem.op, ())]
+        names = [v.name for v in registry.get(e.problem.kind, ())]
         if e.variant not in names:
             _gone(e.variant, e.problem.op, tuple(names))
             continue
