@@ -27,6 +27,7 @@ from graphnet.passes.templates import anchor_of
 
 STAGES = ("traced", "joint", "fused", "plan")
 _ARCH = 90  # of every GPU whose ceilings are known
+WIDE = 30  # letters of a row's layers; --json has all of them
 REACHED = 0.6  # share of its roofline that a launch without a measurement is taken to reach
 
 
@@ -167,7 +168,7 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     head = ("", "kernel", "layers", "variant", "FLOPs", "padding", "bytes", "floor us",
             "measured", "bound")  # fmt: skip
     cells = [
-        (str(n), groups.get(n, k.name), ", ".join(k.layers) or "-",
+        (str(n), groups.get(n, k.name), _layers(k.layers),
          "" if n in groups else k.variant, count(k.flops),
          f"+{max(0.0, padded[n] / k.flops - 1):.0%}" if padded[n] and k.flops else "",
          count(k.bytes, "B"), f"{k.floor_us or 0.0:.2f}",
@@ -199,6 +200,13 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
     )
     lines = [title, line(head), rule, *map(line, cells), rule, line(total)]
     return "\n".join([*lines, *_expected(rows), *_memory(low, params, facts["gpu"])])
+
+
+def _layers(names: Sequence[str]) -> str:
+    """The layers of a launch; of a long row the first two and the last."""
+    text = ", ".join(names) or "-"
+    short = f"{', '.join(names[:2])} ... {''.join(names[-1:])} ({len(names)})"
+    return text if len(text) <= WIDE else short
 
 
 def _expected(rows: Sequence[Kernel]) -> list[str]:

@@ -46,7 +46,7 @@ def blocks(page: str) -> dict[str, str]:
         "fused": lambda: lines(fused, r"conv1|loss|conv2d_wgrad"),
         "why": lambda: why_text(half),
         "plan": lambda: str(low.plan),
-        "forward": lambda: _function(epilogues["conv2d_forward"][0]),
+        "forward": lambda: _function(epilogues["region"][0]),
         "update": lambda: _function(epilogues["linear_wgrad"][0]),
         "inspect": lambda: inspect_text(net, low, facts),
     }

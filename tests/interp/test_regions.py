@@ -37,7 +37,8 @@ FORWARD = {
     "one channel, one image": ((1, 1, 6, 6), lambda: [gn.Conv2d(1, 1, 1), gn.MaxPool2d(2)]),
     "stride and padding": (
         (2, 3, 12, 13),
-        lambda: [gn.Conv2d(3, 4, (3, 5), stride=(2, 3), padding=(2, 1)), gn.Tanh(), gn.MaxPool2d(2)],
+        lambda: [gn.Conv2d(3, 4, (3, 5), stride=(2, 3), padding=(2, 1)), gn.Tanh(),
+                 gn.MaxPool2d(2)],
     ),
     "dilation": (
         (2, 2, 10, 10),

@@ -189,8 +189,9 @@ def test_every_variant_that_can_gets_a_chance():
         gn.Conv2d(8, 16, 3, padding=1), gn.ReLU(), gn.Conv2d(16, 8, 1), gn.Flatten(),
         gn.Linear(128, 2),
     )  # fmt: skip
-    low = lower(net, (2, 8, 4, 4), target="interpret", loss=gn.CrossEntropyLoss(),
-                optimizer=gn.SGD(0.1))  # fmt: skip
+    with config.override(DISABLE="regions"):
+        low = lower(net, (2, 8, 4, 4), target="interpret", loss=gn.CrossEntropyLoss(),
+                    optimizer=gn.SGD(0.1))  # fmt: skip
     found = found_by(low, seconds=0.0, keep=6)
     tried = {t.variant for t in found.trials if t.problem.op == "conv2d"}
     assert tried >= {"taps", "flat"}

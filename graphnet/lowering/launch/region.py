@@ -198,7 +198,7 @@ def _places(eqn: Eqn, stages: Cut) -> dict[Value, Value]:
 class Stages(Variant):
     """One program for each of the images, or for several of them."""
 
-    name = "stages"
+    name = "in_stages"
     ops = ("region",)
 
     def accepts(

@@ -143,7 +143,7 @@ def _as_kernels(step: Launch | None = None) -> Iterator[None]:
     of a step its kernels, too."""
     for module in (f"{_KERNELS}.common", f"{_KERNELS}.random"):
         _kernels(module)
-    for member in step.members if step else ():
+    for member in (step.members or (step,)) if step else ():
         _kernels(member.module)
     own = {n: m for n, m in sys.modules.items() if n == _KERNELS or n.startswith(f"{_KERNELS}.")}
     copies = {
