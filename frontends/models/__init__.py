@@ -8,9 +8,20 @@ from typing import Any
 from graphnet.errors import ConfigError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.models.alexnet import alexnet, alexnet_2012, alexnet_owt, caffenet
+from graphnet.frontends.models.googlenet import googlenet
 from graphnet.frontends.models.lenet import caffe_lenet, lenet5
+from graphnet.frontends.models.resnet import resnet18, resnet20, resnet34, resnet50
 from graphnet.frontends.models.squeezenet import squeezenet1_1
-from graphnet.frontends.models.vgg import vgg11, vgg13, vgg16, vgg19
+from graphnet.frontends.models.vgg import (
+    vgg11,
+    vgg11_bn,
+    vgg13,
+    vgg13_bn,
+    vgg16,
+    vgg16_bn,
+    vgg19,
+    vgg19_bn,
+)
 from graphnet.frontends.models.zfnet import zfnet
 
 MODELS: dict[str, Callable[..., Module]] = {
@@ -19,12 +30,21 @@ MODELS: dict[str, Callable[..., Module]] = {
     "alexnet_owt": alexnet_owt,
     "caffe_lenet": caffe_lenet,
     "caffenet": caffenet,
+    "googlenet": googlenet,
     "lenet5": lenet5,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
     "squeezenet1_1": squeezenet1_1,
     "vgg11": vgg11,
+    "vgg11_bn": vgg11_bn,
     "vgg13": vgg13,
+    "vgg13_bn": vgg13_bn,
     "vgg16": vgg16,
+    "vgg16_bn": vgg16_bn,
     "vgg19": vgg19,
+    "vgg19_bn": vgg19_bn,
     "zfnet": zfnet,
 }
 

@@ -8,6 +8,7 @@ from graphnet.frontends.dsl import Module, Sequential
 from graphnet.frontends.init import kaiming_normal_, normal_
 from graphnet.frontends.layers import (
     AdaptiveAvgPool2d,
+    BatchNorm2d,
     Conv2d,
     Dropout,
     Flatten,
@@ -25,13 +26,14 @@ _STACKS = {
 }
 
 
-def _vgg(depth: int, num_classes: int, dropout: float) -> Sequential:
+def _vgg(depth: int, num_classes: int, dropout: float, norm: bool = False) -> Sequential:
     """For 3x224x224. Convolutions start as He et al. (2015), the rest with a deviation of 0.01."""
     features: list[Module] = []
     channels = 3
     for stack in _STACKS[depth]:
         for out in stack:
-            features += [Conv2d(channels, out, 3, padding=1), ReLU()]
+            features += [Conv2d(channels, out, 3, padding=1)]
+            features += [BatchNorm2d(out), ReLU()] if norm else [ReLU()]
             channels = out
         features += [MaxPool2d(2)]
     classifier = Sequential(
@@ -47,7 +49,7 @@ def _vgg(depth: int, num_classes: int, dropout: float) -> Sequential:
             classifier=classifier,
         )  # fmt: skip
     )
-    net.name, net.input_shape = f"vgg{depth}", (3, 224, 224)
+    net.name, net.input_shape = f"vgg{depth}{'_bn' * norm}", (3, 224, 224)
     return net
 
 
@@ -69,3 +71,23 @@ def vgg16(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
 def vgg19(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
     """Nineteen layers with weights (configuration E); 143,667,240 parameters."""
     return _vgg(19, num_classes, dropout)
+
+
+def vgg11_bn(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
+    """`vgg11` with batch normalization behind each convolution; 132,868,840 parameters."""
+    return _vgg(11, num_classes, dropout, norm=True)
+
+
+def vgg13_bn(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
+    """`vgg13` with batch normalization behind each convolution; 133,053,736 parameters."""
+    return _vgg(13, num_classes, dropout, norm=True)
+
+
+def vgg16_bn(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
+    """`vgg16` with batch normalization behind each convolution; 138,365,992 parameters."""
+    return _vgg(16, num_classes, dropout, norm=True)
+
+
+def vgg19_bn(num_classes: int = 1000, dropout: float = 0.5) -> Sequential:
+    """`vgg19` with batch normalization behind each convolution; 143,678,248 parameters."""
+    return _vgg(19, num_classes, dropout, norm=True)

@@ -10,9 +10,14 @@ from graphnet.errors import ConfigError, ShapeError
 PARAMS = {
     "alexnet": 62_378_344, "alexnet_2012": 60_965_224, "caffenet": 60_965_224,
     "alexnet_owt": 61_100_840, "squeezenet1_1": 1_235_496, "zfnet": 62_357_608,
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032,
+    "resnet20": 269_722, "googlenet": 6_624_904,
+    "vgg11_bn": 132_868_840, "vgg13_bn": 133_053_736, "vgg16_bn": 138_365_992,
+    "vgg19_bn": 143_678_248,
     "vgg11": 132_863_336, "vgg13": 133_047_848, "vgg16": 138_357_544, "vgg19": 143_667_240,
 }  # fmt: skip
-LARGE = ("zfnet", "vgg11", "vgg13", "vgg16", "vgg19")  # seconds to make
+# Seconds to make, or to run.
+LARGE = ("zfnet", "resnet34", "resnet50", *(n for n in PARAMS if n.startswith("vgg")))
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in PARAMS]
 # The lecture's table, height x width x channels.
 TABLE = {
@@ -126,3 +131,38 @@ def test_an_image_that_is_too_small_shows_the_chain_of_sizes():
         gn.Conv2d(3, 8, 3, groups=2)
     with pytest.raises(ConfigError, match="alpha_mode"):
         gn.LocalResponseNorm(5, alpha_mode="max")
+
+
+def test_residual_nets_have_torchvisions_keys():
+    keys = list(gn.models.resnet18(num_classes=2).state_dict())
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    norm = lambda at: [f"{at}.{p}" for p in names]
+    block = ["layer2.0.conv1.weight", *norm("layer2.0.bn1"), "layer2.0.conv2.weight"]
+    block += [*norm("layer2.0.bn2"), "layer2.0.downsample.0.weight", *norm("layer2.0.downsample.1")]
+    at = keys.index(block[0])
+    assert keys[at : at + len(block)] == block and keys[:6] == ["conv1.weight", *norm("bn1")]
+    assert keys[-2:] == ["fc.weight", "fc.bias"] and len(keys) == 122
+    deep = list(gn.models.googlenet(num_classes=2).state_dict())
+    assert deep[:2] == ["conv1.conv.weight", "conv1.bn.weight"]
+    assert "inception4e.branch3.1.bn.running_var" in deep
+    both = [gn.models.resnet20(shortcut=s) for s in ("pad", "conv")]
+    assert [sum(p.numel() for p in n.parameters()) for n in both] == [269_722, 272_474]
+    with pytest.raises(ConfigError, match="pad"):
+        gn.models.resnet20(shortcut="crop")
+
+
+def test_a_residual_net_trains_as_its_twin():
+    torch.manual_seed(0)
+    net = gn.models.resnet20()
+    twin = torch_twin(net)
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([1, 3, 0, 9])
+    step = gn.compile(
+        net, tuple(x.shape), target="cpu", loss=gn.CrossEntropyLoss(), optimizer=gn.SGD(lr=0.01)
+    )
+    want = torch.nn.functional.cross_entropy(twin(x), y)
+    torch.testing.assert_close(step(x, y), want.detach(), rtol=1e-5, atol=1e-6)
+    want.backward()
+    torch.optim.SGD(twin.parameters(), 0.01).step()
+    mine = net.state_dict()
+    for key, t in twin.state_dict().items():
+        torch.testing.assert_close(mine[key], t, rtol=1e-4, atol=1e-5)
