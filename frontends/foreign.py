@@ -45,11 +45,10 @@ _ON_MODULES = {
 }
 
 
-_LOGITS = "the loss takes logits: leave it out, gn.CrossEntropyLoss does the rest"
 _FLAT = "images are 2-D: gn.Conv2d, gn.MaxPool2d, gn.AvgPool2d"
 _NORMS = "gn.BatchNorm2d or gn.LocalResponseNorm, or fold it away for inference"
 _LAYERS = {
-    **dict.fromkeys(("Softmax", "LogSoftmax", "Softmax2d"), _LOGITS),
+    "Softmax2d": "gn.Softmax(1)",
     **{f"{n}{d}d": _FLAT for n in ("Conv", "MaxPool", "AvgPool", "BatchNorm") for d in (1, 3)},
     **dict.fromkeys(("GroupNorm", "LayerNorm", "InstanceNorm2d", "SyncBatchNorm"), _NORMS),
     **dict.fromkeys(("Dropout2d", "AlphaDropout", "FeatureAlphaDropout"), "gn.Dropout"),

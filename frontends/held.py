@@ -11,8 +11,10 @@ import torch
 from graphnet.errors import ConfigError, DTypeError, ShapeError
 from graphnet.frontends.symbolic import Symbol
 from graphnet.frontends.tracer import active_tracer
-from graphnet.ir.types import DTYPES, DType, f32, i64, layout_of_parameter
+from graphnet.ir.types import DTYPES, DType, layout_of_parameter
 from graphnet.runtime.state import Cell
+
+BUFFERS = (torch.float32, torch.int64)  # what a buffer may hold
 
 
 class Held(Cell):
@@ -133,7 +135,7 @@ class Buffer(Held):
     def __init__(self, data: torch.Tensor) -> None:
         if not isinstance(data, torch.Tensor):
             raise ConfigError(f"a Buffer takes a torch tensor, not a {type(data).__name__}")
-        if data.dtype not in (f32.torch, i64.torch):
+        if data.dtype not in BUFFERS:
             raise DTypeError(
                 f"a buffer of {data.dtype}: buffers are float32 or int64", help="data.float()"
             )

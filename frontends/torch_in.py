@@ -18,6 +18,7 @@ from graphnet.frontends import layers
 from graphnet.frontends.dsl import Module, Parameter
 from graphnet.frontends.foreign import called, instead_of_layer
 from graphnet.frontends.functions import FUNCTIONS, PYTHON, method
+from graphnet.frontends.held import BUFFERS, Buffer
 from graphnet.frontends.imported import Part, put, refusal
 from graphnet.frontends.recorded import (
     Call,
@@ -169,7 +170,8 @@ class _Conversion:
 
     def _path_of(self, target: str) -> str:
         """The key under which a tensor that forward reads is kept."""
-        if target not in dict(self.module.named_parameters(remove_duplicate=False)):
+        kept = (self.module.named_parameters, self.module.named_buffers)
+        if not any(target in dict(named(remove_duplicate=False)) for named in kept):
             self.reasons.append(f"net.{target}: a tensor that is no parameter, in forward")
         return target
 
@@ -185,10 +187,15 @@ class _Conversion:
             if p is not None:
                 put(into, key, self._parameter(p), f"{path}.{key}".strip("."))
         for key, b in module._buffers.items():
-            if b is not None:
+            if b is None:
+                continue
+            if key in module._non_persistent_buffers_set or b.dtype not in BUFFERS:
                 self.reasons.append(
-                    f"net.{path}{'.' * bool(path)}{key}: a buffer of {type(module).__name__}"
+                    f"net.{path}{'.' * bool(path)}{key}: a buffer of {type(module).__name__} that "
+                    f"is not kept or is {b.dtype}"
                 )
+                continue
+            put(into, key, Buffer(b.detach()), f"{path}.{key}".strip("."))
         for key, child in module._modules.items():
             if child is None:
                 continue
@@ -229,6 +236,11 @@ class _Conversion:
         for key, p in layer._parameters.items():
             if p is not None:
                 put(made, key, self._parameter(p))
+        for key, b in layer._buffers.items():
+            if b is not None:
+                getattr(made, key).data = b.detach()
+        if layer._buffers and self.module.training and not layer.training:
+            made.frozen = True  # left in eval mode inside a module that trains
         return made
 
     def _parameter(self, p: torch.nn.Parameter) -> Parameter:

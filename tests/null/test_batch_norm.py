@@ -264,3 +264,29 @@ def test_batch_norm_joins_the_convolution_in_inference():
     ops = [[e.op for e in eqn.plain] for eqn in net.graph("fused").eqns]
     assert ["conv2d", "normalize", "relu"] in ops and ["conv2d", "normalize", "add", "relu"] in ops
     assert all(o[0] != "normalize" for o in ops)
+
+
+def test_torchs_modules_come_in_and_go_out():
+    """Statistics are copied; a layer left in eval mode is frozen; as_torch's forward commits."""
+    _, theirs = pair()
+    theirs = theirs.float()
+    theirs.one.bn1.eval()
+    net = gn.from_torch(theirs)
+    assert [m.frozen for m in net.modules() if isinstance(m, gn.BatchNorm2d)].count(True) == 1
+    module = gn.as_torch(net, SHAPE, target="cpu")
+    assert list(module.state_dict()) == list(theirs.state_dict())
+    x, y = batch(5, 2)
+    losses = []
+    for m in (theirs, module):
+        loss = F.cross_entropy(m(x), y)
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (key, p), (_, q) in zip(
+        theirs.named_parameters(), module.named_parameters(), strict=True
+    ):  # fmt: skip
+        assert (p.grad - q.grad).norm() <= 1e-5 * max(float(p.grad.norm()), 1e-2), key
+    for (key, b), (_, c) in zip(theirs.named_buffers(), module.named_buffers(), strict=True):
+        assert torch.allclose(b, c, rtol=1e-5, atol=1e-6), key
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()(x), module.eval()(x), rtol=1e-4, atol=1e-5)
