@@ -25,10 +25,19 @@ def _maxpool(a: Any) -> Callable[..., torch.Tensor]:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, a.kernel, a.stride, (t, le), a.dilation, a.ceil_mode)
 
-    return plain if (t, le) == (b, r) else run
+    return plain if a.torchs else run
 
 
 def _avgpool(a: Any) -> Callable[..., torch.Tensor]:
+    if not a.torchs:
+        t, b, le, r = a.padding
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            inner = [F.pad(v, (le, r, t, b)) for v in (x, torch.ones_like(x))]
+            total, count = (F.avg_pool2d(v, a.kernel, a.stride) for v in inner)
+            return total if a.count_include_pad else total / count
+
+        return run
     pad, override = (a.padding[0], a.padding[2]), a.divisor_override or None
     return lambda x: F.avg_pool2d(
         x, a.kernel, a.stride, pad, a.ceil_mode, a.count_include_pad, override
@@ -59,6 +68,8 @@ def pool_rows() -> list[Case]:
         ("ceilpad", (2, 2, 8, 8), {"kernel": 3, "stride": 3, "padding": 1, "ceil_mode": True}),
         ("dilated", (2, 2, 9, 9), {"kernel": (2, 3), "stride": 1, "dilation": 2}),
         ("foursided", (2, 2, 6, 6), {"kernel": 3, "stride": 2, "padding": (0, 1, 0, 1)}),
+        ("far", (2, 2, 5, 6), {"kernel": 3, "stride": 1, "padding": 2}),
+        ("farsided", (2, 9, 6, 5), {"kernel": (3, 2), "stride": 2, "padding": (2, 1, 0, 1)}),
     ]:
         a: Any = attrs("maxpool2d", **kw)
         fn, y = _maxpool(a), (*x[:2], *a.spatial(x[2:]))
@@ -80,6 +91,9 @@ def pool_rows() -> list[Case]:
          {"kernel": 3, "stride": 2, "padding": 1, "count_include_pad": False}),
         ("ceil", (2, 2, 8, 8), {"kernel": 3, "stride": 2, "padding": 1, "ceil_mode": True}),
         ("divisor", (2, 2, 6, 6), {"kernel": 2, "divisor_override": 3}),
+        ("far", (2, 2, 5, 6), {"kernel": 3, "stride": 1, "padding": 2}),
+        ("farsided", (2, 9, 6, 5), {"kernel": (3, 2), "stride": 2, "padding": (2, 1, 0, 1),
+                                    "count_include_pad": False}),
     ]:  # fmt: skip
         a = attrs("avgpool2d", **kw)
         rows += _linear_pool("avgpool2d", a, note, x, _avgpool(a), a.spatial(x[2:]))

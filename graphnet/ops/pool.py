@@ -34,10 +34,15 @@ class PoolAttrs(Attrs):
         object.__setattr__(self, "padding", four_sided(self.padding))
         object.__setattr__(self, "dilation", pair(self.dilation))
         t, b, le, r = self.padding
-        if max(t, b) * 2 > self.kernel[0] or max(le, r) * 2 > self.kernel[1]:
-            raise ShapeError(f"padding {self.padding} exceeds half of the window {self.kernel}")
         if min(*self.kernel, *self.stride, *self.dilation) < 1:
             raise ShapeError(f"kernel {self.kernel}, stride {self.stride} must be positive")
+        # Up to half of the window is torch's limit, up to all but its last element ONNX's.
+        reach = [d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True)]
+        if min(self.padding) < 0 or max(t, b) > reach[0] or max(le, r) > reach[1]:
+            raise ShapeError(
+                f"padding {self.padding} is no part of the window {self.kernel}: some windows "
+                "would lie beside the image"
+            )
 
     def spatial(self, size: tuple[int, int]) -> tuple[int, int]:
         """Output height and width: floor, or ceil where no window starts in the padding."""
@@ -50,6 +55,12 @@ class PoolAttrs(Attrs):
                 n -= 1
             out.append(n)
         return out[0], out[1]
+
+    @property
+    def torchs(self) -> bool:
+        """Whether torch has such padding: alike on both sides, at most half of the window."""
+        t, b, le, r = self.padding
+        return (t, le) == (b, r) and 2 * t <= self.kernel[0] and 2 * le <= self.kernel[1]
 
     def base(self) -> dict[str, Any]:
         names = ("kernel", "stride", "padding", "dilation", "ceil_mode")
@@ -209,8 +220,8 @@ class MaxPool2d(Op):
 
     def cpu(self, attrs: PoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (x,) = args
-        t, b, le, r = attrs.padding
-        if (t, le) != (b, r):
+        t, _, le, _ = attrs.padding
+        if not attrs.torchs:
             return self.reference(attrs, x)
         y, flat = torch.ops.aten.max_pool2d_with_indices(
             x, attrs.kernel, attrs.stride, (t, le), attrs.dilation, attrs.ceil_mode
@@ -237,8 +248,8 @@ class MaxPool2dGrad(PoolGrad):
 
     def cpu(self, attrs: PoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dy, idx = args
-        t, b, le, r = attrs.padding
-        if (t, le) != (b, r):
+        t, _, le, _ = attrs.padding
+        if not attrs.torchs:
             return self.reference(attrs, *args)
         x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
         flat = in_image(idx, attrs, attrs.input_size[1])
@@ -298,8 +309,8 @@ class AvgPool2d(Op):
         return (stack.sum(0) / _divisors(attrs, (x.shape[2], x.shape[3]), x),)
 
     def cpu(self, attrs: AvgPoolAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        t, b, le, r = attrs.padding
-        if (t, le) != (b, r):
+        t, _, le, _ = attrs.padding
+        if not attrs.torchs:
             return self.reference(attrs, *args)
         return (
             F.avg_pool2d(
@@ -329,8 +340,8 @@ class AvgPool2dGrad(PoolGrad):
 
     def cpu(self, attrs: AvgPoolGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (dy,) = args
-        t, b, le, r = attrs.padding
-        if (t, le) != (b, r):
+        t, _, le, _ = attrs.padding
+        if not attrs.torchs:
             return self.reference(attrs, dy)
         x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
         return (

@@ -253,7 +253,7 @@ class _Schedule:
             behind = self.read_by(e.out)
             if len(behind) == 1 and behind[0].op == "relu":
                 return [_linear_relu(e, behind[0])]
-        if e.op == "maxpool2d" and symmetric(e.attrs):
+        if e.op == "maxpool2d" and e.attrs.torchs:  # type: ignore[attr-defined]
             idx = e.outputs[1]
             if idx is None:
                 return [cpu_conv.maxpool(e, None)]
