@@ -225,8 +225,8 @@ mnist() {
         step 60 "LeNet-5 on digits" "$PYTHON" benchmarks/mnist99.py --target cpu --data digits \
             --epochs 1 --seeds 0 --json "$OUT"
     elif [[ -n ${GRAPHNET_DATA:-} ]]; then
-        step 45 "LeNet-5 to 99 %" "$PYTHON" benchmarks/mnist99.py --target cuda --seeds 0-9 \
-            --batch 192,256 --json "$OUT"
+        step 90 "LeNet-5 to 99 %" "$PYTHON" benchmarks/mnist99.py --target cuda --seeds 0-9 \
+            --batch 128,192,256 --json "$OUT"
     else
         say "== LeNet-5 to 99 %: skipped, GRAPHNET_DATA names no folder with MNIST"
     fi

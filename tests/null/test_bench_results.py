@@ -293,7 +293,7 @@ def test_to_99_percent_runs_on_any_data_of_that_shape(tmp_path, capsys):
     found = json.loads(path.read_text())
     jsonschema.validate(found, SCHEMA)
     assert path.name.startswith("cpu-mnist99-fp32-") and len(found["rows"]) == 2
-    assert found["rows"][0]["steps"] == -(-1437 // 192)
+    assert found["rows"][0]["steps"] == -(-1437 // 128)
     assert 0.1 < found["rows"][0]["accuracy"] < 0.99
 
 

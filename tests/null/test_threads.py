@@ -1,7 +1,7 @@
 """Programs that several threads call, of one net and of several."""
 
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +164,46 @@ def test_compiling_and_launching_for_a_gpu_exclude_the_interpreter(monkeypatch):
         seen.append(("alone", held(interpret.MODE)))
     assert seen == [("loaded", True), ("launched", True), ("alone", True)]
     assert not held(interpret.MODE)
+
+
+def test_steps_are_recorded_once_and_behind_one_another(monkeypatch):
+    """On a GPU that says what it is asked for: recording holds the lock, replaying does not."""
+    said = []
+
+    class Graph:
+        def replay(self):
+            said.append(("replayed", self.number, held(interpret.MODE)))
+
+    class Stream:
+        def wait_stream(self, other):
+            said.append("waits")
+
+    @contextmanager
+    def graph(made, stream):
+        assert isinstance(stream, Stream)
+        made.number = len([s for s in said if s == "recorded"])
+        yield
+        said.append("recorded")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
+    launch = lambda name: lambda: said.append((name, held(interpret.MODE)))
+    draw = cuda.Replayed(launch("draw"), torch.device("cuda", 0))
+    step = cuda.Replayed(launch("step"), torch.device("cuda", 0))
+    both = step.behind(draw, 2)
+    assert said == []
+    both.record()
+    step()
+    both()
+    step()
+    assert said == [
+        "waits", *[("draw", True), ("step", True)] * 2, "recorded", "waits",
+        "waits", ("step", True), "recorded", "waits", ("replayed", 1, False),
+        ("replayed", 0, False), ("replayed", 1, False),
+    ]  # fmt: skip
 
 
 def test_the_locks_are_re_entrant_and_one_for_a_net():
