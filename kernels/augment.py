@@ -72,6 +72,12 @@ def _of(C: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A
 
 
 @triton.jit
+def _inside(at, SIZE: tl.constexpr):
+    """How much of a place lies in the frame: 1 inside, falling to 0 within a pixel of it."""
+    return tl.clamp(at + 1.0, 0.0, 1.0) * tl.clamp(SIZE - at, 0.0, 1.0)
+
+
+@triton.jit
 def _tap(base, i, j, live, SH: tl.constexpr, SW: tl.constexpr, XS2: tl.constexpr,
          XS3: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """The stored value at (i, j), in fp32; beyond the image 0, or that of its edge."""
@@ -91,7 +97,8 @@ def augment(
     PH: tl.constexpr, PW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     STREAM: tl.constexpr, CROP: tl.constexpr, PAD: tl.constexpr, FLIP: tl.constexpr,
-    WARP: tl.constexpr, ZOOM: tl.constexpr, LOG_ZOOM: tl.constexpr, LOG_STRETCH: tl.constexpr,
+    FH: tl.constexpr, FW: tl.constexpr, RESIZE: tl.constexpr, WARP: tl.constexpr,
+    ZOOM: tl.constexpr, LOG_ZOOM: tl.constexpr, LOG_STRETCH: tl.constexpr,
     TURN: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr, LENS: tl.constexpr,
     EDGE: tl.constexpr, COLOUR: tl.constexpr, BRIGHT: tl.constexpr, CONTRAST: tl.constexpr,
     PCA: tl.constexpr, UNIT: tl.constexpr,
@@ -105,10 +112,11 @@ def augment(
 ):  # fmt: skip
     """acc is ((value - M) gain + offset) R at the place that was drawn.
 
-    The result is H x W, and zero up to PH x PW, which a layout of blocks pads it to. FLIP is a
-    24-bit threshold, TURN in half turns, R one over the deviation, P the components times the
-    strength; UNIT makes stored values [0, 1].
+    The image, SH x SW, is seen as FH x FW (RESIZE: another size). The result is H x W, and zero up
+    to PH x PW, which a layout of blocks pads it to. FLIP is a 24-bit threshold, TURN in half turns,
+    R one over the deviation, P the components times the strength; UNIT makes stored values [0, 1].
     """
+    GOES_ON: tl.constexpr = EDGE or RESIZE
     TILES: tl.constexpr = (PH * PW + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     n = program // TILES
@@ -125,8 +133,8 @@ def augment(
     u = oj.to(tl.float32) + (0.5 - W / 2)
     v = oi.to(tl.float32) + (0.5 - H / 2)
     u = tl.where((mirror >> 8) < FLIP, -u, u)
-    top = _start(down, SH + 2 * PAD - H, PAD, CROP)
-    left = _start(across, SW + 2 * PAD - W, PAD, CROP)
+    top = _start(down, FH + 2 * PAD - H, PAD, CROP)
+    left = _start(across, FW + 2 * PAD - W, PAD, CROP)
 
     if WARP:
         stretch, turn, shear, lens = _words(key, row, now, 1, STREAM)
@@ -144,6 +152,11 @@ def augment(
         ay = cos * high * v - sin * high * u
         ax += left.to(tl.float32) + _both(shift_across) * (SHIFT * W) + (W / 2 - 0.5)
         ay += top.to(tl.float32) + _both(shift_down) * (SHIFT * H) + (H / 2 - 0.5)
+        if RESIZE:
+            if not EDGE:
+                fade = _inside(ay, FH) * _inside(ax, FW)
+            ax = (ax + 0.5) * (SW / FW) - 0.5
+            ay = (ay + 0.5) * (SH / FH) - 0.5
         fj = tl.floor(ax)
         fi = tl.floor(ay)
         rx = ax - fj
@@ -173,11 +186,13 @@ def augment(
     for ch in tl.static_range(C):
         base = x + n.to(tl.int64) * XS0 + ch * XS1
         if WARP:
-            upper = _tap(base, i, j, live, SH, SW, XS2, XS3, EDGE) * (1.0 - rx)
-            upper += _tap(base, i, j + 1, live, SH, SW, XS2, XS3, EDGE) * rx
-            lower = _tap(base, i + 1, j, live, SH, SW, XS2, XS3, EDGE) * (1.0 - rx)
-            lower += _tap(base, i + 1, j + 1, live, SH, SW, XS2, XS3, EDGE) * rx
+            upper = _tap(base, i, j, live, SH, SW, XS2, XS3, GOES_ON) * (1.0 - rx)
+            upper += _tap(base, i, j + 1, live, SH, SW, XS2, XS3, GOES_ON) * rx
+            lower = _tap(base, i + 1, j, live, SH, SW, XS2, XS3, GOES_ON) * (1.0 - rx)
+            lower += _tap(base, i + 1, j + 1, live, SH, SW, XS2, XS3, GOES_ON) * rx
             value = upper * (1.0 - ry) + lower * ry
+            if RESIZE and not EDGE:
+                value *= fade
         else:
             value = _tap(base, i, j, live, SH, SW, XS2, XS3, EDGE)
         value = value * UNIT - _of(ch, M0, M1, M2, M3)

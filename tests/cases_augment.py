@@ -35,7 +35,8 @@ def one_image(a: Augment, image: Any, index: int, epoch: int, seed: int) -> list
     height, width = a.size
 
     # Where the window lies.
-    spare_down, spare_across = high + 2 * a.pad - height, wide + 2 * a.pad - width
+    tall, broad = a.seen or (high, wide)  # the image as it is seen
+    spare_down, spare_across = tall + 2 * a.pad - height, broad + 2 * a.pad - width
     top, left = spare_down // 2, spare_across // 2
     if a.crop:
         top = ((words[1] >> 16) * (spare_down + 1) >> 16) - a.pad
@@ -52,12 +53,19 @@ def one_image(a: Augment, image: Any, index: int, epoch: int, seed: int) -> list
     bend, corner = sign[7] * a.lens, math.hypot(width / 2, height / 2)
 
     def stored(c: int, i: int, j: int) -> float:
-        if a.border == "edge":
+        if a.border == "edge" or a.seen:
             i, j = min(max(i, 0), high - 1), min(max(j, 0), wide - 1)
         inside = 0 <= i < high and 0 <= j < wide
         return float(image[c, i, j]) if inside else 0.0
 
     def between(c: int, y: float, x: float) -> float:
+        if not a.seen:
+            return linear(c, y, x)
+        out = [max(0.0, -at, at - (n - 1)) for at, n in ((y, tall), (x, broad))]
+        part = 1.0 if a.border == "edge" else math.prod(max(0.0, 1 - d) for d in out)
+        return part * linear(c, (y + 0.5) * high / tall - 0.5, (x + 0.5) * wide / broad - 0.5)
+
+    def linear(c: int, y: float, x: float) -> float:
         i, j = math.floor(y), math.floor(x)
         above = stored(c, i, j) * (j + 1 - x) + stored(c, i, j + 1) * (x - j)
         below = stored(c, i + 1, j) * (j + 1 - x) + stored(c, i + 1, j + 1) * (x - j)
@@ -127,6 +135,10 @@ ROWS: list[tuple[str, tuple[int, ...], tuple[int, int], dict[str, Any]]] = [
     ("contrast", (3, 3, 4, 5), (4, 5), {"contrast": 0.5, "mean": (0.5,), "std": (0.25,)}),
     ("pca", (3, 3, 4, 5), (4, 5), {"pca": 0.5, "components": COMPONENTS}),
     ("float", (3, 1, 8, 7), (8, 7), {"source": "f32", "rotate": 20.0, "mean": (0.5,)}),
+    ("resize", (3, 3, 4, 3), (9, 8), {"seen": (9, 8)}),
+    ("shrink", (3, 1, 9, 8), (5, 4), {"seen": (5, 6), "border": "edge", "flip": 0.5}),
+    ("resize and warp", (3, 1, 5, 4), (7, 6),
+     {"seen": (10, 9), "crop": True, "rotate": 20.0, "translate": 0.3, "scale": (0.8, 1.2)}),
     ("mixture", (3, 3, 9, 8), (7, 6),
      {"crop": True, "flip": 0.5, "scale": (0.8, 1.2), "stretch": 1.2, "rotate": 15.0,
       "shear": 10.0, "translate": 0.1, "lens": 0.1, "brightness": 0.1, "contrast": 0.2,

@@ -47,7 +47,8 @@ class Augment(Attrs):
 
     Set by the Trainer (`graphnet.train.augment.known`) and by the compiler: the data's mean and std
     per channel (the result is normalised), its principal components, shape and type; the size that
-    comes out.
+    comes out. `seen` (H, W) is the size to which a stored image is resized before all else, where
+    that is another than its own: bilinearly, its border pixels continued, in the same pass.
     """
 
     crop: bool = False
@@ -69,6 +70,7 @@ class Augment(Attrs):
     stored: tuple[int, ...] = ()
     source: str = "u8"
     size: tuple[int, ...] = ()
+    seen: tuple[int, ...] = ()
     stream: int = zlib.crc32(b"augment")
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Augment(Attrs):
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         for name in ("flip", "stretch", *_GEOMETRY, *_COLOUR):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        for name in ("stored", "size"):
+        for name in ("stored", "size", "seen"):
             object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
         limits = {"flip": 1.0, "translate": 1.0, "lens": 0.5, "brightness": 1.0, "rotate": 180.0,
                   "shear": 80.0, "contrast": 1.0}  # fmt: skip
@@ -100,9 +102,18 @@ class Augment(Attrs):
     @property
     def warps(self) -> bool:
         """Whether pixels are read between the stored ones; else whole ones are moved."""
-        return self.scale != (1.0, 1.0) or self.stretch != 1.0 or any(
+        return self.resizes or self.scale != (1.0, 1.0) or self.stretch != 1.0 or any(
             getattr(self, n) for n in _GEOMETRY
         )  # fmt: skip
+
+    @property
+    def resizes(self) -> bool:
+        return bool(self.seen) and self.seen != self.stored[1:]
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        """(H, W) of the image that is cut and warped."""
+        return self.seen or self.stored[1:]
 
     @property
     def colours(self) -> bool:
@@ -123,7 +134,7 @@ class Augment(Attrs):
 
     def room(self, axis: int) -> int:
         """Places of a crop along an axis (0: down, 1: across), less one."""
-        return self.stored[1 + axis] + 2 * self.pad - self.size[axis]
+        return self.frame[axis] + 2 * self.pad - self.size[axis]
 
 
 def _number(name: str, value: Any) -> float:
@@ -153,7 +164,7 @@ def words(attrs: Augment, index: Any, epoch: int, seed: int) -> np.ndarray:
 
 class Pose(NamedTuple):
     """What was drawn for N images, in float64. A pixel (u, v) from the centre of the result is
-    read at `at + matrix (1 + lens (u^2 + v^2)) (side u, v)`, in pixels of the stored image."""
+    read at `at + matrix (1 + lens (u^2 + v^2)) (side u, v)`, in pixels of the frame."""
 
     side: np.ndarray  # [N], -1 where mirrored
     at: np.ndarray  # [N, 2], across and down
@@ -200,8 +211,8 @@ def pose(a: Augment, index: Any, epoch: int, seed: int) -> Pose:
 
 
 def _places(a: Augment, p: Pose) -> tuple[torch.Tensor, torch.Tensor]:
-    """(across, down) f64[N, H, W]: where each pixel of the result is read; a stored pixel's own
-    place is a whole number."""
+    """(across, down) f64[N, H, W]: where each pixel of the result is read; the own place of a pixel
+    of the frame is a whole number."""
     height, width = a.size
     u = p.side[:, None, None] * (np.arange(width) + 0.5 - width / 2)[None, None]
     v = (np.arange(height) + 0.5 - height / 2)[None, :, None] + 0 * u
@@ -210,6 +221,11 @@ def _places(a: Augment, p: Pose) -> tuple[torch.Tensor, torch.Tensor]:
     across = m[:, 0, 0] * u + m[:, 0, 1] * v + p.at[:, 0, None, None] - 0.5
     down = m[:, 1, 0] * u + m[:, 1, 1] * v + p.at[:, 1, None, None] - 0.5
     return torch.from_numpy(across), torch.from_numpy(down)
+
+
+def _inside(at: torch.Tensor, size: int) -> torch.Tensor:
+    """How much of a place lies in the frame: 1 inside, falling to 0 within a pixel of it."""
+    return (at + 1).clamp(0, 1) * (size - at).clamp(0, 1)
 
 
 def _coloured(a: Augment, p: Pose, v: torch.Tensor) -> torch.Tensor:
@@ -247,7 +263,7 @@ class AugmentOp(Op):
         for axis, what in enumerate(("high", "wide")):
             if a.room(axis) < 0:
                 raise ShapeError(
-                    f"augment: images {x.shape[2 + axis]} pixels {what} for a net that takes "
+                    f"augment: images {a.frame[axis]} pixels {what} for a net that takes "
                     f"{a.size[axis]}",
                     help="store them larger (resize), or pad the crop",
                 )
@@ -268,23 +284,29 @@ class AugmentOp(Op):
         v = x.double() / 255 if a.source == "u8" else x
         high, wide = x.shape[2:]
         row = torch.arange(len(x), device=x.device)[:, None, None]
+        fade = torch.ones(())
+        if a.resizes:
+            if a.border == "zero":
+                fade = _inside(down, a.frame[0]) * _inside(across, a.frame[1])
+            down = (down + 0.5) * (high / a.frame[0]) - 0.5
+            across = (across + 0.5) * (wide / a.frame[1]) - 0.5
         left, top = across.floor(), down.floor()
         out = v.new_zeros(())
         for dy in (0, 1):
             for dx in (0, 1):
                 i, j = (top + dy).long(), (left + dx).long()
                 weight = (1 - (down - top - dy).abs()) * (1 - (across - left - dx).abs())
-                if a.border == "zero":
+                if a.border == "zero" and not a.resizes:
                     weight = weight * ((i >= 0) & (i < high) & (j >= 0) & (j < wide))
                 taken = v[row, :, i.clamp(0, high - 1), j.clamp(0, wide - 1)]
-                out = out + weight.to(v.dtype)[..., None] * taken
+                out = out + (weight * fade).to(v.dtype)[..., None] * taken
         return (_coloured(a, p, out.permute(0, 3, 1, 2)).contiguous(),)
 
     def cpu(self, a: Augment, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, index, epoch, seed = args
         p = pose(a, index.numpy(), int(epoch), int(seed))
         v = x.float() / 255 if a.source == "u8" else x.float()
-        high, wide = x.shape[2:]
+        high, wide = a.frame
         height, width = a.size
         # grid_sample counts from -1 to 1 between the outer borders of the outer pixels.
         u = torch.arange(width, dtype=torch.float32) + (0.5 - width / 2)
@@ -299,8 +321,11 @@ class AugmentOp(Op):
             bend = torch.from_numpy(p.lens).float()[:, None, None]
             grid *= (1 + bend * (u * u + w * w))[..., None]
         mode = "bilinear" if a.warps else "nearest"
-        border = "zeros" if a.border == "zero" else "border"
+        border = "zeros" if a.border == "zero" and not a.resizes else "border"
         out = F.grid_sample(v, grid.add_(at), mode, border, align_corners=False)
+        if a.resizes and a.border == "zero":
+            across, down = ((grid[..., k] + 1) * (n / 2) - 0.5 for k, n in ((0, wide), (1, high)))
+            out *= (_inside(down, high) * _inside(across, wide))[:, None]
         return (_coloured(a, p, out),)
 
     def flops(

@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos": {"crop": True, "flip": 0.5, "brightness": 0.1, "contrast": 0.2, "pca": 0.1},
 }  # fmt: skip
 FILE = "augment.json"
-_OF_DATA = ("mean", "std", "components", "stored", "source", "size", "stream")
+_OF_DATA = ("mean", "std", "components", "stored", "source", "size", "seen", "stream")
 SETTINGS = tuple(f.name for f in fields(Augment) if f.name not in _OF_DATA)
 _SWITCHES = {"crop": True, "flip": 0.5}  # what a name alone stands for
 _SAMPLE = 2000  # image files whose pixels make the principal components
@@ -81,14 +81,15 @@ def known(augment: Augment, data: Any) -> Augment:
     source = "f32" if kind == torch.float32 else "u8"
     found = replace(
         augment, mean=tuple(data.mean), std=tuple(data.std), stored=tuple(data.stored),
-        source=source,
+        source=source, seen=(getattr(data, "seen", None) or ())[1:],
     )  # fmt: skip
     return replace(found, components=principal(data)) if augment.pca else found
 
 
 def idle(augment: Augment, data: Any) -> str | None:
     """What of it can do nothing with these data, for people; or None."""
-    if not augment.crop or augment.pad or tuple(data.stored) != tuple(data.shape):
+    kept = getattr(data, "seen", None) or data.stored
+    if not augment.crop or augment.pad or tuple(kept) != tuple(data.shape):
         return None
     size = "x".join(map(str, data.shape[1:]))
     return (

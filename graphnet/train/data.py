@@ -168,6 +168,7 @@ def load(
     resize: int | None = None,
     max_bad: float = MAX_BAD,
     cache: bool = True,
+    own: bool = False,
 ) -> Dataset | Folder:
     """Reads a data set.
 
@@ -178,6 +179,7 @@ def load(
     resize   images in files are kept as resize x resize, and `shape` is cut from that
     max_bad  share of the image files that may be unreadable
     cache    keep decoded image files on disk
+    own      leave images in files that are smaller as they are, for a net that augments
     DataError for an unknown spec, and for files that are missing, damaged or do not fit.
     """
     from graphnet.train import readers
@@ -195,7 +197,8 @@ def load(
             data = readers.mnist(path, split)
         else:
             read = readers.cifar10 if kind == "cifar10" else readers.imagefolder
-            data = read(path, split, shape, resize=resize, max_bad=max_bad, cache=cache)
+            how: dict[str, Any] = {"max_bad": max_bad, "cache": cache, "own": own}
+            data = read(path, split, shape, resize=resize, **how)
     elif kind in ("digits", "synthetic") and not colon:
         data = readers.digits(split) if kind == "digits" else readers.synthetic(split, shape)
     else:
@@ -326,14 +329,17 @@ class Batches:
             yield x, rows, at + len(rows)
 
     def _files(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
-        stored, shape = data.stored, data.shape
-        top, left = ((s - n) // 2 for s, n in zip(stored[1:], shape[1:], strict=True))
-        windows: Any = lambda rows: [(top, left, False)] * len(rows)
-        if self.cut == "random":
-            windows = crops(len(order), self.seed, epoch, stored, shape, self.flip)
-        where = None if self.raw else windows
+        where = None if self.raw else self._windows(data, epoch)
         args = (order.numpy(), self._start, self.batch, self.reading, where)
         yield from data.stream(*args, normalise=not self.raw)
+
+    def _windows(self, data: Any, epoch: int) -> Callable[[np.ndarray], list[Window]]:
+        """rows -> where each is cut."""
+        stored, shape = data.stored, data.shape
+        if self.cut == "random":
+            return crops(len(data), self.seed, epoch, stored, shape, self.flip)
+        top, left = ((s - n) // 2 for s, n in zip(stored[1:], shape[1:], strict=True))
+        return lambda rows: [(top, left, False)] * len(rows)
 
     def state(self) -> dict[str, Any]:
         """Where the iteration stands, as JSON: epoch, samples taken, and what the order needs."""

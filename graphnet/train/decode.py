@@ -62,6 +62,23 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
         raise BadImage(_REASONS.get(type(error).__name__, text)) from None
 
 
+def own_size(paths: Sequence[str], frame: Sequence[int]) -> tuple[int, int] | None:
+    """(H, W) of what is cut from images in the shape of a `frame` (H, W), where all of them have
+    one size and that is smaller; else None."""
+    from PIL import Image
+
+    sizes = set()
+    for path in paths:
+        with contextlib.suppress(Exception), Image.open(_stream(path), formats=FORMATS) as image:
+            sizes.add(image.size)
+    if len(sizes) != 1:
+        return None
+    ((w, h),) = sizes
+    scale = min(h / frame[0], w / frame[1])
+    own = max(2, round(scale * frame[0])), max(2, round(scale * frame[1]))
+    return own if scale < 1 else None
+
+
 _REASONS = {"UnidentifiedImageError": f"not an image of the formats {', '.join(FORMATS)}"}
 
 

@@ -117,6 +117,7 @@ def keep_about(run: Path, data: Any) -> None:
         _check_names(_about(run)["classes"], run, data)
         return
     about = {name: list(getattr(data, name)) for name in _ABOUT}
+    about["stored"] = list(getattr(data, "seen", None) or data.stored)
     checkpoint.atomic_write(run / ABOUT, json.dumps(about).encode())
 
 

@@ -87,6 +87,8 @@ class Folder:
 
     shape     (C, H, W) of an image as the net takes it
     stored    (C, S, T) as it is decoded and kept: crops of `shape` are cut from it
+    seen      (C, S, T) to which a net's augmentation resizes smaller ones: they are read as they
+              are stored, and not cut
     max_bad   share of the files that may be quarantined; DataError above it
     cache     keep decoded images under GRAPHNET_CACHE_DIR
     quarantined   {row: reason} of the files found so far
@@ -107,6 +109,7 @@ class Folder:
         std: Sequence[float] = (1.0,),
         max_bad: float = MAX_BAD,
         cache: bool = True,
+        seen: Sequence[int] | None = None,
     ) -> None:
         if not files:
             raise DataError(f"{root}: the data set is empty")
@@ -114,11 +117,11 @@ class Folder:
             raise ConfigError(f"max_bad is a share from 0 to 1, not {max_bad!r}")
         self.root, self.files, self.classes, self.name = root, files, tuple(classes), name
         self.shape, self.stored = tuple(shape), tuple(stored or shape)
-        if self.stored[0] != self.shape[0] or any(
-            s < n for s, n in zip(self.stored, self.shape, strict=True)
-        ):
+        self.seen = tuple(seen) if seen else None
+        kept = self.seen or self.stored
+        if kept[0] != self.shape[0] or any(s < n for s, n in zip(kept, self.shape, strict=True)):
             raise DataError(
-                f"images kept as {_size(self.stored)}, the net takes {_size(self.shape)}",
+                f"images kept as {_size(kept)}, the net takes {_size(self.shape)}",
                 help="keep them at least as large as the net's input",
             )
         self.mean, self.std, self.max_bad = tuple(mean), tuple(std), max_bad

@@ -16,11 +16,12 @@ import torch
 
 from graphnet.errors import DataError
 from graphnet.train.data import Dataset, permutation
-from graphnet.train.decode import SUFFIXES, BadImage, decode
+from graphnet.train.decode import SUFFIXES, BadImage, decode, own_size
 from graphnet.train.folder import MAX_BAD, File, Folder, centre
 
 _MAX_BYTES = 4 << 30  # a header may claim anything; no set that belongs in memory is larger
 _DIGITS = tuple("0123456789")
+_SAMPLE = 64  # files that are asked for the size of all
 _SPLIT_SEED = 20_240_901  # of the digits' split; changing it changes every reported error
 
 
@@ -257,9 +258,11 @@ def imagefolder(
     resize: int | None = None,
     max_bad: float = MAX_BAD,
     cache: bool = True,
+    own: bool = False,
 ) -> Folder:
     """DIR/SPLIT/CLASS/**/*.jpg: cropped to the aspect ratio of `shape` and resized to it, or to
-    `resize` x `resize`, from which `shape` is cut."""
+    `resize` x `resize`, from which `shape` is cut. With `own`, images that are all smaller, and of
+    one size, stay as small as they are: the net's augmentation resizes them."""
     c, h, w = shape or (3, 224, 224)
     if c not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, the net takes {c}")
@@ -290,9 +293,13 @@ def imagefolder(
     # ImageNet's constants; for one channel their means.
     mean = (0.485, 0.456, 0.406) if c == 3 else (0.449,)
     std = (0.229, 0.224, 0.225) if c == 3 else (0.226,)
+    seen = None
+    sample = [files[k].path for k in range(0, len(files), max(1, len(files) // _SAMPLE))]
+    if own and (size := own_size(sample, stored[1:])) is not None:
+        seen, stored = stored, (c, *size)
     return Folder(
         home.resolve(), files, names, (c, h, w), stored,
-        mean=mean, std=std, max_bad=max_bad, cache=cache,
+        mean=mean, std=std, max_bad=max_bad, cache=cache, seen=seen,
     )  # fmt: skip
 
 

@@ -151,10 +151,16 @@ class _Parts:
 def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     """Net, data and trainer of the settings, or of an existing run. Writes nothing."""
     drawn = augment.parse(settings.augment) if settings.augment else None
+    kept = run is not None and (run / augment.FILE).exists()
+    if drawn is not None and run is not None and kept:
+        drawn = augment.stored(run)
+    own = drawn is not None and (bool(drawn.seen) if kept else _resizes(settings))
     torch.manual_seed(settings.seed)  # of the initial parameters
     net = prepare(load_model(settings.model, settings.classes), settings)
     shape = input_shape(net, settings.batch)
-    train, test = loaded = (_load(settings, "train", shape), _load(settings, "test", shape))
+    train, test = loaded = (
+        _load(settings, "train", shape, own), _load(settings, "test", shape)
+    )  # fmt: skip
     check_outputs(net, settings, train, old=run is not None)
     reading = _reading(settings)
     batches = Batches(train, settings.batch, seed=settings.seed, reading=reading, cut="random")
@@ -164,8 +170,7 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     tests = Batches(test, settings.batch, shuffle=False, reading=reading)
     if drawn is not None:
         batches.raw = True
-        kept = run is not None and (run / augment.FILE).exists()
-        drawn = augment.stored(run) if run and kept else augment.known(drawn, train)
+        drawn = augment.known(drawn, train)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
         target=settings.target, precision=settings.precision, seed=settings.seed,
@@ -209,11 +214,18 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _load(settings: RunConfig, split: str, shape: Sequence[int]) -> Dataset | Folder:
+def _resizes(settings: RunConfig) -> bool:
+    """Whether small images travel as they are: a GPU resizes them beside all else that it draws."""
+    return _resolve(settings.target) == "cuda" and not settings.overfit_batches
+
+
+def _load(
+    settings: RunConfig, split: str, shape: Sequence[int], own: bool = False
+) -> Dataset | Folder:
     resize = settings.resize or None
     return load(
         settings.data, split, shape=shape[1:], resize=resize, max_bad=settings.max_bad,
-        cache=not settings.uncached,
+        cache=not settings.uncached, own=own,
     )  # fmt: skip
 
 

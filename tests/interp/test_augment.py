@@ -73,6 +73,8 @@ def test_interpreter_and_cpu_draw_the_same():
 @pytest.mark.parametrize("net, shape, precision, a", [
     pytest.param("lenet5", (128, 1, 28, 28), "fp32", gn.Augment(**WARP), marks=pytest.mark.slow),
     ("alexnet", (128, 3, 227, 227), "bf16", gn.Augment(stored=(3, 256, 256), **PHOTOS, **WARP)),
+    ("alexnet", (128, 3, 227, 227), "bf16",
+     gn.Augment(stored=(3, 32, 32), seen=(256, 256), **PHOTOS, **WARP)),
 ])  # fmt: skip
 def test_it_compiles_for_sm_90_without_spills(net, shape, precision, a):
     made = getattr(gn.models, net)()

@@ -17,7 +17,8 @@ from graphnet import config
 from graphnet.cli import main
 from graphnet.errors import DataError
 from graphnet.lowering.build.inventory import clear, listing
-from graphnet.train.data import Dataset
+from graphnet.train import run
+from graphnet.train.data import Dataset, load
 from graphnet.train.evaluation import evaluate_run
 from graphnet.train.run import RunConfig, dry_run, run_training
 from tests.image_files import make, train
@@ -89,6 +90,47 @@ def test_resize_trains_on_crops_and_resumes(tmp_path, net_file):
     assert all(r["bytes"] >= 20 * 3 * 32 * 32 for r in held)
     assert clear(["images"])["files"] == 6 and listing() == []
     assert losses[0] == losses[1] and (tmp_path / "a/config.toml").read_text().count("resize = 32")
+
+
+def test_small_images_travel_as_they_are_where_a_gpu_resizes_them(tmp_path, net_file, monkeypatch):
+    """A net for 24x24 that crops from 32x32, on files of 16x12: an aspect of 1 leaves 12x12."""
+    make(tmp_path / "d", 20, size=(16, 12))
+    settings = RunConfig(
+        net_file(2), f"imagefolder:{tmp_path / 'd'}", epochs=2, batch=6, target="cpu", resize=32,
+        workers=0, augment="crop,flip=0.5,rotate=10",
+    )  # fmt: skip
+    plain = run_training(settings, tmp_path / "plain", quiet=True)
+    monkeypatch.setattr(run, "_resizes", lambda settings: True)  # as on a GPU
+    assert dry_run(settings)["images"] == 20
+    result = run_training(replace(settings, epochs=1), tmp_path / "run", quiet=True)
+    held = [row["what"] for row in listing() if row["kind"] == "images"]
+    assert sum(w.startswith("20 images [3, 12, 12] of") for w in held) == 1  # of the training set
+    about = json.loads((tmp_path / "run/augment.json").read_text())
+    assert about["seen"] == [32, 32] and about["stored"] == [3, 12, 12]
+    assert json.loads((tmp_path / "run/data.json").read_text())["stored"] == [3, 32, 32]
+    found = evaluate_run(tmp_path / "run", model=net_file(2), target="cpu")
+    assert found["top1_error"] == pytest.approx(result["top1_error"])
+    # A run goes on as it was started, also where no GPU is.
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
+    (tmp_path / "run/misclassified.png").unlink()
+    monkeypatch.undo()
+    again = run_training(replace(settings, epochs=2), tmp_path / "run", resume=True, quiet=True)
+    assert again["epochs"] == 2
+    # Beside images that Pillow has resized: another filter, the same pictures.
+    assert again["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
+
+
+def test_images_of_several_sizes_or_large_ones_are_resized_as_before(tmp_path):
+    make(tmp_path / "d", 20, size=(16, 12))
+    spec = f"imagefolder:{tmp_path / 'd'}"
+    small = load(spec, "train", shape=(3, 24, 24), own=True)
+    assert small.stored == (3, 12, 12) and small.seen == (3, 24, 24)
+    assert small.read([0, 1]).shape == (2, 3, 12, 12)
+    assert load(spec, "train", shape=(3, 24, 24)).seen is None
+    assert load(spec, "train", shape=(3, 12, 12), own=True).seen is None
+    Image.new("RGB", (20, 20)).save(tmp_path / "d/train/cat/000.png")
+    assert load(spec, "train", shape=(3, 24, 24), own=True).stored == (3, 24, 24)
 
 
 def test_the_example_with_lrn_learns(tmp_path):

@@ -25,7 +25,8 @@ def _constants(a: Augment, channels: int) -> dict[str, Any]:
     mean, std = (a.per_channel(n, channels) for n in ("mean", "std"))
     numbers: dict[str, Any] = {
         "STREAM": a.stream, "CROP": a.crop, "PAD": a.pad, "FLIP": int(a.flip * 2**24),
-        "WARP": a.warps, "ZOOM": a.scale[0], "LOG_ZOOM": math.log(a.scale[1] / a.scale[0]),
+        "FH": a.frame[0], "FW": a.frame[1], "RESIZE": a.resizes, "WARP": a.warps,
+        "ZOOM": a.scale[0], "LOG_ZOOM": math.log(a.scale[1] / a.scale[0]),
         "LOG_STRETCH": math.log(a.stretch), "TURN": a.rotate / 180,
         "SLOPE": math.tan(math.radians(a.shear)), "SHIFT": a.translate, "LENS": a.lens,
         "EDGE": a.border == "edge", "COLOUR": a.colours, "BRIGHT": a.brightness,
