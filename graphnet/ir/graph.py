@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from graphnet.errors import GraphError
 from graphnet.ir.op import NO_ATTRS, Attrs, get_op
@@ -18,6 +19,9 @@ class Value:
 
     name: str
     type: TensorType
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # the passes look values up by the million, and names differ
 
     def __str__(self) -> str:
         return f"%{self.name}"
@@ -113,11 +117,15 @@ class Graph:
                 return i
         raise GraphError(f"graph {self.name} has no input %{name}")
 
-    def producers(self) -> dict[Value, Eqn]:
+    # A graph does not change, so what is asked of it again and again is worked out once.
+
+    @cached_property
+    def producers(self) -> Mapping[Value, Eqn]:
         """Value to the equation that makes it."""
         return {v: e for e in self.eqns for v in e.results}
 
-    def readers(self) -> dict[Value, list[Eqn]]:
+    @cached_property
+    def readers(self) -> Mapping[Value, Sequence[Eqn]]:
         """Value to the equations that read it, in order, once each."""
         out: dict[Value, list[Eqn]] = {}
         for e in self.eqns:
@@ -125,9 +133,10 @@ class Graph:
                 out.setdefault(v, []).append(e)
         return out
 
-    def escaping(self) -> set[Value]:
+    @cached_property
+    def escaping(self) -> frozenset[Value]:
         """Values that leave the graph: returned or committed."""
-        return {*self.returns, *(new for _, new in self.commits)}
+        return frozenset((*self.returns, *(new for _, new in self.commits)))
 
 
 def substitute(eqn: Eqn, env: Mapping[Value, Value]) -> Eqn:

@@ -42,20 +42,22 @@ def _missed_fusion(graph: Graph, eqn: Eqn) -> str | None:
     """In the fused stage a bare function behind a single-use product is a missed fusion."""
     if not get_op(eqn.op).joins or len(eqn.inputs) != 1:
         return None
-    made = graph.producers().get(eqn.inputs[0])
+    made = graph.producers.get(eqn.inputs[0])
     if made is None or made.op not in ("conv2d", "linear"):
         return None
-    if eqn.inputs[0] in graph.escaping() or len(graph.readers()[eqn.inputs[0]]) > 1:
+    if eqn.inputs[0] in graph.escaping or len(graph.readers[eqn.inputs[0]]) > 1:
         return None
     return f"{eqn.op} of a {made.op} that nobody else reads was not fused"
 
 
 def _rows_missing(graph: Graph, eqn: Eqn) -> str | None:
     """What reduces over the batch must be told how many of its rows are live."""
-    given = {i.value for i in graph.inputs if i.role != "hyper"}
     for e in eqn.plain:
         at = get_op(e.op).over_batch
-        if at is not None and (len(e.inputs) <= at or e.inputs[at] in given):
+        if at is None:
+            continue
+        given = {i.value for i in graph.inputs if i.role != "hyper"}
+        if len(e.inputs) <= at or e.inputs[at] in given:
             return f"{e.op} reduces over the batch: its operand {at + 1} must be %live"
     return None
 

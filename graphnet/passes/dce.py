@@ -43,7 +43,7 @@ def cse(graph: Graph) -> Graph:
 
 def dce(graph: Graph) -> Graph:
     """Drops what nobody reads. State inputs stay while a commit names them; data inputs stay."""
-    live = set(graph.escaping())
+    live = set(graph.escaping)
     eqns: list[Eqn] = []
     for eqn in reversed(graph.eqns):
         if not any(v in live for v in eqn.results) and get_op(eqn.op).effect == "none":

@@ -52,7 +52,7 @@ def merge(producer: Eqn, consumer: Eqn, keep: set[Value]) -> Eqn:
 
 def kept(m: Match) -> set[Value]:
     """Results of the inner equation that somebody besides the root reads."""
-    escaping = m.graph.escaping()
+    escaping = m.graph.escaping
     return {
         v
         for v in m.inner.results

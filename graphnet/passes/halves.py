@@ -7,7 +7,7 @@ in the layout that it has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Input, Value
@@ -25,7 +25,7 @@ def halves(fused: Graph, results: int) -> tuple[Graph, Graph]:
     inputs of the forward pass that it reads, and the cotangents, and returns the gradients.
     """
     own, gradients = fused.returns[:results], fused.returns[results:]
-    made = fused.producers()
+    made = fused.producers
     first = _ancestors(made, [*own, *(new for _, new in fused.commits)])
     then = [e for e in fused.eqns if id(e) not in first]
     before = {v for e in fused.eqns if id(e) in first for v in e.results}
@@ -52,7 +52,7 @@ def halves(fused: Graph, results: int) -> tuple[Graph, Graph]:
     return verify(forward, "fused", fusing=False), verify(backward, "fused", fusing=False)
 
 
-def _ancestors(made: dict[Value, Eqn], roots: Sequence[Value]) -> set[int]:
+def _ancestors(made: Mapping[Value, Eqn], roots: Sequence[Value]) -> set[int]:
     """The equations that these values come from, by id."""
     found: set[int] = set()
     todo = list(roots)

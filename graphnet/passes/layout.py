@@ -111,7 +111,7 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
     chosen: dict[Value, Layout] = {}
     pinned = _pinned(graph)
     derived = {i.value for i in graph.inputs if i.role == "derived"}
-    readers = graph.readers()
+    readers = graph.readers
     data = [i.value for i in graph.inputs if i.role == "data"]
     made = {e.out: e for e in graph.eqns if len(e.results) == 1 and _from_data(e, set(data))}
     for image in (*data, *made):
@@ -157,7 +157,7 @@ def _as_wanted(graph: Graph, kernels: Kernels) -> Graph:
             new = _reading(graph.eqns[at], {v: copies[v, to]})
             graph = replace(graph, eqns=(*graph.eqns[:at], new, *graph.eqns[at + 1 :]))
     for (v, to), copy in copies.items():
-        made = graph.producers().get(v)
+        made = graph.producers.get(v)
         if made is not None and kernels.writes(made, to):
             graph = _joined(graph, copy)
     return graph
@@ -178,7 +178,7 @@ def _copied(
     if made is not None:
         near = graph.eqns[made]
     elif near is None:
-        near = graph.readers()[v][0]
+        near = graph.readers[v][0]
     where = Where(near.where.layers, near.where.place, "layout")
     relayout = Eqn("relayout", (v,), (copy,), attrs, where=where)
     at = 0 if made is None else made + 1
@@ -197,12 +197,12 @@ def _reading(eqn: Eqn, env: Mapping[Value, Value]) -> Eqn:
 
 def _joined(graph: Graph, copy: Value) -> Graph:
     """The graph with a relayout inside the equation that makes its operand."""
-    producers = graph.producers()
+    producers = graph.producers
     relayout = producers[copy]
     (v,) = relayout.inputs
     made = producers[v]
     others = any(v in e.inputs for e in graph.eqns if e is not relayout)
-    keep = {u for u in made.results if u != v or others or v in graph.escaping()}
+    keep = {u for u in made.results if u != v or others or v in graph.escaping}
     joined = merge(made, relayout, keep)
     joined = replace(joined, where=made.where.merged(relayout.where))
     eqns = tuple(joined if e is made else e for e in graph.eqns if e is not relayout)
@@ -222,7 +222,7 @@ def _folds(use: Eqn, image: Value, kernels: Kernels) -> bool:
     return kernels.takes(use, layouts)
 
 
-def _read_by_conv2d(w: Value, readers: dict[Value, list[Eqn]]) -> bool:
+def _read_by_conv2d(w: Value, readers: Mapping[Value, Sequence[Eqn]]) -> bool:
     return all(p.op == "conv2d" for r in readers[w] for p in r.plain if w in p.inputs)
 
 

@@ -115,7 +115,7 @@ class _Tf32(_Policy):
     def run(self) -> Graph:
         g, b = self.graph, self.b
         self.rounded_of: dict[Value, Value] = {}
-        self.made = g.producers()
+        self.made = g.producers
         for i in g.inputs:
             b.input(i.value.name, i.value.type, i.role, i.of)
         for eqn in g.eqns:
@@ -173,8 +173,8 @@ class _Bf16(_Policy):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.cast_of: dict[tuple[Value, DType], Value] = {}
-        self.readers = graph.readers()
-        self.escaping = graph.escaping()
+        self.readers = graph.readers
+        self.escaping = graph.escaping
 
     def run(self) -> Graph:
         g, b = self.graph, self.b

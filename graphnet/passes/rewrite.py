@@ -8,7 +8,7 @@ the rewrite must not close a cycle. So no rule has to check that itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphnet.errors import GraphError
@@ -16,6 +16,7 @@ from graphnet.ir.graph import Eqn, Graph, Value, Where
 from graphnet.passes.templates import anchor_of, traits_of
 
 MAX_ROUNDS = 64
+DEPTH = 3  # equations in the longest pattern
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,25 @@ class P:
     at: int | None = None
     result: int | None = None
 
-    def takes(self, eqn: Eqn) -> bool:
-        return not _names(eqn).isdisjoint(self.ops)
 
 
-def _names(eqn: Eqn) -> set[str]:
-    """The names under which patterns find an equation."""
-    anchor = anchor_of(eqn)
-    return {eqn.op, f"anchor:{anchor}" if anchor or eqn.body is None else "chain", *traits_of(eqn)}
+class _Names:
+    """The names under which patterns find equations, worked out once for each equation."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Eqn, list[str]]] = {}  # an id lasts as long as its object
+
+    def __call__(self, eqn: Eqn) -> list[str]:
+        found = self._known.get(id(eqn))
+        if found is None:
+            anchor = anchor_of(eqn)
+            kind = f"anchor:{anchor}" if anchor or eqn.body is None else "chain"
+            found = self._known[id(eqn)] = eqn, sorted({eqn.op, kind, *traits_of(eqn)})
+        return found[1]
+
+    def fit(self, eqn: Eqn, pattern: P) -> bool:
+        """Whether an equation is what a pattern asks for, its operands aside."""
+        return not set(pattern.ops).isdisjoint(self(eqn))
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,8 @@ class Match:
     graph: Graph
     eqns: tuple[Eqn, ...]
     edges: tuple[Value, ...]
-    producers: dict[Value, Eqn]
-    readers: dict[Value, list[Eqn]]
+    producers: Mapping[Value, Eqn]
+    readers: Mapping[Value, Sequence[Eqn]]
     rule: str = ""  # the name of the rule that looks for it
 
     @property
@@ -95,10 +107,10 @@ class Log:
     refusals: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
-def _find(rule: Rule, root: Eqn, producers: dict[Value, Eqn]) -> Iterable[tuple[tuple, tuple]]:
-    """Chains of (equations, edges) below `root` that fit the pattern."""
-    if not rule.pattern.takes(root):
-        return
+def _find(
+    rule: Rule, root: Eqn, producers: Mapping[Value, Eqn], names: _Names
+) -> Iterable[tuple[tuple, tuple]]:
+    """Chains of (equations, edges) below `root` that fit the pattern, as the root does."""
     chains: list[tuple[tuple[Eqn, ...], tuple[Value, ...]]] = [((root,), ())]
     pattern = rule.pattern
     while pattern.operand is not None:
@@ -108,7 +120,7 @@ def _find(rule: Rule, root: Eqn, producers: dict[Value, Eqn]) -> Iterable[tuple[
                 below = producers.get(v)
                 if below is None or (pattern.at is not None and k != pattern.at):
                     continue
-                if v in eqns[-1].inputs[:k] or not pattern.operand.takes(below):
+                if v in eqns[-1].inputs[:k] or not names.fit(below, pattern.operand):
                     continue
                 if pattern.result is not None and below.outputs.index(v) != pattern.result:
                     continue
@@ -120,7 +132,7 @@ def _find(rule: Rule, root: Eqn, producers: dict[Value, Eqn]) -> Iterable[tuple[
 def _illegal(rule: Rule, m: Match) -> str | None:
     """Why the driver refuses a match, or None."""
     inside = set(map(id, m.eqns))
-    escaping = m.graph.escaping()
+    escaping = m.graph.escaping
     for v in m.edges:
         if rule.keeps:
             continue
@@ -167,27 +179,45 @@ def rewrite(
     log = Log() if log is None else log
     off = set(disabled)
     rules = [r for r in rules if r.name not in off]
-    budget = MAX_ROUNDS * (len(graph.eqns) + 1)
-    while (after := _one(graph, rules, log, off)) is not graph:
-        graph = after
-        budget -= 1
-        if budget < 0:
-            trace = ", ".join(f"{k} x{n}" for k, n in log.hits.items())
-            raise GraphError(f"rewriting {graph.name} does not end; hits: {trace}")
-    return graph
-
-
-def _one(graph: Graph, rules: list[Rule], log: Log, off: set[str]) -> Graph:
-    """The graph after one rewrite, or the same object."""
-    producers, readers = graph.producers(), graph.readers()
-    names = {v.name for e in graph.eqns for v in e.results} | {v.name for v in graph.input_values}
     by_root: dict[str, list[Rule]] = {}
     for rule in rules:
         for op in rule.pattern.ops:
             by_root.setdefault(op, []).append(rule)
-    for root in reversed(graph.eqns):
-        for rule in (r for name in sorted(_names(root)) for r in by_root.get(name, ())):
-            for eqns, edges in _find(rule, root, producers):
+    budget = MAX_ROUNDS * (len(graph.eqns) + 1)
+    names, at, swept = _Names(), len(graph.eqns), True
+    while True:
+        found = _one(graph, at, by_root, names, log, off)
+        if found is None:
+            if swept:
+                return graph
+            at, swept = len(graph.eqns), True  # once more: what changed may let others match
+            continue
+        graph, at = found
+        swept = False
+        budget -= 1
+        if budget < 0:
+            trace = ", ".join(f"{k} x{n}" for k, n in log.hits.items())
+            raise GraphError(f"rewriting {graph.name} does not end; hits: {trace}")
+
+
+def _one(
+    graph: Graph, end: int, by_root: Mapping[str, Sequence[Rule]], names: _Names, log: Log,
+    off: set[str],
+) -> tuple[Graph, int] | None:  # fmt: skip
+    """The first rewrite among the equations before `end`, consumers first: the graph after it, and
+    where to go on; None if there is none."""
+    producers, readers = graph.producers, graph.readers
+    taken: set[str] = set()
+
+    def fresh() -> str:
+        if not taken:
+            taken.update(v.name for e in graph.eqns for v in e.results)
+            taken.update(v.name for v in graph.input_values)
+        return _fresh(taken)
+
+    for root in reversed(graph.eqns[:end]):
+        for rule in (r for name in names(root) for r in by_root.get(name, ())):
+            for eqns, edges in _find(rule, root, producers, names):
                 m = Match(graph, eqns, edges, producers, readers, rule.name)
                 name = rule.told(m)
                 if name in off:
@@ -196,11 +226,21 @@ def _one(graph: Graph, rules: list[Rule], log: Log, off: set[str]) -> Graph:
                 if why is not None:
                     log.refusals[name, _label(root)] = why
                     continue
-                new = rule.build(m, lambda: _fresh(names))
+                new = rule.build(m, fresh)
                 log.hits[name] = log.hits.get(name, 0) + 1
                 log.refusals.pop((name, _label(root)), None)
-                return _replace(graph, m, new, name)
-    return graph
+                after = _replace(graph, m, new, name)
+                return after, _behind(after, {v for e in m.eqns for v in e.results})
+    return None
+
+
+def _behind(graph: Graph, changed: set[Value]) -> int:
+    """Behind the last equation that a pattern may see differently: the readers of what changed, and
+    their readers, as far up as patterns reach."""
+    for _ in range(DEPTH):
+        changed |= {v for u in changed for r in graph.readers.get(u, ()) for v in r.results}
+    near = [k for k, e in enumerate(graph.eqns) if not changed.isdisjoint(e.results)]
+    return near[-1] + 1 if near else len(graph.eqns)
 
 
 def _label(eqn: Eqn) -> str:
@@ -222,7 +262,7 @@ def _replace(graph: Graph, m: Match, new: list[Eqn], rule: str) -> Graph:
     defined = {v for e in new for v in e.results}
     # A matched equation stays where somebody outside reads it and the rule does not replace it.
     inside = set(map(id, m.eqns))
-    wanted = m.graph.escaping() | {v for e in graph.eqns if id(e) not in inside for v in e.inputs}
+    wanted = m.graph.escaping | {v for e in graph.eqns if id(e) not in inside for v in e.inputs}
     gone = {id(e) for e in m.eqns if e is m.root or not (set(e.results) - defined) & wanted}
     stamped = [replace(e, where=where.merged(e.where, rule)) for e in new]
     eqns: list[Eqn] = []

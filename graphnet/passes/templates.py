@@ -163,7 +163,7 @@ def refusal(body: Graph) -> str | None:
 def _chain(body: Graph, first: Eqn, second: Eqn, template: Template) -> str | None:
     """Two anchors, one after the other, with elementwise code between them and behind."""
     operand, forward = second.inputs[template.then_at], not first.op.endswith("_grad")
-    made = body.producers()
+    made = body.producers
     if forward and operand != first.out:
         return f"{second.op} does not read the result of {first.op} itself"
     if any(v in set(first.results) for k, v in enumerate(second.inputs) if k != template.then_at):
@@ -209,7 +209,7 @@ def _follows(e: Eqn, body: Graph, anchors: list[Eqn], main: Eqn, template: Templ
 
 def _anchor_results(eqn: Eqn, body: Graph, anchors: list[Eqn]) -> set[Value]:
     results = {v for a in anchors for v in a.results}
-    made = body.producers()
+    made = body.producers
     found: set[Value] = set()
     todo = list(eqn.inputs)
     while todo:

@@ -128,7 +128,7 @@ def check_outputs(net: Module, s: RunConfig, data: Any, *, old: bool) -> None:
     `old` run a warning."""
     graph = trace(net, input_shape(net, 1))
     logits = graph.returns[0]
-    made, v = graph.producers(), logits
+    made, v = graph.producers, logits
     while v in made and made[v].op not in ("linear", "conv2d"):
         v = made[v].inputs[0]
     place = made[v].where.located if v in made else {}

@@ -194,7 +194,7 @@ def test_a_preload_loads_and_the_epilogue_does_not():
     )
     sources = dict(launch.constants)
     early, late = sources["PRELOAD"], sources["EPILOGUE"]
-    assert function(early).count("tl.load") == 5  # weight, momentum, three rates
+    assert function(early).count("tl.load") == 6  # weight, momentum, three rates, guard
     assert "tl.load" not in function(late) and "aux[4]" in function(late)
     assert early in launch.epilogues  # whoever writes or hashes generated files finds it
     lines = {s.text[: s.text.index("def ")].count("\n") for s in launch.epilogues}
@@ -300,7 +300,7 @@ def binaries(eqns, name):
 @pytest.mark.parametrize("outputs", [4096, 1000])
 def test_updates_on_sm_90(name, outputs):
     (launch, about), *more = binaries([update(128, 4096, outputs)], name)
-    assert not more and about["wgmma"] == 4 and about["registers"] <= 216
+    assert not more and about["wgmma"] == 4 and about["registers"] <= 224  # two blocks a processor
     assert (about["tma"] > 0) == (name == "boxes") == (about["cp_async"] == 0)
     text = ptx(launch)
     early = places(text, r"ld\.global[\w.]*\.v4")

@@ -129,7 +129,7 @@ def test_updates_of_wide_layers_run_beside_the_convolutions():
                 loss=gn.CrossEntropyLoss(), optimizer=gn.SGD(momentum=0.9))  # fmt: skip
     plan = low.plan
     beside = [s for s, n in zip(plan.steps, plan.streams, strict=True) if n == 1]
-    assert [s.where.layers[0] for s in beside] == ["fc8", "fc7", "fc6"]
+    assert [s.where.layers[0] for s in beside] == ["fc7", "fc8", "fc6"]
     assert {s.kernel for s in beside} == {"linear_wgrad"}
     at = plan.steps.index(beside[-1])
     behind = [s for s, n in zip(plan.steps[at:], plan.streams[at:], strict=True) if n == 0]

@@ -116,7 +116,7 @@ def test_the_mask_moves_to_the_pooled_tensor():
     assert [e.out.type.shape for e in grads] == [(2, 36)]
     # The convolution's output is read by the pool alone, so that it dies there.
     relu = next(e for e in moved.eqns if e.op == "relu")
-    assert [r.op for r in moved.readers()[relu.out]] == ["maxpool2d"]
+    assert [r.op for r in moved.readers[relu.out]] == ["maxpool2d"]
 
 
 def test_the_mask_does_not_move_for_another_tensor():

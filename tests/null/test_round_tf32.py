@@ -106,7 +106,7 @@ def test_operands_of_products_are_rounded_and_nothing_else():
         gn.Flatten(), gn.Linear(32, 16), gn.ReLU(), gn.Dropout(0.5), gn.Linear(16, 5),
     )  # fmt: skip
     graph = joint(net, (2, 3, 10, 10))
-    made = graph.producers()
+    made = graph.producers
     copies = {i.value for i in graph.inputs if i.role == "derived"}
     assert {v.name for v in copies} == {f"{k}.weight.tf32" for k in (0, 3, 6, 9)}
 
@@ -134,7 +134,7 @@ def test_nothing_is_stored_twice():
     fused = lower(net, (2, 8, 7, 7), target="cuda", precision="tf32", **SGD).stages.fused
     for e in fused.eqns:
         if any(p.op in ("conv2d", "linear", "conv2d_dgrad") for p in e.plain):
-            assert len(e.results) == 1, e
+            assert len({v.type.shape for v in e.results}) == len(e.results), e
 
 
 def test_copies_follow_their_parameters():

@@ -276,7 +276,7 @@ class TwoPass(Variant):
 
     def accepts(self, eqn: Eqn, layouts: Layouts, dtype: str, arch: int) -> str | None:
         assert eqn.body is not None
-        made = eqn.body.producers()
+        made = eqn.body.producers
         norm, pool = sorted(anchors_of(eqn), key=lambda e: e.op)
         images = [v for v in (*norm.inputs, *pool.inputs) if v not in made]
         return not_in_chunks(layouts, *images) or _near(norm) or beyond_blocks(pool)

@@ -234,9 +234,10 @@ def _edges(steps: Sequence[Step], place: dict[str, str]) -> set[tuple[int, int]]
         for name in s.reads:
             readers.setdefault(name, []).append(k)
     edges: set[tuple[int, int]] = set()
+    replaced = set(place.values())
     for name, made in writers.items():
         edges.update(zip(made, made[1:], strict=False))
-        if name not in place.values():
+        if name not in replaced:
             # A buffer that no step writes first holds an input: a Copy over it ends its life.
             copied = [k for k in made if _ends(steps[k], name, readers, made)]
             for k in made:

@@ -137,7 +137,7 @@ class _Schedule:
     def __init__(self, graph: Graph, storage: Storage) -> None:
         self.graph, self.storage = graph, storage
         self.eqns = flatten(graph)
-        self.escaping = graph.escaping()
+        self.escaping = graph.escaping
         self.readers: dict[Value, list[Eqn]] = {}
         for e in self.eqns:
             for v in dict.fromkeys(e.inputs):

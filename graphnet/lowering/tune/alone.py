@@ -128,7 +128,7 @@ class _Operands:
     def __init__(self, graph: Graph, device: torch.device, seed: int) -> None:
         self.graph, self.device = graph, device
         self.random = torch.Generator(device).manual_seed(seed)
-        self.producers = graph.producers()
+        self.producers = graph.producers
         self.roles = {i.value: i.role for i in graph.inputs}
         self.made: dict[Value, torch.Tensor] = {}
 
