@@ -13,8 +13,8 @@ from graphnet.errors import ConfigError, GraphnetError
 
 
 def load_model(spec: str, classes: int = 0) -> Any:
-    """The net of a model's name, or of `FILE.py:ATTRIBUTE`: a net of ours or of torch's, or a
-    function that makes one.
+    """The net of a model's name, of `FILE.py:ATTRIBUTE` (a net of ours or of torch's, or a function
+    that makes one) or of `FILE.onnx`.
 
     classes  outputs of a named model, or of a function with a parameter num_classes; 0 for its own
     """
@@ -26,12 +26,20 @@ def load_model(spec: str, classes: int = 0) -> Any:
     path, colon, attribute = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"{spec} names no net", help=f"{spec}:ATTRIBUTE, a net or a function")
+    if spec.endswith(".onnx"):
+        if classes:
+            raise ConfigError(f"{spec} has its classes, and --classes gives {classes}")
+        from graphnet.frontends.onnx_in import from_onnx
+
+        return from_onnx(spec)
     if not runs_code(spec):
         return models.get(spec, **({"num_classes": classes} if classes else {}))
     module = _run_file(Path(path))
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")
     found = getattr(module, attribute)
+    import torch
+
     nets = (Module, torch.nn.Module)
     makes = not isinstance(found, nets) and callable(found)
     if classes and not (makes and _takes(found, "num_classes")):

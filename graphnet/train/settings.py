@@ -26,7 +26,7 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
 class RunConfig:
     """The settings of a run, as config.toml holds them."""
 
-    model: str = _setting("", "a model's name, or FILE.py:ATTRIBUTE")
+    model: str = _setting("", "a model's name, FILE.py:ATTRIBUTE or FILE.onnx")
     data: str = _setting("", DATA)
     classes: int = _setting(0, "outputs of a named model; 0 for its own number", min=0)
     epochs: int = _setting(3, "passes over the training data", min=1)

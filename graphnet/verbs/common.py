@@ -31,7 +31,7 @@ def _graphnet(
     """Compile CNNs from a Python DSL into fused Triton training steps."""
 
 
-Model = Annotated[str, typer.Argument(help="a model's name, or FILE.py:ATTRIBUTE")]
+Model = Annotated[str, typer.Argument(help="a model's name, FILE.py:ATTRIBUTE or FILE.onnx")]
 Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Precision = Annotated[

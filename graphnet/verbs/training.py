@@ -77,7 +77,7 @@ def _train(
     if not resume and not values["model"]:
         from graphnet.frontends.models import MODELS
 
-        text = f"no model is given: {', '.join(sorted(MODELS))}, or FILE.py:ATTRIBUTE"
+        text = f"no model is given: {', '.join(sorted(MODELS))}, FILE.py:ATTRIBUTE or FILE.onnx"
         raise typer.BadParameter(text, param_hint="model")
     if not resume and not values["data"]:
         raise typer.BadParameter(f"no data is given: --data {DATA}", param_hint="--data")
