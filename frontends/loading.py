@@ -38,7 +38,6 @@ def load_model(spec: str, classes: int = 0) -> Any:
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")
     found = getattr(module, attribute)
-    import torch
 
     nets = (Module, torch.nn.Module)
     makes = not isinstance(found, nets) and callable(found)
