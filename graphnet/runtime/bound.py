@@ -46,7 +46,7 @@ class Bound:
         self.order, self.levels = order, levels
         self.epoch, self.at = 0, 0  # of the next batch
         self.latest = 0, 0  # epoch and rows of the batch that was drawn last
-        self._known: tuple[int, torch.Tensor] | None = None
+        self._known: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -62,11 +62,12 @@ class Bound:
         return -(-(len(self) - self.at) // self.batch)
 
     def ordered(self, epoch: int) -> torch.Tensor:
-        """The order of an epoch; the latest one is kept."""
-        if self._known is None or self._known[0] != epoch:
+        """The order of an epoch; the latest two are kept."""
+        if epoch not in self._known:
             made = torch.arange(len(self)) if self.order is None else self.order(epoch)
-            self._known = epoch, made
-        return self._known[1]
+            last = list(self._known.items())[-1:]
+            self._known = dict([*last, (epoch, made)])
+        return self._known[epoch]
 
     def advance(self, steps: int) -> None:
         """Moves the place on by so many batches."""

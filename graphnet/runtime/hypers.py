@@ -20,6 +20,7 @@ class Hypers:
         self.at = {name: k for k, name in enumerate(names)}
         self.tensor = torch.zeros(len(names), SLOT, device=device)
         self.values = [0.0] * len(names)
+        self._rows = list(self.tensor)
 
     def __contains__(self, name: object) -> bool:
         return name in self.at
@@ -33,4 +34,4 @@ class Hypers:
         at = self.at[name]
         if self.values[at] != value:
             self.values[at] = value
-            self.tensor[at].fill_(value)
+            self._rows[at].fill_(value)

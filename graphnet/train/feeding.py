@@ -201,6 +201,8 @@ class Resident(Batched):
             out.append(Fed(rows, loss, partial(self._again, place)))
             at += rows
         train.cursor = at
+        if self.most > 1 and 2 * at > len(bound):
+            bound.ordered(trainer.epoch + 1)  # made while the device has enough to do
         return out
 
 
