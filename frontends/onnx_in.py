@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from graphnet.errors import ConfigError, GraphnetError, ShapeError, UnsupportedOpError
-from graphnet.frontends.dsl import Module, Parameter
+from graphnet.frontends.dsl import Module
+from graphnet.frontends.held import Buffer, Parameter
 from graphnet.frontends.imported import Part, put, refusal
 from graphnet.frontends.layers import Dropout
+from graphnet.frontends.norm import BatchNorm2d
 from graphnet.frontends.onnx_graph import (
     Node,
     OnnxGraph,
@@ -86,7 +88,7 @@ class OnnxNet(Module):
     def __init__(self, graph: OnnxGraph) -> None:
         self._graph = graph
         self._learned: dict[tuple[str, str], str] = {}  # (constant, form) to key
-        self._layers: dict[str, str] = {}  # node to the path of its layer
+        self._layers: dict[str, Module] = {}  # by the first result of a node
         # While the file is read: what was refused, and no error before all of it is known.
         self._refusals: dict[int, tuple[Node, str]] | None = None
         self.name = graph.file.rpartition(".")[0] or graph.file
@@ -102,9 +104,10 @@ class OnnxNet(Module):
             if len(n.inputs) > 1 and n.inputs[1] in self._graph.constants:
                 ratio = float(self._graph.constants[n.inputs[1]])
             drops = self.__dict__.setdefault("_dropouts", Part())
-            key = f"drop{len(vars(drops))}"
-            put(drops, key, Dropout(ratio))
-            self._layers[n.outputs[0]] = key
+            layer = self._layers[n.outputs[0]] = Dropout(ratio)
+            put(drops, f"drop{len(vars(drops))}", layer)
+        if n.op == "BatchNormalization":
+            self._adopt_norm(n)
         for at in WEIGHTS.get(n.op, ()):
             name = n.inputs[at] if at < len(n.inputs) else ""
             value = self._graph.constants.get(name)
@@ -118,9 +121,39 @@ class OnnxNet(Module):
                 continue
             self._learned[name, form] = self._place(name, value, name in self._graph.held)
 
-    def _place(self, name: str, value: np.ndarray, learned: bool) -> str:
-        """Makes a parameter of that name and returns its key; a dot goes one level down."""
-        p = Parameter(torch.from_numpy(np.array(value, np.float32)), trainable=learned)
+    def _adopt_norm(self, n: Node) -> None:
+        """A layer over the four constants of a node, which keep their own names."""
+        four = [self._graph.constants.get(name) for name in n.inputs[1:5]]
+        if any(v is None or v.dtype.kind != "f" for v in four):
+            return
+        scale, mean = four[0], n.inputs[3]
+        assert scale is not None
+        momentum = 1.0 - n.attrs.get("momentum", 0.9)
+        layer = BatchNorm2d(scale.size, n.attrs.get("epsilon", 1e-5), momentum)
+        for name, attribute, value in zip(
+            n.inputs[1:5], ("weight", "bias", "running_mean", "running_var"), four, strict=True
+        ):
+            key = self._learned.get((name, ""))
+            if key is None:
+                assert value is not None
+                kind = Buffer if attribute.startswith("running") else None
+                key = self._learned[name, ""] = self._place(
+                    name, value, name in self._graph.held, kind
+                )
+            layer.__dict__[attribute] = dict(self._keys())[key]
+        stem = mean.removesuffix("running_mean")
+        count = f"{stem}num_batches_tracked" if stem != mean else f"{mean}_batches"
+        key = self._place(count, np.array(0), True, Buffer)
+        layer.__dict__["num_batches_tracked"] = dict(self._keys())[key]
+        self._layers[n.outputs[0]] = layer
+
+    def _place(
+        self, name: str, value: np.ndarray, learned: bool, kind: type[Buffer] | None = None
+    ) -> str:
+        """Makes a parameter of that name, or a buffer, and returns its key; a dot goes one level
+        down."""
+        tensor = torch.from_numpy(np.array(value, np.int64 if value.dtype.kind == "i" else "f4"))
+        p = Parameter(tensor, trainable=learned) if kind is None else kind(tensor)
         taken = dict(self._keys())
         parts = [part for part in name.split(".") if part]
         into: Module = self
@@ -200,9 +233,7 @@ class OnnxNet(Module):
         wrong = [a for a in args if isinstance(a, np.ndarray) and a.dtype == np.float64]
         if wrong:
             raise UnsupportedOpError("a constant of type DOUBLE", help="export it in fp32")
-        key = self._layers.get(n.outputs[0])
-        layer = None if key is None else vars(self.__dict__["_dropouts"])[key]
-        call = Call(n, g.opset, graph_batch(g), layer)
+        call = Call(n, g.opset, graph_batch(g), self._layers.get(n.outputs[0]))
         try:
             made = TABLE[n.op](call, *args)
         except TypeError as error:  # operands that the operator does not have in its opset

@@ -20,8 +20,6 @@ from graphnet.frontends.dsl import Parameter
 from graphnet.frontends.onnx_graph import Node
 from graphnet.frontends.symbolic import Symbol, cat, padded
 
-_LOWEST = -3.4028234663852886e38
-
 
 @dataclass
 class Call:
@@ -94,19 +92,10 @@ def _conv(call: Call, x: Symbol, w: Any, b: Any = None) -> Symbol:
     )  # fmt: skip
 
 
-def _within(x: Symbol, sides: Any, kernel: Any, fill: float) -> tuple[Symbol, Any]:
-    """A pool's input and padding: what is more than half of the window is written out."""
-    t, b, le, r = sides
-    if 2 * max(t, b) <= kernel[0] and 2 * max(le, r) <= kernel[1]:
-        return x, sides
-    return padded(x, (le, r, t, b), fill), (0, 0, 0, 0)
-
-
 def _max_pool(call: Call, x: Symbol) -> Symbol:
     if len(call.node.outputs) > 1:
         raise call.refuse("its indices are read")
     kernel, stride, dilation, sides = _window(call, x, call.get("kernel_shape"))
-    x, sides = _within(x, sides, kernel, _LOWEST)
     return x.tracer.emit(  # type: ignore[no-any-return]
         "maxpool2d", [x], kind="pool", kernel=kernel, stride=stride, padding=sides,
         dilation=dilation, ceil_mode=bool(call.get("ceil_mode", 0)),
@@ -118,8 +107,6 @@ def _average_pool(call: Call, x: Symbol) -> Symbol:
     whole, ceil = bool(call.get("count_include_pad", 0)), bool(call.get("ceil_mode", 0))
     if dilation != (1, 1):
         raise call.refuse(f"an average over a window with dilations {list(dilation)}")
-    if whole:
-        x, sides = _within(x, sides, kernel, 0.0)
     return x.tracer.emit(  # type: ignore[no-any-return]
         "avgpool2d", [x], kind="pool", kernel=kernel, stride=stride, padding=sides,
         ceil_mode=ceil, count_include_pad=whole,
@@ -162,6 +149,19 @@ def _lrn(call: Call, x: Symbol) -> Symbol:
     return layers.LocalResponseNorm(
         size, call.get("alpha", 1e-4), call.get("beta", 0.75), call.get("bias", 1.0)
     ).forward(x)
+
+
+def _batch_norm(call: Call, x: Symbol, *_: Any) -> Symbol:
+    """The layer has the weights: of [N, C, ...], as images of what lies behind the channels."""
+    if call.get("training_mode", 0) or len(call.node.outputs) > 1:
+        raise call.refuse(
+            "training_mode: ONNX keeps the biased variance there", "export it in .eval()"
+        )
+    if call.layer is None:
+        raise call.refuse("its scale, bias, mean or variance is computed")
+    if not call.get("spatial", 1):
+        raise call.refuse("spatial=0: statistics of each pixel")
+    return _shaped(call.layer.forward(_shaped(x, (*x.shape[:2], prod(x.shape[2:]), 1))), x.shape)
 
 
 def _dropout(call: Call, x: Symbol, ratio: Any = None, mode: Any = None) -> Symbol:
@@ -361,7 +361,7 @@ TABLE: dict[str, Operator] = {
     "Conv": _conv, "Gemm": _gemm, "MatMul": _matmul,
     "MaxPool": _max_pool, "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average, "GlobalMaxPool": _global_max,
-    "LRN": _lrn, "Dropout": _dropout,
+    "BatchNormalization": _batch_norm, "LRN": _lrn, "Dropout": _dropout,
     "Softmax": _normalised("softmax"), "LogSoftmax": _normalised("log_softmax"),
     "Concat": _concat, "Flatten": _flatten, "Reshape": _reshape, "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze, "Transpose": _transpose, "Slice": _slice, "Split": _split,

@@ -22,11 +22,12 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU())
         self.norm = nn.LocalResponseNorm(3, alpha=0.5, beta=0.7, k=2.0)
+        self.bn = nn.BatchNorm2d(4)  # behind no convolution, which would take it up
         self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False)
         self.fc = nn.Sequential(nn.Dropout(), nn.Linear(24, 5))
 
     def forward(self, x):
-        x = F.max_pool2d(self.norm(self.stem(x)), 3, 2, padding=1)
+        x = self.bn(F.max_pool2d(self.norm(self.stem(x)), 3, 2, padding=1))
         x = torch.cat([torch.tanh(self.conv(x)), x], 1)
         x = F.avg_pool2d(x, 2, 1)
         return self.fc(F.pad(x[:, :6], (0, 0, 0, 0)).flatten(1))
@@ -34,7 +35,10 @@ class Net(nn.Module):
 
 def net():
     torch.manual_seed(4)
-    return Net()
+    made = Net()
+    made.bn.running_mean.normal_(), made.bn.running_var.uniform_(0.5, 2)
+    made.bn.weight.data.normal_()
+    return made
 
 
 def relative(a, b):
@@ -53,11 +57,12 @@ def test_what_torch_exports_comes_back(dynamo):
     assert sum(e.op == "lrn" for e in program.graph("traced").eqns) == 1
     twin = module.double().eval()
     assert relative(program(x), twin(x.double())) < 1e-5
-    how = {"loss": gn.CrossEntropyLoss(), "grads": True, "target": "cpu"}
-    _, grads = gn.compile(ours, x.shape, **how)(x, y)
+    run = gn.as_torch(ours, x.shape, target="cpu").eval()
+    F.cross_entropy(run(x), y).backward()
     F.cross_entropy(twin(x.double()), y).backward()
-    for key, p in twin.named_parameters():
-        assert relative(grads[key], p.grad) < 1e-5, key
+    theirs = dict(twin.named_parameters())
+    for key, p in run.named_parameters():
+        assert relative(p.grad, theirs[key].grad) < 1e-5, key
 
 
 RNG = np.random.default_rng(0)
@@ -114,6 +119,26 @@ def test_weights_keep_their_names_and_learn():
     assert ours.block.__dict__["0"].w.trainable
     twice = gn.from_onnx(model(CASES["one weight twice"][0], (2, 6), {"w": V}))
     assert list(twice.state_dict()) == ["w", "w_"]
+
+
+def test_batch_norm_keeps_its_statistics_under_their_names():
+    found = model(
+        [("BatchNormalization", "x n.weight n.bias n.running_mean n.running_var", "y",
+          {"momentum": 0.8, "epsilon": 1e-3})], (4, 3, 2, 2),
+        {"n.weight": np.float32([1, 2, 3]), "n.bias": np.float32([0, 1, 2]),
+         "n.running_mean": np.float32([0.1, 0.2, 0.3]), "n.running_var": np.float32([1, 2, 3])},
+    )  # fmt: skip
+    ours, twin = gn.from_onnx(found), nn.BatchNorm2d(3, 1e-3, 0.2)
+    assert list(ours.state_dict()) == [f"n.{k}" for k in twin.state_dict()]
+    twin.load_state_dict({k.removeprefix("n."): v for k, v in ours.state_dict().items()})
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(
+        gn.compile(ours, x.shape, target="cpu")(x), twin.eval()(x), rtol=1e-5, atol=1e-5
+    )
+    module = gn.as_torch(ours, x.shape, target="cpu")
+    torch.testing.assert_close(module(x), twin.train()(x), rtol=1e-5, atol=1e-5)
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(ours.copy().state_dict()[f"n.{key}"], value)
 
 
 def test_dropout_drops_in_training():
@@ -176,7 +201,8 @@ def test_a_file_on_the_command_line(tmp_path, cli):
 @pytest.mark.parametrize("name", [
     "squeezenet",
     *[pytest.param(n, marks=pytest.mark.slow) for n in
-      ("inception_v1", "bvlc_alexnet", "zfnet512", "vgg19")],
+      ("inception_v1", "inception_v2", "bvlc_alexnet", "zfnet512", "vgg19",
+       "resnet50", "densenet121")],
 ])  # fmt: skip
 def test_the_models_of_the_onnx_package(name):
     """With random weights: with their own, every output is the same number."""
