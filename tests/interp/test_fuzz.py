@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import graphnet as gn
+from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.errors import ShapeError
 from graphnet.lowering.plan.plan import make_plan
@@ -82,7 +83,7 @@ def hold(target, seed, count):
             if float(p.grad.norm()) > 1e-7:
                 assert relative(grads[key], p.grad) <= 2e-5, f"{key}, {note}"
         if target == "cpu":  # every plan for the other targets holds together, too
-            step = gn.api.lower(
+            step = lower(
                 net, shape, target="cuda", precision="bf16", loss=gn.CrossEntropyLoss(),
                 optimizer=gn.SGD(momentum=0.9),
             )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import graphnet as gn
+from graphnet.api import lower
 from graphnet.report import why_text
 from tests.optimizers import CLASSES, MARGIN, WIDTH, Race
 
@@ -83,7 +84,7 @@ def test_a_limit_far_below_the_norm_is_kept(target):
 
 def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     def lowered(**options):
-        return gn.api.lower(
+        return lower(
             gn.models.lenet5(), (32, 1, 28, 28), target="cuda", loss=LOSS,
             optimizer=gn.SGD(0.1, 0.9), precision="fp32", **options,
         )  # fmt: skip

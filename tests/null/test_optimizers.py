@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import graphnet as gn
+from graphnet.api import lower
 from tests.optimizers import MARGIN, ROWS, TABLE, WIDTH, Race, many_steps
 
 LOSS = gn.CrossEntropyLoss()
@@ -210,7 +211,7 @@ def test_wide_layers_by_rows_are_the_op(spec, monkeypatch):
 ])  # fmt: skip
 def test_every_update_joins_its_weight_gradient(spec):
     options = {"target": "cuda", "loss": LOSS, "optimizer": spec}
-    low = gn.api.lower(gn.models.lenet5(), (32, 1, 28, 28), **options)
+    low = lower(gn.models.lenet5(), (32, 1, 28, 28), **options)
     outside = [e.op for e in low.stages.fused.eqns if e.op.endswith(("_update", "_wgrad"))]
     assert outside == []
     inside = [e.op for f in low.stages.fused.eqns if f.body for e in f.body.eqns]
@@ -223,7 +224,7 @@ def test_frozen_layers_cost_no_weight_gradient():
     for key, p in net.named_parameters():
         p.trainable = key not in frozen
     before = net.state_dict()
-    low = gn.api.lower(net, (8, 1, 28, 28), target="cuda", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
+    low = lower(net, (8, 1, 28, 28), target="cuda", loss=LOSS, optimizer=gn.SGD(0.1, 0.9))
     convs = [s.kernel for s in low.plan.parts if s.kernel.startswith("conv2d")]
     assert len(convs) == 2 and not [k for k in convs if "grad" in k]  # no dgrad either
     assert sum("wgrad" in s.kernel for s in low.plan.parts) == 3  # the linear layers
