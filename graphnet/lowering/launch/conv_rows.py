@@ -45,6 +45,7 @@ ROOM = SHARED_BYTES - 1024  # beside the barriers
 MOST = 128  # accumulators a thread
 # How many of them go out at once, 0 for all: fp32 results spill above 64 (Triton 3.6 and 3.7).
 OUT = {"bf16": 0, "tf32": 32, "ieee": 0}
+OUT_BESIDE_TWO = 32  # where the code behind reads two tensors like the result: a sum and a mask
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class _Images(Variant):
         )  # fmt: skip
         constants = {
             **g.constants(), "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK,
-            "AT_ONCE": 32 * c.num_warps * OUT[work.problem.dtype],
+            "AT_ONCE": 32 * c.num_warps * at_once(work.problem.dtype, work.held),
             "PRECISION": work.problem.dtype, "EPILOGUE": source(epi),
         }  # fmt: skip
         tiles = cdiv(g.K, c.BN + c.BT) * cdiv(g.N, c.BM // g.PIXELS)
@@ -352,6 +353,12 @@ def _depth(g: Geometry, dtype: str) -> int:
         return cdiv(g.run, bk) * bk * (1.0 if bk == most else 1.25)
 
     return min((bk for bk in (most, most // 2) if bk >= 16), key=cost)
+
+
+def at_once(dtype: str, held: int) -> int:
+    """How many accumulators of a thread go out at once beside `held` operands of the epilogue."""
+    most = OUT[dtype]
+    return OUT_BESIDE_TWO if held > 1 and dtype == "bf16" else most
 
 
 def cost_of(g: Geometry, c: Config) -> float:

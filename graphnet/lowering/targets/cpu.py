@@ -16,6 +16,7 @@ from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.lowering import watch
 from graphnet.lowering.targets import cpu_conv, cpu_update
+from graphnet.lowering.targets.cpu_over import over
 from graphnet.lowering.targets.cpu_task import (
     Call,
     Env,
@@ -142,6 +143,7 @@ class _Schedule:
         for e in self.eqns:
             for v in dict.fromkeys(e.inputs):
                 self.readers.setdefault(v, []).append(e)
+        self.made = {v: e for e in self.eqns for v in e.results}
         self.done: set[int] = set()
         self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
@@ -266,7 +268,7 @@ class _Schedule:
             pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
             if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
                 return [_cross_entropy(e, pair[0])]
-        return [generic(e)]
+        return [over(e, self.made, self.read_by) or generic(e)]
 
     def _only(self, v: Value, op: str) -> bool:
         return all(r.op == op for r in self.readers.get(v, []))
