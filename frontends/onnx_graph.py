@@ -135,10 +135,15 @@ def nodes_of(graph: Any, onnx: Any) -> Iterator[Node]:
     """The nodes of a GraphProto; one without a name is called after its first output."""
     for n in graph.node:
         attrs = {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute}
-        attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
+        attrs = {k: v.decode() if isinstance(v, bytes) else decimal(v) for k, v in attrs.items()}
         domain = "" if n.domain in ("", "ai.onnx") else f"{n.domain}."
         name = n.name or next(iter(n.output), "")
         yield Node(name, domain + n.op_type, list(n.input), list(n.output), attrs)
+
+
+def decimal(value: Any) -> Any:
+    """An fp32 number as the shortest decimal that it stands for: 1e-4, not 9.9999997e-05."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def _recognise_lrn(g: OnnxGraph) -> None:
             return None
         for x, c in (n.inputs, n.inputs[::-1]) if op != "Pow" else (n.inputs,):
             if c in g.constants and g.constants[c].size == 1:
-                return x, float(g.constants[c].reshape(()))
+                return x, decimal(float(g.constants[c].reshape(())))
         return None
 
     for at, n in enumerate(g.nodes):

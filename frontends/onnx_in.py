@@ -21,6 +21,7 @@ from graphnet.frontends.norm import BatchNorm2d
 from graphnet.frontends.onnx_graph import (
     Node,
     OnnxGraph,
+    decimal,
     evaluate,
     nodes_of,
     outer_names,
@@ -128,7 +129,7 @@ class OnnxNet(Module):
             return
         scale, mean = four[0], n.inputs[3]
         assert scale is not None
-        momentum = 1.0 - n.attrs.get("momentum", 0.9)
+        momentum = decimal(1.0 - n.attrs.get("momentum", 0.9))
         layer = BatchNorm2d(scale.size, n.attrs.get("epsilon", 1e-5), momentum)
         for name, attribute, value in zip(
             n.inputs[1:5], ("weight", "bias", "running_mean", "running_var"), four, strict=True

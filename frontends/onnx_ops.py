@@ -161,7 +161,8 @@ def _batch_norm(call: Call, x: Symbol, *_: Any) -> Symbol:
         raise call.refuse("its scale, bias, mean or variance is computed")
     if not call.get("spatial", 1):
         raise call.refuse("spatial=0: statistics of each pixel")
-    return _shaped(call.layer.forward(_shaped(x, (*x.shape[:2], prod(x.shape[2:]), 1))), x.shape)
+    image = x.shape if x.ndim == 4 else (*x.shape[:2], prod(x.shape[2:]), 1)
+    return _shaped(call.layer.forward(_shaped(x, image)), x.shape)
 
 
 def _dropout(call: Call, x: Symbol, ratio: Any = None, mode: Any = None) -> Symbol:
@@ -189,9 +190,9 @@ def _arithmetic(name: str) -> Operator:
 
 def _along(x: Symbol, b: Any, axis: int) -> Any:
     """An operand whose axes are those of x from `axis` on, as NumPy's rule wants it."""
-    if isinstance(b, Parameter):
-        b = Symbol(x.tracer, x.tracer.param(b))
-    return b.reshape(*b.shape, *[1] * (x.ndim - axis - b.ndim)) if isinstance(b, Symbol) else b
+    if isinstance(b, (Symbol, Parameter)):
+        return b.reshape(*b.shape, *[1] * (x.ndim - axis - len(b.shape)))
+    return b
 
 
 def _sum(call: Call, *xs: Any) -> Any:

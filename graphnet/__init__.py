@@ -27,6 +27,7 @@ _NAMES = {
     ),
     "graphnet.frontends.functions": ("log_softmax", "mean", "pad", "softmax"),
     "graphnet.frontends.onnx_in": ("from_onnx",),
+    "graphnet.frontends.onnx_out": ("to_onnx",),
     "graphnet.frontends.symbolic": ("cat", "flatten"),
     "graphnet.frontends.torch_in": ("from_torch",),
     "graphnet.frontends.tracing": ("trace",),
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
         ZeroPad2d,
     )
     from graphnet.frontends.onnx_in import from_onnx
+    from graphnet.frontends.onnx_out import to_onnx
     from graphnet.frontends.symbolic import cat, flatten
     from graphnet.frontends.torch_in import from_torch
     from graphnet.frontends.tracing import trace
