@@ -14,9 +14,10 @@ from tests.draws import LOSS, WAYS, called, compiled, data, order_of, run_beside
 from tests.recorded import recorded
 
 
-@pytest.mark.parametrize("rates", [False, True], ids=["steady", "schedule"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("graphs", [False, True], ids=["cpu", "recorded"])
+@pytest.mark.parametrize("way, rates, graphs", [
+    *((way, True, True) for way in WAYS), ("bytes", False, True), ("summed", False, True),
+    ("bytes", True, False), ("drawn", True, False), ("bf16", False, False),
+])  # fmt: skip
 def test_a_run_is_its_calls_in_every_bit(way, rates, graphs, monkeypatch):
     monkeypatch.setattr(bounds, "SIZES", (8, 4, 1))
     with recorded(monkeypatch) if graphs else nullcontext():
