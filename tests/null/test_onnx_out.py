@@ -1,5 +1,7 @@
 """Nets as ONNX files: what onnxruntime computes of them, and what comes back."""
 
+import itertools
+
 import onnx
 import pytest
 import torch
@@ -20,15 +22,15 @@ def statistics(net):
 
 def lines(net, shape):
     """The inference graph without names, and without pools that keep every pixel."""
-    number, out = {}, []
+    number, out, count = {}, [], itertools.count()
     graph = gn.trace(net, shape)
-    for k, i in enumerate(graph.inputs):
-        number[i.value] = i.value.name if i.role != "data" else k
+    for i in graph.inputs:
+        number[i.value] = i.value.name
     for e in graph.eqns:
         if e.op == "adaptive_avgpool2d" and e.out.type == e.inputs[0].type:
             number[e.out] = number[e.inputs[0]]
             continue
-        number.update({v: len(number) for v in e.results})
+        number.update({v: next(count) for v in e.results})
         out.append((e.op, str(e.attrs), [number[v] for v in e.inputs]))
     return out
 
