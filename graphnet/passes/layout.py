@@ -25,7 +25,7 @@ from graphnet.ir.graph import Eqn, Graph, Input, Value, Where, rename_body
 from graphnet.ir.op import get_op
 from graphnet.ir.types import NHWC, Layout
 from graphnet.passes.fuse import merge
-from graphnet.passes.templates import anchors_of, is_pointwise
+from graphnet.passes.templates import anchors_of, is_pointwise, members_of
 
 CHANNELS = 8  # 16 bytes of bf16
 _IMAGE_READERS = ("conv2d", "conv2d_wgrad")
@@ -123,6 +123,8 @@ def _first_layer(graph: Graph, kernels: Kernels) -> tuple[Graph, dict[Value, Lay
         if any(u.op == "conv2d_wgrad" and u.inputs[1] in pinned for u in uses):
             continue
         if not all(_read_by_conv2d(w, readers) for w in weights):
+            continue
+        if any(len(members_of(r)) > 1 for r in readers[image]):  # regions fill no matrix unit
             continue
         to = Layout("row", None, uses[0].attrs.stride[0])  # type: ignore[attr-defined]
         chosen |= {v: to for v in weights}

@@ -171,7 +171,7 @@ def test_what_the_files_say_of_kernels_is_what_triton_says():
 
 def test_average_pools_compile():
     rows = [c for c in CASES if c.op.startswith("avgpool2d")]
-    assert len(rows) == 12
+    assert len(rows) >= 16
     steps = [s for case in rows for s in make_plan(graph_of(case), "cuda").launches]
     for about in build.try_launches(steps):
         assert "error" not in about and about["spill_bytes"] == 0
