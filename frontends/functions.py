@@ -204,6 +204,7 @@ FUNCTIONS: dict[Any, Function] = {
     F.max_pool2d: _layer("MaxPool2d"),
     F.avg_pool2d: _layer("AvgPool2d"),
     F.adaptive_avg_pool2d: _layer("AdaptiveAvgPool2d"),
+    F.adaptive_max_pool2d: _layer("AdaptiveMaxPool2d"),
     F.local_response_norm: _layer("LocalResponseNorm"),
 }
 

@@ -313,6 +313,30 @@ class AdaptiveAvgPool2d(Module):
         return f"output_size={self.output_size}"
 
 
+class AdaptiveMaxPool2d(Module):
+    """The maximum over all pixels of [N, C, H, W]: `output_size` is 1."""
+
+    kind: ClassVar[str] = "pool"
+
+    def __init__(self, output_size: Any, return_indices: bool = False, *, name: str = "") -> None:
+        if output_size not in (1, (1, 1), [1, 1]) or return_indices:
+            raise UnsupportedOpError(
+                f"AdaptiveMaxPool2d({output_size!r}, return_indices={return_indices})",
+                help="output_size=1 without indices, or gn.MaxPool2d of a size written out",
+            )
+        self.output_size, self.name = (1, 1), name
+
+    def forward(self, x: Symbol) -> Symbol:
+        images(type(self).__name__, x)
+        h, w = x.shape[2:]
+        # An index is a byte. Rows first, then columns: ties go to the first in row order all the
+        # same.
+        windows = [(h, w)] if h * w <= 256 else [(1, w), (h, 1)]
+        for kernel in windows:
+            x = x.tracer.emit("maxpool2d", [x], kernel=kernel, stride=kernel)
+        return x
+
+
 class LocalResponseNorm(Module):
     """x_c (k + a sum x_j^2)^-beta over `size` neighbouring channels j of c (Krizhevsky 2012).
 

@@ -17,9 +17,10 @@ _NAMES = {
     "graphnet.torch_out": ("as_torch",),
     "graphnet.frontends.dsl": ("Buffer", "Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
-        "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout",
-        "Flatten", "GELU", "Hardswish", "LeakyReLU", "Linear", "LocalResponseNorm", "LogSoftmax",
-        "MaxPool2d", "ReLU", "ReLU6", "Sigmoid", "SiLU", "Softmax", "Tanh", "ZeroPad2d",
+        "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d",
+        "Conv2d", "Dropout", "Flatten", "GELU", "Hardswish", "LeakyReLU", "Linear",
+        "LocalResponseNorm", "LogSoftmax", "MaxPool2d", "ReLU", "ReLU6", "Sigmoid", "SiLU",
+        "Softmax", "Tanh", "ZeroPad2d",
     ),
     "graphnet.frontends.activations": (
         "clamp", "exp", "gelu", "hardswish", "leaky_relu", "relu", "relu6", "sigmoid", "silu",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from graphnet.frontends.layers import (
         GELU,
         AdaptiveAvgPool2d,
+        AdaptiveMaxPool2d,
         AvgPool2d,
         BatchNorm1d,
         BatchNorm2d,

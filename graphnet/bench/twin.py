@@ -54,6 +54,7 @@ _TWINS: dict[str, Callable[[Any], nn.Module]] = {
         m.kernel_size, m.stride, m.padding, m.dilation, ceil_mode=m.ceil_mode
     ),
     "AvgPool2d": _avg,
+    "AdaptiveMaxPool2d": lambda m: nn.AdaptiveMaxPool2d(m.output_size),
     "AdaptiveAvgPool2d": lambda m: nn.AdaptiveAvgPool2d(m.output_size),
     "BatchNorm1d": lambda m: nn.BatchNorm1d(*_norm(m)),
     "BatchNorm2d": lambda m: nn.BatchNorm2d(*_norm(m)),

@@ -45,8 +45,9 @@ def start(folder, recipe):
     workers, optimizer, handling = RECIPES[recipe]
     torch.manual_seed(3)
     net = gn.Sequential(
-        gn.Conv2d(3, 4, 3), gn.ReLU(), gn.Flatten(), gn.Dropout(0.3), gn.Linear(144, 2)
-    )
+        gn.Conv2d(3, 4, 3), gn.BatchNorm2d(4, momentum=None), gn.ReLU(), gn.Flatten(),
+        gn.Dropout(0.3), gn.Linear(144, 2),
+    )  # fmt: skip
     schedule = Plateau(constant(0.05), patience=0)
     trainer = Trainer(
         net, gn.CrossEntropyLoss(), optimizer(), schedule, target="cpu", seed=5, **handling
