@@ -136,6 +136,31 @@ def divisor(
 
 
 @triton.jit
+def window_share(
+    dy, ih, iw, live,
+    H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PT: tl.constexpr, PL: tl.constexpr, PB: tl.constexpr, PR: tl.constexpr,
+    COUNT_PAD: tl.constexpr, DIVISOR: tl.constexpr, DS2: tl.constexpr, DS3: tl.constexpr,
+):  # fmt: skip
+    """The sum of dy / divisor over the windows that hold input pixel (ih, iw); `dy` points at
+    output pixel (0, 0) of each element's image and channel."""
+    acc = tl.zeros(dy.shape, tl.float32)
+    for r in tl.static_range(KH):
+        for s in tl.static_range(KW):
+            th = ih + PT - r
+            tw = iw + PL - s
+            oh = th // SH
+            ow = tw // SW
+            ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
+            ok = ok & (th % SH == 0) & (tw % SW == 0)
+            count = divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
+            share = tl.load(dy + (oh * DS2 + ow * DS3), mask=ok, other=0.0).to(tl.float32)
+            acc += tl.where(ok, share / count.to(tl.float32), 0.0)
+    return acc
+
+
+@triton.jit
 def avgpool2d(
     x, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -175,19 +200,10 @@ def avgpool2d_grad(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < N * C * H * W
     n, c, ih, iw = unflatten(i, C, H, W, NHWC)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for r in tl.static_range(KH):
-        for s in tl.static_range(KW):
-            th = ih + PT - r
-            tw = iw + PL - s
-            oh = th // SH
-            ow = tw // SW
-            ok = live & (th >= 0) & (tw >= 0) & (oh < OH) & (ow < OW)
-            ok = ok & (th % SH == 0) & (tw % SW == 0)
-            at = dy + n * DS0 + c * DS1 + oh * DS2 + ow * DS3
-            count = divisor(oh, ow, H, W, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR)
-            share = tl.load(at, mask=ok, other=0.0).to(tl.float32) / count.to(tl.float32)
-            acc += tl.where(ok, share, 0.0)
+    acc = window_share(
+        dy + n * DS0 + c * DS1, ih, iw, live,
+        H, W, OH, OW, KH, KW, SH, SW, PT, PL, PB, PR, COUNT_PAD, DIVISOR, DS2, DS3,
+    )  # fmt: skip
     EPILOGUE(acc, 0, n, c, ih, iw, live, args)
 
 

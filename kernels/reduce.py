@@ -77,6 +77,34 @@ def split_reduce(
 
 
 @triton.jit
+def parts_reduce(
+    work, args, args2,
+    SPLIT: tl.constexpr, K: tl.constexpr, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr, AT: tl.constexpr = None,
+):  # fmt: skip
+    """`split_reduce` of many parts and few columns: a program loads ROWS parts of BLOCK columns at
+    once. Which parts are added to which, and in which order, ROWS says."""
+    COLS: tl.constexpr = R * S * CG + HAS_BIAS
+    i = program(0, AT) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, ROWS)[:, None]
+    mask = i < K * COLS
+    at = work + part * (K * COLS) + i[None, :]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, SPLIT, ROWS):
+        ok = mask[None, :] & (start + part < SPLIT)
+        sums += tl.load(at, mask=ok, other=0.0)
+        at += ROWS * K * COLS
+    acc = tl.sum(sums, axis=0)
+    row = i // COLS
+    q = i % COLS
+    c, r, s = filter_position(q, CG, S)
+    EPILOGUE(acc, 0, row, c, r, s, mask & (q < R * S * CG), args)
+    if HAS_BIAS:
+        EPILOGUE2(acc, 0, row, 0, 0, 0, mask & (q == COLS - 1), args2)
+
+
+@triton.jit
 def segment_reduce(
     work, first, args, args2,
     K: tl.constexpr, G: tl.constexpr, UNITS: tl.constexpr, COLS: tl.constexpr,

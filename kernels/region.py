@@ -9,7 +9,8 @@ file beside this one, import it here, and tell `lowering/launch/region.py` which
 import triton
 import triton.language as tl
 
-from .region_conv import conv  # noqa: F401  (the generated body calls it)
+from .region_conv import conv  # noqa: F401  (generated bodies call them)
+from .region_grad import pool_grad, wgrad  # noqa: F401
 
 
 @triton.jit

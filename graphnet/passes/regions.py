@@ -21,6 +21,7 @@ from graphnet.passes.layout import Kernels
 from graphnet.passes.rewrite import Log, Match, P, Rule, rewrite
 
 _POOLS = ("maxpool2d", "avgpool2d")
+_BACKWARD = ("maxpool2d_grad", "avgpool2d_grad", "conv2d_dgrad", "conv2d_wgrad")
 
 
 def regions(
@@ -44,4 +45,5 @@ def _tables(kernels: Kernels) -> list[list[Rule]]:
         pattern = P((f"anchor:{outer}",), P((f"anchor:{inner}",)))
         return Rule(f"{outer}({inner}(...)) => region", pattern, build_merge, pays, keeps=True)
 
-    return [[rule(pool, "conv2d") for pool in _POOLS], [rule("conv2d", "conv2d")]]
+    back = [rule(outer, inner) for outer in _BACKWARD for inner in _BACKWARD]
+    return [[rule(pool, "conv2d") for pool in _POOLS], [rule("conv2d", "conv2d")], back]

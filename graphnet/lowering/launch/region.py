@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.types import Layout
+from graphnet.ir.types import NHWC, Layout
 from graphnet.lowering.launch.codegen import HEADER, PARAMETERS, Index, Ref, write_epilogue
 from graphnet.lowering.launch.config import Config, cdiv
 from graphnet.lowering.launch.cost import HOUSE, ceiling, floor_us
@@ -36,7 +36,10 @@ INT32 = 1 << 31
 POINTERS = 48  # of one kernel
 # Measured on an H100: LeNet-5's step of 22 launches took 299 us in one graph, and an empty launch
 # 1.3; FMAs in loops reach a quarter of the rate, in one program an image.
-LAUNCH_US, GAP_US, STAGE_US, FMA_SHARE, REACHED = 13.6, 1.3, 0.5, 0.25, 0.6
+LAUNCH_US, GAP_US, STAGE_US, FMA_SHARE = 13.6, 1.3, 0.5, 0.25
+# Shares of its floor that a product of few channels reaches: most of a tile is padding, and without
+# matrix units it is fed from shared memory.
+REACHED, IEEE_REACHED = 0.6, 0.25
 
 
 class Stage(ABC):
@@ -46,6 +49,7 @@ class Stage(ABC):
     """
 
     ops: tuple[str, ...]
+    second_pass: tuple[str, ...] = ()  # kernels that add up what its programs leave
 
     @abstractmethod
     def refusal(self, members: Sequence[Eqn], kept: set[Value]) -> str | None:
@@ -77,7 +81,11 @@ class Body:
     calls: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+    seen: int = 0  # reads of stages that are written
     writes: list[str] = field(default_factory=list)
+    scratch: dict[str, int] = field(default_factory=dict)  # workspaces of a stage, in bytes
+    twins: dict[Value, Value] = field(default_factory=dict)  # values that lie channels-last, too
+    after: list[Launch] = field(default_factory=list)  # second passes
     pending: set[str] = field(default_factory=set)  # stored since the last barrier
 
     def name(self, v: Value) -> str:
@@ -98,6 +106,25 @@ class Body:
         """The pointer to an operand of a stage."""
         self.reads.append(self.name(v))
         return self._pointer(Ref(self.name(v), self.places[v].type.dtype.name))
+
+    def extra(self, name: str, dtype: str, size: int) -> str:
+        """The pointer to a workspace of `size` bytes that a stage writes."""
+        self.scratch[name] = size
+        self.writes.append(name)
+        return self._pointer(Ref(name, dtype))
+
+    def twin(self, v: Value) -> str:
+        """The pointer to a channels-last copy of a value, which its stage writes beside it."""
+        copy = Value(f"{self.name(v)}.twin", v.type.with_layout(NHWC))
+        self.twins[v] = copy
+        return self.extra(copy.name, v.type.dtype.name, v.type.bytes)
+
+    def read_twin(self, v: Value) -> str:
+        """The pointer to a value as it lies channels-last, where it has a copy."""
+        if v not in self.twins:
+            return self.read(v)
+        self.reads.append(self.twins[v].name)
+        return self._pointer(Ref(self.twins[v].name, v.type.dtype.name))
 
     def _pointer(self, ref: Ref) -> str:
         if ref not in self.args:
@@ -122,10 +149,11 @@ class Body:
     def call(self, function: str, operands: Sequence[str], constants: Mapping[str, Any]) -> None:
         """Appends a stage: its function of kernels/region.py, pointers, and constants, of which
         strings are code. It comes behind a barrier where it reads what was stored before."""
-        if self.pending & set(self.reads):
+        if self.pending & set(self.reads[self.seen :]):
             self.calls.append("tl.debug_barrier()")
             self.pending = set()
         self.pending |= set(self.writes)
+        self.seen = len(self.reads)
         given = [*operands, "args", *(f"{k}={v}" for k, v in constants.items())]
         lines = [f"{function}(", "    first,"]
         for text in given:
@@ -179,8 +207,9 @@ def cut(eqn: Eqn) -> Cut | str:
 
 def _stages() -> Sequence[Stage]:
     from graphnet.lowering.launch.region_conv import STAGES as convolutions
+    from graphnet.lowering.launch.region_grad import STAGES as gradients
 
-    return convolutions
+    return (*convolutions, *gradients)
 
 
 def _places(eqn: Eqn, stages: Cut) -> dict[Value, Value]:
@@ -191,7 +220,9 @@ def _places(eqn: Eqn, stages: Cut) -> dict[Value, Value]:
         for v in (v for m in group for v in m.results):
             if v in kept and v not in out:
                 held = f".{eqn.results[0].name}.{v.name}"
-                out[v] = Value(held, v.type.with_layout(Layout()))
+                readers = [e for e in eqn.body.eqns if v in e.inputs]
+                last = all(e.op == "conv2d_wgrad" for e in readers) and len(v.type.shape) == 4
+                out[v] = Value(held, v.type.with_layout(NHWC if last else Layout()))
     return out
 
 
@@ -239,15 +270,16 @@ class Stages(Variant):
         body = Body(work, config, n, _places(work.eqn, stages))
         for stage, group, kept in stages:
             stage.write(body, [body.member(m, kept) for m in group])
-        held = {v.name: v for v in body.places.values() if v.name.startswith(".")}
+        held = {v.name: v.type.bytes for v in body.places.values() if v.name.startswith(".")}
         return [
             make(
                 "region", "region", (tuple(body.args),),
                 {"IMAGES": config.BM, "BODY": body.source()}, (cdiv(n, config.BM),),
                 reads=tuple(r for r in body.reads if r not in body.writes),
                 writes=tuple(body.writes), num_warps=config.num_warps,
-                scratch=tuple((name, v.type.bytes) for name, v in held.items()),
-            )
+                scratch=tuple((held | body.scratch).items()),
+            ),
+            *body.after,
         ]  # fmt: skip
 
 
@@ -257,7 +289,8 @@ def _us(work: Work) -> float:
     if len(work.members) == 1:
         cost = eqn_cost(work.eqn)
         math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
-        return LAUNCH_US + floor_us(cost.flops, cost.bytes, math) / REACHED
+        reached = REACHED if math != "ieee" else IEEE_REACHED
+        return LAUNCH_US + floor_us(cost.flops, cost.bytes, math) / reached
     stages, n = cut(work.eqn), work.problem.shape[0]
     assert not isinstance(stages, str)
     total = GAP_US
@@ -265,4 +298,5 @@ def _us(work: Work) -> float:
         flops = sum(eqn_cost(m).flops for m in group)
         rate = rates.ieee * FMA_SHARE * stage.share()
         total += STAGE_US + 1e6 * flops / rate * max(1.0, rates.processors / n)
+        total += GAP_US * len(stage.second_pass)
     return total

@@ -19,12 +19,12 @@ SUMS = 32  # of a lane
 ROW = 4  # pixels of a lane where no pool follows
 
 
-def not_small(e: Eqn) -> str | None:
-    """Why a convolution, or a gradient of one, is none for FMAs; None where it is."""
+def not_small(e: Eqn, channels: int) -> str | None:
+    """Why a convolution of so many channels, or a gradient of one, is none for FMAs; None where it
+    is."""
     a: Any = e.attrs
     if a.groups != 1:
         return f"a convolution of {a.groups} groups has no stage"
-    channels = max(v.type.shape[1] for v in (*e.inputs[:1], *e.results[:1]))
     if channels > CHANNELS:
         return f"{channels} channels are a matrix product's, a stage takes at most {CHANNELS}"
     return None
@@ -62,7 +62,7 @@ class Convolution(Stage):
 
     def refusal(self, members: Sequence[Eqn], kept: set[Value]) -> str | None:
         conv, *pools = (anchors_of(m)[0] for m in members)
-        if why := not_small(conv):
+        if why := not_small(conv, max(v.type.shape[1] for v in (conv.inputs[0], conv.out))):
             return why
         for pool in pools:
             if pool.inputs[0] not in members[0].results:
@@ -73,13 +73,12 @@ class Convolution(Stage):
 
     def write(self, body: Body, works: Sequence[Work]) -> None:
         conv, *pools = (w.anchor for w in works)
-        x, w = conv.inputs[:2]
-        (_, k, ch, cw), (r, s) = conv.out.type.shape, w.type.shape[2:]
-        a: Any = conv.attrs
-        tile = _tile(pools[0] if pools else None, ch, cw)
-        across = (tile["TW"] - 1) * a.stride[1] + (s - 1) * a.dilation[1] + 1
-        lanes = tile["OH"] * tile["OW"]
-        kb = channels_of_a_lane(k, lanes, tile["TH"] * tile["TW"], tile["TH"] * across, s)
+        x, k = conv.inputs[0], conv.out.type.shape[1]
+        about = _forward(works[0]) if conv.op == "conv2d" else _gradient(works[0])
+        tile = _tile(pools[0] if pools else None, *conv.out.type.shape[2:])
+        across = (tile["TW"] - 1) * about["SW"] + (about["S"] - 1) * about["DW"] + 1
+        lanes, rows = tile["OH"] * tile["OW"], tile["TH"]
+        kb = channels_of_a_lane(k, lanes, rows * tile["TW"], rows * across, about["S"])
         pooled = "None"
         if pools:
             roots = {pools[0].out: "acc"}
@@ -93,15 +92,41 @@ class Convolution(Stage):
         )  # fmt: skip
         constants = {
             "N": x.type.shape[0], "IMAGES": body.config.BM, "C": x.type.shape[1],
-            "H": x.type.shape[2], "W": x.type.shape[3], "K": k, "CH": ch, "CW": cw,
-            "R": r, "S": s, "SH": a.stride[0], "SW": a.stride[1],
-            "PT": a.padding[0], "PL": a.padding[2], "DH": a.dilation[0], "DW": a.dilation[1],
-            "UH": 1, "UW": 1, **strides("X", works[0].type(x)), **strides("W", works[0].type(w)),
-            "WAT": 0, "HAS_BIAS": len(operands) > 2, **tile, "KB": kb,
-            "BLOCK": body.config.BLOCK, "EPILOGUE": behind, "POOLED": pooled,
+            "H": x.type.shape[2], "W": x.type.shape[3], "K": k, "CH": conv.out.type.shape[2],
+            "CW": conv.out.type.shape[3], **about, **strides("X", works[0].type(x)),
+            "HAS_BIAS": len(operands) > 2, **tile, "KB": kb, "BLOCK": body.config.BLOCK,
+            "EPILOGUE": behind, "POOLED": pooled,
         }  # fmt: skip
-        body.call("conv", (operands * 2)[:3] if len(operands) < 3 else operands, constants)
+        body.call("conv", [*operands, "None"][:3], constants)
         body.notes += [w.note for w in works]
+
+
+def _forward(work: Work) -> dict[str, int]:
+    """The constants of the loop over x."""
+    w, a = work.anchor.inputs[1], work.anchor.attrs
+    return {**_filter(w, a), **strides("W", work.type(w)), "WAT": 0}
+
+
+def _gradient(work: Work) -> dict[str, int]:
+    """Those of the loop over dy: the filter turned around, channels and filters exchanged, and a
+    stride's zeros between the pixels."""
+    w = work.anchor.inputs[1]
+    k, c, r, s = work.type(w).strides
+    about = _filter(w, work.anchor.attrs)
+    rows, columns = about["R"] - 1, about["S"] - 1
+    return about | {
+        "SH": 1, "SW": 1, "UH": about["SH"], "UW": about["SW"],
+        "PT": rows * about["DH"] - about["PT"], "PL": columns * about["DW"] - about["PL"],
+        "WS0": c, "WS1": k, "WS2": -r, "WS3": -s, "WAT": rows * r + columns * s,
+    }  # fmt: skip
+
+
+def _filter(w: Value, a: Any) -> dict[str, int]:
+    r, s = w.type.shape[2:]
+    return {
+        "R": r, "S": s, "SH": a.stride[0], "SW": a.stride[1], "PT": a.padding[0],
+        "PL": a.padding[2], "DH": a.dilation[0], "DW": a.dilation[1], "UH": 1, "UW": 1,
+    }  # fmt: skip
 
 
 def _not_pooled(member: Eqn, pool: Eqn, kept: set[Value]) -> str | None:
@@ -142,4 +167,5 @@ STAGES: tuple[Stage, ...] = (
     Convolution("conv2d", "maxpool2d"),
     Convolution("conv2d", "avgpool2d"),
     Convolution("conv2d"),
+    Convolution("conv2d_dgrad"),
 )
