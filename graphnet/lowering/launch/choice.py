@@ -155,7 +155,16 @@ class Kernels:
         able, refused = self.able(work)
         if not able:
             return "; ".join(refused.values())
-        return able[0].joins(work, [take_apart(p, lambda v: v.name) for p in parts])
+        works = [take_apart(p, lambda v: v.name) for p in parts]
+        return able[0].joins(work, works, [self._padded(w) for w in works])
+
+    def _padded(self, work: Work) -> int:
+        """Arithmetic of the whole tiles of an equation's own launches; 0 for what is no product, or
+        where no kernel takes the operands as they lie."""
+        if not work.anchors or len(work.members) > 1 or not self.able(work)[0]:
+            return 0
+        choice = self.choose(work)
+        return sum(s.padded for s in choice.variant.launch(work, choice.config))
 
     def choose(self, work: Work) -> Choice:
         """The variant and its configuration; UnsupportedOpError where none can."""

@@ -37,9 +37,9 @@ POINTERS = 48  # of one kernel
 # Measured on an H100: LeNet-5's step of 22 launches took 299 us in one graph, and an empty launch
 # 1.3; FMAs in loops reach a quarter of the rate, in one program an image.
 LAUNCH_US, GAP_US, STAGE_US, FMA_SHARE = 13.6, 1.3, 0.5, 0.25
-# Shares of its floor that a product of few channels reaches: most of a tile is padding, and without
-# matrix units it is fed from shared memory.
-REACHED, IEEE_REACHED = 0.6, 0.25
+# Shares of its floor, padding included, that a launch reaches; products without matrix units are
+# fed from shared memory.
+REACHED, IEEE_REACHED = 0.6, 0.4
 
 
 class Stage(ABC):
@@ -184,9 +184,9 @@ def cut(eqn: Eqn) -> Cut | str:
     """The stages of a region: each with its members, and those of their results that are read
     outside of it; or why there are none."""
     assert eqn.body is not None
-    members, out, k = members_of(eqn), [], 0
+    members, out, said, k = members_of(eqn), [], [], 0
     while k < len(members):
-        found, said = None, []
+        found = None
         for stage in _stages():
             group = members[k : k + len(stage.ops)]
             if tuple("+".join(a.op for a in anchors_of(m)) for m in group) != stage.ops:
@@ -257,8 +257,8 @@ class Stages(Variant):
     def interpretable(self, config: Config, problem: Problem) -> Config:
         return replace(config, BM=min(problem.shape[0], 64), BLOCK=4096)
 
-    def joins(self, whole: Work, parts: Sequence[Work]) -> str | None:
-        together, apart = _us(whole), sum(map(_us, parts))
+    def joins(self, whole: Work, parts: Sequence[Work], padded: Sequence[int]) -> str | None:
+        together, apart = _us(whole, 0), sum(map(_us, parts, padded))
         if together < apart:
             return None
         return f"one launch would take about {together:.0f} us, apart they take {apart:.0f}"
@@ -283,14 +283,14 @@ class Stages(Variant):
         ]  # fmt: skip
 
 
-def _us(work: Work) -> float:
+def _us(work: Work, padded: int) -> float:
     """About how long an equation takes, on the GPU that floors are for."""
     rates = ceiling(HOUSE)
     if len(work.members) == 1:
         cost = eqn_cost(work.eqn)
         math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
         reached = REACHED if math != "ieee" else IEEE_REACHED
-        return LAUNCH_US + floor_us(cost.flops, cost.bytes, math) / reached
+        return LAUNCH_US + floor_us(max(cost.flops, padded), cost.bytes, math) / reached
     stages, n = cut(work.eqn), work.problem.shape[0]
     assert not isinstance(stages, str)
     total = GAP_US

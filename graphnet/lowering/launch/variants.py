@@ -150,7 +150,7 @@ class Variant(ABC):
         operation and not for each element."""
         return config
 
-    def joins(self, whole: Work, parts: Sequence[Work]) -> str | None:
+    def joins(self, whole: Work, parts: Sequence[Work], padded: Sequence[int]) -> str | None:
         """Of a region's variant: why it should not compute an equation in place of the launches of
-        its parts; None where that pays."""
+        its parts; None where that pays. `padded` is the arithmetic of their whole tiles."""
         return None
