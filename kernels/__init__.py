@@ -30,8 +30,8 @@ linear.py       the fully connected products, and the ordered sum of their parts
 linear_wgrad.py the weight gradient of fully connected layers with its update
 lrn.py          local response normalization, alone and fused with a max-pool
 pool.py         max, average and adaptive pooling, gradients by gathering
-region.py       several stages in one launch, an image a program: region_conv.py (convolution and pool),
-                region_grad.py (gradients), region_lanes.py (what a thread holds)
+region.py       several stages in one launch, an image a program: region_conv.py (convolution and
+                pool), region_grad.py (gradients), region_lanes.py (what a thread holds)
 chunks.py       max-pools and normalization of channels-last images, 8 channels a thread
 pool_tiles.py   max-pools between a channels-last image and a row-major pooled one
 loss.py         softmax cross-entropy and multiclass hinge, with their gradients

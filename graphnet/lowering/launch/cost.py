@@ -70,7 +70,7 @@ def with_costs(work: Work, steps: list[Launch]) -> Iterator[Launch]:
     math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
     holder = next((k for k, s in enumerate(steps) if s.epilogues), 0)
     for k, s in enumerate(steps):
-        flops = sum(size // 4 for _, size in steps[0].scratch) if k else 0
+        flops = sum(size // 4 for n, size in steps[0].scratch if n in s.reads) if k else 0
         flops += sum(eqn_cost(a).flops for a in work.anchors) if k == 0 else 0
         flops += sum(eqn_cost(r).flops for r in work.rest) if k == holder else 0
         moved = s.bytes or sum(sizes[b] for b in {*s.reads, *s.writes})
