@@ -210,7 +210,7 @@ def test_the_guard_costs_no_launch(precision, optimizer):
             gn.models.lenet5(), (4, 1, 28, 28), target="cuda", precision=precision, loss=LOSS,
             optimizer=OPTIMIZERS[optimizer], nonfinite=nonfinite,
         )  # fmt: skip
-        return sorted(s.kernel for s in low.plan.launches)
+        return sorted(s.kernel for s in low.plan.parts)
 
     # Dampening keeps whether a step was done: 1 from the first on, unless that one is held back.
     own = ["elementwise"] * (optimizer == "dampened")
