@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import graphnet as gn
+from graphnet import config
 from graphnet.api import lower
 from graphnet.bench.twin import torch_twin
 from graphnet.ir.text import parse
@@ -46,7 +47,8 @@ def test_fp32_against_torch(groups, split):
     for m in net.modules():
         if isinstance(m, gn.Dropout):
             m.p = 0.0
-    with forced(*WGRADS, SPLIT=split), forced(*CONVS, variant="taps"):
+    taken = forced(*WGRADS, SPLIT=split), forced(*CONVS, variant="taps")
+    with config.override(DISABLE="regions"), taken[0], taken[1]:
         (loss, grads), kernels = gradients(net, "interpret", "fp32")
     assert kernels >= KERNELS and "space_to_depth" not in kernels
     twin, (x, y) = torch_twin(net).double(), batch()
