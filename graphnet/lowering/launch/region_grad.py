@@ -87,7 +87,7 @@ class WeightGrad(Stage):
         columns = cdiv(k, kb) * c * r
         parts = max(1, min(block // columns, images * oh, MOST_PARTS))
         programs, width = cdiv(n, images), r * s * c + (db is not None)
-        name = f".parts{work.eqn.results[0]}"
+        name = body.own(f"parts{dw}")
         operands = [body.read(x), body.read_twin(dy)]
         operands.append(body.extra(name, "f32", 4 * programs * parts * k * width))
         constants = {
