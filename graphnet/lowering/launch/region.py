@@ -109,7 +109,7 @@ class Body:
 
     def own(self, name: str) -> str:
         """The name of a workspace of this region: values inside are called alike in all of them."""
-        return f"{self.work.eqn.results[0].name}.{name}"
+        return f".{self.work.eqn.results[0].name}.{name}"
 
     def extra(self, name: str, dtype: str, size: int) -> str:
         """The pointer to a workspace of `size` bytes that a stage writes."""
@@ -119,7 +119,7 @@ class Body:
 
     def twin(self, v: Value) -> str:
         """The pointer to a channels-last copy of a value, which its stage writes beside it."""
-        copy = Value(self.own(f"twin{v}"), v.type.with_layout(NHWC))
+        copy = Value(self.own(f"twin.{v.name}"), v.type.with_layout(NHWC))
         self.twins[v] = copy
         return self.extra(copy.name, v.type.dtype.name, v.type.bytes)
 

@@ -87,7 +87,7 @@ class WeightGrad(Stage):
         columns = cdiv(k, kb) * c * r
         parts = max(1, min(block // columns, images * oh, MOST_PARTS))
         programs, width = cdiv(n, images), r * s * c + (db is not None)
-        name = body.own(f"parts{dw}")
+        name = body.own(f"parts.{dw.name}")
         operands = [body.read(x), body.read_twin(dy)]
         operands.append(body.extra(name, "f32", 4 * programs * parts * k * width))
         constants = {
