@@ -145,7 +145,8 @@ class Conv2d(Module):
         if x.shape[1] != self.in_channels:
             raise ShapeError(
                 f"{self.in_channels} input channels expected, got {x.shape[1]} "
-                f"(shape {list(x.shape)})"
+                f"(shape {list(x.shape)})",
+                help=f"Conv2d({x.shape[1]}, ...), or images [N, {self.in_channels}, H, W]",
             )
         operands = [x, self.weight] + ([self.bias] if self.bias is not None else [])
         return x.tracer.emit(
@@ -185,8 +186,6 @@ class Linear(Module):
                 f"Linear takes [N, {self.in_features}], got {list(x.shape)}",
                 help="put gn.Flatten() before it",
             )
-        if x.shape[1] != self.in_features:
-            raise ShapeError(f"{self.in_features} input features expected, got {x.shape[1]}")
         operands = [x, self.weight] + ([self.bias] if self.bias is not None else [])
         return x.tracer.emit("linear", operands)
 

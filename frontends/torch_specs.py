@@ -40,7 +40,7 @@ def optimizer_of(given: Any, net: Module) -> Any:
     what is not torch's as it is."""
     if isinstance(given, functools.partial) and is_torchs(given.func):
         if given.args:
-            raise _refused("optimizer", given.func, "arguments without a name")
+            raise _refused("optimizer", given.func, "its arguments have no names")
         return _converted("optimizer", given.func, given.keywords)
     if given is None or not is_torchs(given) or isinstance(given, type):
         return given
@@ -49,7 +49,7 @@ def optimizer_of(given: Any, net: Module) -> Any:
         return _converted("optimizer", given, {})
     if len(groups) > 1:
         raise _refused(
-            "optimizer", given, f"{len(groups)} groups of parameters",
+            "optimizer", given, f"it has {len(groups)} groups of parameters",
             "net.set_multipliers(pattern, lr=..., decay=...)",
         )  # fmt: skip
     shapes = sorted(tuple(p.shape) for p in groups[0]["params"])
@@ -57,12 +57,12 @@ def optimizer_of(given: Any, net: Module) -> Any:
     if shapes != mine:
         raise _refused(
             "optimizer", given,
-            f"{len(shapes)} parameters, and {len(mine)} of the net are trainable or have other "
-            "shapes",
-            "p.trainable = False freezes a parameter",
+            f"it has {len(shapes)} parameters, the net has {len(mine)} trainable ones, and their "
+            "shapes do not agree",
+            f"{ours(given)}(...) takes all of the net; p.trainable = False freezes a parameter",
         )  # fmt: skip
     if given.state:
-        raise _refused("optimizer", given, "steps behind it, whose averages stay in torch")
+        raise _refused("optimizer", given, "it has taken steps, and their averages stay in torch")
     return _converted("optimizer", given, {k: v for k, v in groups[0].items() if k != "params"})
 
 
@@ -76,17 +76,17 @@ def _converted(what: str, given: Any, has: dict[str, Any]) -> Any:
     takes = set(inspect.signature(kind).parameters)
     decoupled = has.pop("decoupled_weight_decay", name == "AdamW")
     if decoupled != (name == "AdamW"):
-        raise _refused(what, given, "decoupled_weight_decay", "gn.AdamW(...)")
+        raise _refused(what, given, "decoupled_weight_decay is not implemented", "gn.AdamW(...)")
     alien = [k for k, v in has.items() if k not in takes and k not in _NO_MATTER and v]
     if alien:
-        raise _refused(what, given, f"{alien[0]}={has[alien[0]]!r}")
+        raise _refused(what, given, f"{alien[0]}={has[alien[0]]!r} is not implemented")
     # torch's learning rate may be a tensor.
     number = lambda v: v.item() if getattr(v, "ndim", None) == 0 else v
     numbers = {k: number(v) for k, v in has.items() if k in takes}
     try:
         return kind(**numbers)
     except GraphnetError as error:
-        raise _refused(what, given, error.message) from error
+        raise _refused(what, given, error.message.removeprefix(f"{name}: ")) from error
 
 
 def _refused(what: str, given: Any, because: str | None, instead: str = "") -> ConfigError:
@@ -95,8 +95,7 @@ def _refused(what: str, given: Any, because: str | None, instead: str = "") -> C
     call = instead or _LIKE.get(name) or (f"{twin}(...)" if twin else "")
     if not call:
         call = "gn.CrossEntropyLoss()" if what == "loss" else "gn.SGD(lr=0.01)"
-    has = f" with {because}" if because else ""
     return ConfigError(
-        f"{called(given)} as the {what}{has} has no counterpart in graphnet",
+        f"{called(given)} cannot be the {what}: {because or 'graphnet has none like it'}",
         where=user_place() or None, help=f"{what}={call}; {_ELSE}",
     )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from graphnet.errors import ConfigError, GraphnetError, ShapeError
 from graphnet.frontends.dsl import Module
 from graphnet.frontends.foreign import called
@@ -99,10 +101,11 @@ def _checked_shape(given: Any, sample: tuple[int, ...] | None) -> tuple[int, ...
     """The input shape as a tuple; `sample` is that of one image, where the net knows it."""
     shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
     if not shape or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in shape):
-        raise ShapeError(
-            f"the input shape {given!r} is no tuple of positive ints",
-            help=f"give the batch first: {(32, *(sample or (1, 28, 28)))}",
-        )
+        if isinstance(given, torch.Tensor):
+            said, fix = f"tensor of shape {list(given.shape)}", "give its shape: x.shape"
+        else:
+            said, fix = f"{given!r:.80}", f"give the batch first: {(32, *(sample or (1, 28, 28)))}"
+        raise ShapeError(f"the input shape {said} is no tuple of positive ints", help=fix)
     if sample is not None and shape == tuple(sample):
         raise ShapeError(
             f"the input shape {shape} is that of one image: the batch is missing",

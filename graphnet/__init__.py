@@ -132,9 +132,13 @@ def _missing(name: str) -> AttributeError:
     from graphnet.errors import MissingError
     from graphnet.frontends.foreign import did_you_mean
 
-    layers = ", ".join(n for n in _NAMES["graphnet.frontends.layers"])
+    near = did_you_mean(name, __all__)
+    if name.lower().endswith("loss"):  # MSELoss is nearer to a loss than its letters are
+        near, of, home = None, "losses", "graphnet.ops.loss"
+    else:
+        of, home = "layers", "graphnet.frontends.layers"
     return MissingError(
-        f"graphnet has no {name!r}", help=did_you_mean(name, __all__) or f"its layers: {layers}"
+        f"graphnet has no {name!r}", help=near or f"its {of}: {', '.join(_NAMES[home])}"
     )
 
 

@@ -19,7 +19,7 @@ from graphnet.errors import (
     number,
 )
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.foreign import called, ours
+from graphnet.frontends.foreign import called, is_torchs, ours
 from graphnet.frontends.torch_specs import loss_of, optimizer_of
 from graphnet.frontends.tracer import user_place
 from graphnet.frontends.tracing import trace
@@ -346,7 +346,8 @@ def _check_net(net: Any) -> None:
         raise ConfigError(
             f"a gn.Module is compiled, not {called(net)}",
             where=user_place() or None,
-            help="give an object: Net()" if isinstance(net, type) else
+            help=("net = gn.from_torch(Net())" if is_torchs(net) else "give an object: Net()")
+            if isinstance(net, type) else
             "net = gn.from_torch(module) gives one with the same parameters and keys; it holds "
             "what is trained, so keep it, and module.load_state_dict(net.state_dict()) takes it "
             "back" if isinstance(net, torch.nn.Module) else

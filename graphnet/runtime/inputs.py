@@ -88,7 +88,11 @@ class Inputs:
         if x.shape != whole:
             if x.ndim != len(whole) or x.shape[1:] != whole[1:]:
                 want = ", ".join(map(str, whole[1:]))
-                raise ShapeError(f"the input has shape {list(x.shape)}, compiled for [N, {want}]")
+                raise ShapeError(
+                    f"the input has shape {list(x.shape)}, compiled for [N, {want}]",
+                    help=f"compile for this shape: gn.compile(net, {tuple(x.shape)}, ...)"
+                    if x.ndim == len(whole) else f"give the batch first: (32, {want})",
+                )
             if not 1 <= x.shape[0] <= whole[0]:
                 raise ShapeError(
                     f"a batch of {x.shape[0]} rows, compiled for 1 to {whole[0]}",
@@ -109,7 +113,11 @@ class Inputs:
         if kind.is_floating_point or kind.is_complex or kind is torch.bool:
             raise DTypeError(f"the labels have dtype {kind}, not torch.int64", help="y.long()")
         if y.shape != (rows,):
-            raise ShapeError(f"labels of shape {list(y.shape)} for {rows} rows; wanted [{rows}]")
+            raise ShapeError(
+                f"labels of shape {list(y.shape)} for {rows} rows; wanted [{rows}]",
+                help="one class number for each image"
+                + ("; of one-hot rows: y.argmax(1)" if y.ndim == 2 else ""),
+            )
         self._check_device("labels", y)
         # Labels on the GPU are not checked: that would wait for the device at every step.
         if not y.is_cuda and self.classes:

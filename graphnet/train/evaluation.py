@@ -127,6 +127,10 @@ def _about(run: Path | None) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(disk.read(run / ABOUT, _MAX_ABOUT))
+        if not isinstance(about, dict):
+            raise ValueError("it is no object")
+        if lost := [n for n in _ABOUT if n not in about]:
+            raise ValueError(f"it lacks {', '.join(lost)}")
         about = {name: about[name] for name in _ABOUT}
         _check_about(**about)
         return about

@@ -11,6 +11,7 @@ import pytest
 
 from graphnet import config, disk
 from graphnet.errors import CompileError, DiskError
+from graphnet.lowering.build.pool import Pool
 from graphnet.lowering.launch import files
 from graphnet.lowering.launch.files import Source, load, materialise, private_dir, write_whole
 from graphnet.train import checkpoint
@@ -105,6 +106,14 @@ def test_the_cache_follows_no_links(cache, tmp_path):
         pytest.raises(CompileError, match="elsewhere is a symbolic link"),
     ):
         private_dir("binaries")
+
+
+def test_a_build_says_what_is_wrong_with_its_cache(cache, tmp_path):
+    """Workers are started in threads; the build itself raises what stands in their way."""
+    (tmp_path / "victim").mkdir()
+    (cache / "generated").symlink_to(tmp_path / "victim")
+    with pytest.raises(CompileError, match="generated is a symbolic link"):
+        Pool([("key", {})], lambda key, answer: None).run()
 
 
 def test_a_cache_that_others_can_write_is_refused(cache):

@@ -148,7 +148,7 @@ def test_lenet_flavours_and_registry():
     net = gn.models.lenet5(activation="tanh", pool="avg")
     ops = [e.op for e in gn.trace(net, (1, 1, 28, 28)).eqns]
     assert ops.count("tanh") == 4 and ops.count("avgpool2d") == 2
-    with pytest.raises(gn.ConfigError, match="caffenet, lenet5"):
+    with pytest.raises(gn.ConfigError, match="caffenet, googlenet, lenet5"):
         gn.models.get("vgg")
 
 

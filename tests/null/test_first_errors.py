@@ -84,6 +84,7 @@ def test_what_forward_cannot_do(at):
         assert part in text
 
 
+LABELS = torch.zeros(2, dtype=torch.int64)
 LOSS = dict(loss=gn.CrossEntropyLoss(), optimizer=gn.SGD(lr=0.1), target="cpu")
 CALLS = [
     (lambda: gn.compile(nn.Sequential(), SHAPE), gn.ConfigError,
@@ -118,8 +119,19 @@ CALLS = [
      ["the batch is missing", "(32, 1, 28, 28)"]),
     (lambda: gn.compile(gn.Sequential(gn.Conv2d(1, 6, 5)), (1, 28, 28)), gn.ShapeError,
      ["layer 'conv1', net.0", "takes [N, C, H, W], got [1, 28, 28]", "(32, 1, 28, 28)"]),
+    (lambda: gn.compile(small(), (2, 28)), gn.ShapeError, ["expects 60 input", "got 28"]),
+    (lambda: gn.compile(small(), torch.zeros(SHAPE)), gn.ShapeError,
+     ["tensor of shape [2, 3, 20] is no tuple", "x.shape"]),
+    (lambda: gn.compile(small(), (2, 3, 30)), gn.ShapeError,
+     ["layer 'fc1', net.1", "60 input features, got 90", "in_features=90", HERE]),
+    (lambda: gn.compile(small(), SHAPE, **LOSS)(torch.zeros(2, 4, 20), LABELS), gn.ShapeError,
+     ["[2, 4, 20], compiled for [N, 3, 20]", "gn.compile(net, (2, 4, 20)"]),
+    (lambda: gn.compile(small(), SHAPE, **LOSS)(torch.zeros(SHAPE), torch.zeros(2, 10).long()),
+     gn.ShapeError, ["labels of shape [2, 10]", "y.argmax(1)"]),
+    (lambda: gn.MSELoss(), gn.MissingError, ["no 'MSELoss'", "its losses: CrossEntropyLoss"]),
+    (lambda: gn.compile(nn.Sequential, SHAPE), gn.ConfigError, ["gn.from_torch(Net())", HERE]),
     (lambda: gn.compile(Blocks(), (2, 3, 8, 8)), gn.ShapeError,
-     ["layer 'conv2', net.block.second", "9 input channels", "got 8", HERE]),
+     ["layer 'conv2', net.block.second", "9 input channels", "got 8", "Conv2d(8, ", HERE]),
 ]  # fmt: skip
 
 

@@ -168,12 +168,14 @@ def test_metrics_go_to_no_file_elsewhere(run, tmp_path):
     {"mean": [0.1, 0.2]}, {"mean": [float("nan")]}, {"mean": [1e300]}, {"mean": [True]},
     {"std": [0]}, {"std": [-1.0]}, {"std": "1"}, {"std": {}}, {"stored": [1, 100000, 100000]},
     {"stored": [1, 28]}, {"stored": [1, 28, -28]}, {"stored": [1, 28.0, 28]}, {"stored": 28},
-    {"stored": [1, 20, 28]}, {"stored": [3, 28, 28]},
+    {"stored": [1, 20, 28]}, {"stored": [3, 28, 28]}, {"mean": ...},
 ])  # fmt: skip
 def test_a_hostile_data_json_gets_one_line(run, image, change):
     out = run("lenet5")
-    (out / "data.json").write_text(json.dumps(ABOUT | change))
-    with pytest.raises(CheckpointError, match=r"data\.json") as error:
+    about = {name: value for name, value in (ABOUT | change).items() if value is not ...}
+    (out / "data.json").write_text(json.dumps(about))
+    lost = ".*it lacks" if len(about) < len(ABOUT) else ""
+    with pytest.raises(CheckpointError, match=rf"data\.json{lost}") as error:
         predict(out, [image], target="cpu")
     assert "\n" not in error.value.message and len(error.value.message) < 400
 

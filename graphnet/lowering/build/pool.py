@@ -76,7 +76,8 @@ class Pool:
         """Until all is answered; CompileError where a worker ended without an answer."""
         count = min(processors(), len(self.todo))
         with tempfile.TemporaryDirectory(prefix="graphnet-", ignore_cleanup_errors=True) as scratch:
-            serve = lambda: self._serve(_environment(scratch))
+            environment = _environment(scratch)  # here: what it raises must reach the caller
+            serve = lambda: self._serve(environment)
             threads = [threading.Thread(target=serve, daemon=True) for _ in range(count)]
             atexit.register(self.stop)
             try:
