@@ -9,11 +9,13 @@ file beside this one, import it here, and tell `lowering/launch/region.py` which
 import triton
 import triton.language as tl
 
-from .region_conv import conv  # noqa: F401  (generated bodies call them)
+from .common import program
+from .region_conv import conv  # noqa: F401  (generated bodies call these)
 from .region_grad import pool_grad, wgrad  # noqa: F401
+from .region_linear import cross_entropy, linear, multi_margin  # noqa: F401
 
 
 @triton.jit
-def region(args, IMAGES: tl.constexpr, BODY: tl.constexpr):
+def region(args, IMAGES: tl.constexpr, BODY: tl.constexpr, AT: tl.constexpr = None):
     """BODY for the images from program x IMAGES on."""
-    BODY(tl.program_id(0) * IMAGES, args)
+    BODY(program(0, AT) * IMAGES, args)

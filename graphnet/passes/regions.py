@@ -14,6 +14,7 @@ op to take part it needs a stage there, and a rule here.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import product
 
 from graphnet.ir.graph import Graph
 from graphnet.passes.fuse import build_merge, kept, merge
@@ -21,6 +22,8 @@ from graphnet.passes.layout import Kernels
 from graphnet.passes.rewrite import Log, Match, P, Rule, rewrite
 
 _POOLS = ("maxpool2d", "avgpool2d")
+_LINEAR = ("linear", "linear_dgrad")
+_LOSSES = ("cross_entropy", "multi_margin")
 _BACKWARD = ("maxpool2d_grad", "avgpool2d_grad", "conv2d_dgrad", "conv2d_wgrad")
 
 
@@ -46,4 +49,5 @@ def _tables(kernels: Kernels) -> list[list[Rule]]:
         return Rule(f"{outer}({inner}(...)) => region", pattern, build_merge, pays, keeps=True)
 
     back = [rule(outer, inner) for outer in _BACKWARD for inner in _BACKWARD]
-    return [[rule(pool, "conv2d") for pool in _POOLS], [rule("conv2d", "conv2d")], back]
+    rows = [rule(*pair) for pair in product((*_LOSSES, *_LINEAR), (*_LINEAR, *_LOSSES))]
+    return [[rule(pool, "conv2d") for pool in _POOLS], [rule("conv2d", "conv2d")], back, rows]

@@ -47,6 +47,12 @@ def the_group(low):
     return [s for s in low.plan.launches if s.members][-1]
 
 
+def shared_out(*launches):
+    """The numbers of launches at one distance, by groups."""
+    units = {k: groups.Unit((k,), (s,)) for k, s in enumerate(launches)}
+    return list(groups._shared_out(units, [0] * len(launches)))
+
+
 # ---- which -----------------------------------------------------------------------------------
 
 
@@ -59,7 +65,7 @@ def step(name, reads, writes, **more):
 
 def grouped(monkeypatch, steps, edges):
     """Layers of each launch, groups as sets."""
-    monkeypatch.setattr(groups, "group", lambda members: tuple(m.where.layers[0] for m in members))
+    monkeypatch.setattr(groups, "group", lambda turns: tuple("".join(m.where.layers[0] for m in t) for t in turns))
     made, moved, alone = groups.grouped(steps, edges)
     names = [set(s) if isinstance(s, tuple) else s.where.layers[0] for s in made]
     return names, moved, {s.where.layers[0]: why for s, why in alone}
@@ -114,9 +120,8 @@ def test_only_small_launches_pay():
 def test_warps_agree_or_are_those_of_one_program():
     record = next(m for m in the_group(lowered()).members if m.kernel == "record_step")
     four, eight = (replace(record, grid=(2, 1, 1), num_warps=w) for w in (4, 8))
-    assert record.num_warps == 1 and group([record, four]).num_warps == 4
-    shares = list(groups._shared_out({0: four, 1: eight, 2: record, 3: four}))
-    assert shares == [[0, 2, 3], [1]]
+    assert record.num_warps == 1 and group([[record], [four]]).num_warps == 4
+    assert shared_out(four, eight, record, four) == [[0, 2, 3], [1]]
 
 
 def test_what_updates_wait_for_meets_others_further_from_the_end():
@@ -131,7 +136,7 @@ def test_what_updates_wait_for_meets_others_further_from_the_end():
 
 def test_a_large_level_is_several_groups():
     record = next(m for m in the_group(lowered()).members if m.kernel == "record_step")
-    sizes = [len(s) for s in groups._shared_out(dict.fromkeys(range(2 * groups.MOST + 1), record))]
+    sizes = [len(s) for s in shared_out(*[record] * (2 * groups.MOST + 1))]
     assert sum(sizes) == 2 * groups.MOST + 1 and max(sizes) <= groups.MOST and min(sizes) > 1
 
 
@@ -191,7 +196,7 @@ def test_operands_that_another_member_reads_are_not_written_over():
     assert a.inplace
     constants = {"D0": 4, "D1": 1, "D2": 1, "D3": 1, "NHWC": False, "BLOCK": 16, "EPILOGUE": 0}
     a, b = (replace(s, constants=tuple(constants.items())) for s in (a, b))
-    assert group([a, b]).inplace == ()
+    assert group([[a], [b]]).inplace == ()
 
 
 def test_a_group_is_proven_as_it_runs(monkeypatch):
@@ -203,7 +208,7 @@ def test_a_group_is_proven_as_it_runs(monkeypatch):
     monkeypatch.setattr(proof.torch.cuda, "get_device_name", lambda: "NVIDIA Abacus")
     assert proof._wrong(low) == {}
     real = proof.group
-    lame = lambda members: real([replace(members[0], grid=(0, 1, 1)), *members[1:]])
+    lame = lambda turns: real([[replace(turns[0][0], grid=(0, 1, 1))], *turns[1:]])
     monkeypatch.setattr(proof, "group", lame)
     with pytest.raises(gn.NumericsError, match="each of which is right alone") as e:
         proof._wrong(low)

@@ -33,20 +33,26 @@ def outside(launch: Launch) -> str | None:
     return None
 
 
-def group(members: Sequence[Launch]) -> Launch:
-    """One launch of several that run at once. No member may read or write what another writes."""
+def group(turns: Sequence[Sequence[Launch]]) -> Launch:
+    """One launch of several that run at once. No member may read or write what another writes.
+
+    turns  of each member the launches that take turns in it: one, or several of one program, of
+           which a later one may read what an earlier one has written
+    """
+    members = [m for turn in turns for m in turn]
     warps = max(members, key=lambda m: m.programs).num_warps
     reads = [r for m in members for r in m.reads]
+    written = {w for turn in turns for m in turn[:-1] for w in m.writes}
     pairs = [p for m in members for p in m.inplace]
     heavy = max(members, key=lambda m: m.flops)
-    driver, sources = _driver(members)
+    driver, sources = _driver(turns)
     return Launch(
         "+".join(dict.fromkeys(m.kernel for m in members)),
         "group",
         tuple(a for m in members for a in m.args if a is not None),
         tuple((f"E{k}", s) for k, s in enumerate(sources)),
         (sum(m.programs for m in members), 1, 1),
-        tuple(dict.fromkeys(reads)),
+        tuple(r for r in dict.fromkeys(reads) if r not in written),
         tuple(dict.fromkeys(w for m in members for w in m.writes)),
         num_warps=warps,
         num_stages=max(m.num_stages for m in members),
@@ -59,43 +65,47 @@ def group(members: Sequence[Launch]) -> Launch:
         math=heavy.math,
         padded=sum(m.padded or m.flops for m in members) if heavy.padded else 0,
         where=reduce(lambda a, b: a.merged(b), (m.where for m in members)),
-        members=tuple(members),
+        turns=tuple(map(tuple, turns)),
         driver=driver,
     )  # fmt: skip
 
 
-def _driver(members: Sequence[Launch]) -> tuple[Source, list[Source]]:
+def _driver(turns: Sequence[Sequence[Launch]]) -> tuple[Source, list[Source]]:
     """The text of the driver, and the generated functions that it takes as constants."""
-    lines: list[str] = []
+    calls: list[str] = []
+    args: list[str] = []
     sources: list[Source] = []
-    count = first = 0
-    for m in members:
-        args, constants, _ = bind(m)
-        given = []
-        for a in args:
-            given.append("None" if a is None else f"a{count}")
-            count += a is not None
-        for name, value in constants.items():
-            if isinstance(value, Source):
-                given.append(f"{name}=E{len(sources)}")
-                sources.append(value)
-            else:
-                given.append(f"{name}={value!r}")
-        width, height, _ = m.grid
-        given.append(f"{PLACE}=({first}, {width}, {height})")
-        first += m.programs
-        lines.append(f"    {'elif' if lines else 'if'} pid < {first}:")
-        lines.append(f"        {m.kernel}(")
-        lines += [f"            {part}," for part in given]
-        lines.append("        )")
-    kernels = sorted({(m.module, m.kernel) for m in members})
+    first = 0
+    for turn in turns:
+        after = first + turn[0].programs
+        calls.append(f"    {'elif' if calls else 'if'} pid < {after}:")
+        for k, m in enumerate(turn):
+            calls += ["        tl.debug_barrier()"] if k else []
+            calls += _call(m, first, args, sources)
+        first = after
+    kernels = sorted({(m.module, m.kernel) for turn in turns for m in turn})
     imports = [f"from {module} import {kernel}" for module, kernel in kernels]
-    taken = [
-        *(f"a{k}" for k in range(count)),
-        *(f"E{k}: tl.constexpr" for k in range(len(sources))),
-    ]
+    taken = [*args, *(f"E{k}: tl.constexpr" for k in range(len(sources)))]
     text = [
         "import triton", "import triton.language as tl", "", *imports, "", "", "@triton.jit",
-        f"def group({', '.join(taken)}):", "    pid = tl.program_id(0)", *lines,
+        f"def group({', '.join(taken)}):", "    pid = tl.program_id(0)", *calls,
     ]  # fmt: skip
     return Source("\n".join(text) + "\n"), sources
+
+
+def _call(m: Launch, first: int, args: list[str], sources: list[Source]) -> list[str]:
+    """The lines that call a member whose first program is `first`; what they take is added."""
+    passed, constants, _ = bind(m)
+    given = []
+    for a in passed:
+        if a is not None:
+            args.append(f"a{len(args)}")
+        given.append("None" if a is None else args[-1])
+    for name, value in constants.items():
+        if isinstance(value, Source):
+            sources.append(value)
+            given.append(f"{name}=E{len(sources) - 1}")
+        else:
+            given.append(f"{name}={value!r}")
+    given.append(f"{PLACE}=({first}, {m.grid[0]}, {m.grid[1]})")
+    return [f"        {m.kernel}(", *(f"            {part}," for part in given), "        )"]

@@ -24,7 +24,7 @@ from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import NHWC, Layout
 from graphnet.lowering.launch.codegen import HEADER, PARAMETERS, Index, Ref, write_epilogue
 from graphnet.lowering.launch.config import Config, cdiv
-from graphnet.lowering.launch.cost import HOUSE, ceiling, floor_us
+from graphnet.lowering.launch.cost import HOUSE, Ceiling, ceiling, floor_us
 from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.steps import Launch, make
 from graphnet.lowering.launch.variants import Problem, Variant
@@ -62,6 +62,12 @@ class Stage(ABC):
     def share(self) -> float:
         """Which share of the FMA rate it reaches, of that of the best."""
         return 1.0
+
+    def us(self, members: Sequence[Eqn], programs: int, gpu: Ceiling) -> float:
+        """About how long it takes, where one program has all of its images at once."""
+        flops = sum(eqn_cost(m).flops for m in members)
+        rate = gpu.ieee * FMA_SHARE * self.share()
+        return STAGE_US + 1e6 * flops / rate * max(1.0, gpu.processors / programs)
 
 
 @dataclass
@@ -111,6 +117,15 @@ class Body:
         """The name of a workspace of this region: values inside are called alike in all of them."""
         return f".{self.work.eqn.results[0].name}.{name}"
 
+    @property
+    def programs(self) -> int:
+        return cdiv(self.images, self.config.BM)
+
+    def store(self, v: Value) -> str:
+        """The pointer to a result outside that a stage stores by itself."""
+        self.writes.append(self.work.name[v])
+        return self._pointer(Ref(self.work.name[v], v.type.dtype.name))
+
     def extra(self, name: str, dtype: str, size: int) -> str:
         """The pointer to a workspace of `size` bytes that a stage writes."""
         self.scratch[name] = size
@@ -136,15 +151,16 @@ class Body:
         return f"args[{self.args.index(ref)}]"
 
     def epilogue(
-        self, work: Work, roots: Mapping[Value, str], index: Index, returns: Value | None = None
-    ) -> str:
+        self, work: Work, roots: Mapping[Value, str], index: Index, returns: Value | None = None,
+        bias: Value | None = None,
+    ) -> str:  # fmt: skip
         """The name of the function that runs a member's elementwise code and stores its results;
         "None" where it has nothing to do."""
         if not work.rest and not work.stores:
             return "None"
         made = write_epilogue(
             index, work.name, roots, work.rest, work.stores, note=work.note, returns=returns,
-            args=self.args,
+            args=self.args, bias=bias,
         )  # fmt: skip
         self.reads += made.reads
         self.writes += made.writes
@@ -184,14 +200,14 @@ def _indented(lines: Sequence[str]) -> str:
 Cut = list[tuple[Stage, tuple[Eqn, ...], set[Value]]]
 
 
-def cut(eqn: Eqn) -> Cut | str:
-    """The stages of a region: each with its members, and those of their results that are read
-    outside of it; or why there are none."""
+def cut(eqn: Eqn, known: Sequence[Stage]) -> Cut | str:
+    """The stages of a region, of those known: each with its members, and those of their results
+    that are read outside of it; or why there are none."""
     assert eqn.body is not None
     members, out, said, k = members_of(eqn), [], [], 0
     while k < len(members):
         found = None
-        for stage in _stages():
+        for stage in known:
             group = members[k : k + len(stage.ops)]
             if tuple("+".join(a.op for a in anchors_of(m)) for m in group) != stage.ops:
                 continue
@@ -207,13 +223,6 @@ def cut(eqn: Eqn) -> Cut | str:
         out.append(found)
         k += len(found[1])
     return out
-
-
-def _stages() -> Sequence[Stage]:
-    from graphnet.lowering.launch.region_conv import STAGES as convolutions
-    from graphnet.lowering.launch.region_grad import STAGES as gradients
-
-    return (*convolutions, *gradients)
 
 
 def _places(eqn: Eqn, stages: Cut) -> dict[Value, Value]:
@@ -235,13 +244,21 @@ class Stages(Variant):
 
     name = "in_stages"
     ops = ("region",)
+    alone_us = LAUNCH_US  # of an equation in a launch of its own, beyond its floor
+
+    def known(self) -> Sequence[Stage]:
+        """The stages that its kernel can have."""
+        from graphnet.lowering.launch.region_conv import STAGES as convolutions
+        from graphnet.lowering.launch.region_grad import STAGES as gradients
+
+        return (*convolutions, *gradients)
 
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
         if members_of(eqn) == (eqn,):
             return "it is no region"
-        stages = cut(eqn)
+        stages = cut(eqn, self.known())
         if isinstance(stages, str):
             return stages
         for v in (*eqn.inputs, *eqn.results):
@@ -262,13 +279,13 @@ class Stages(Variant):
         return replace(config, BM=min(problem.shape[0], 64), BLOCK=4096)
 
     def joins(self, whole: Work, parts: Sequence[Work], padded: Sequence[int]) -> str | None:
-        together, apart = _us(whole, 0), sum(map(_us, parts, padded))
+        together, apart = self.us(whole), sum(map(self.us, parts, padded))
         if together < apart:
             return None
         return f"one launch would take about {together:.0f} us, apart they take {apart:.0f}"
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
-        stages = cut(work.eqn)
+        stages = cut(work.eqn, self.known())
         assert not isinstance(stages, str), stages
         n = work.problem.shape[0]
         body = Body(work, config, n, _places(work.eqn, stages))
@@ -286,21 +303,18 @@ class Stages(Variant):
             *body.after,
         ]  # fmt: skip
 
-
-def _us(work: Work, padded: int) -> float:
-    """About how long an equation takes, on the GPU that floors are for."""
-    rates = ceiling(HOUSE)
-    if len(work.members) == 1:
-        cost = eqn_cost(work.eqn)
-        math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
-        reached = REACHED if math != "ieee" else IEEE_REACHED
-        return LAUNCH_US + floor_us(max(cost.flops, padded), cost.bytes, math) / reached
-    stages, n = cut(work.eqn), work.problem.shape[0]
-    assert not isinstance(stages, str)
-    total = GAP_US
-    for stage, group, _ in stages:
-        flops = sum(eqn_cost(m).flops for m in group)
-        rate = rates.ieee * FMA_SHARE * stage.share()
-        total += STAGE_US + 1e6 * flops / rate * max(1.0, rates.processors / n)
-        total += GAP_US * len(stage.second_pass)
-    return total
+    def us(self, work: Work, padded: int = 0) -> float:
+        """About how long an equation takes, on the GPU that floors are for."""
+        gpu = ceiling(HOUSE)
+        if len(work.members) == 1:
+            cost = eqn_cost(work.eqn)
+            math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
+            reached = REACHED if math != "ieee" else IEEE_REACHED
+            return self.alone_us + floor_us(max(cost.flops, padded), cost.bytes, math) / reached
+        stages = cut(work.eqn, self.known())
+        assert not isinstance(stages, str)
+        programs = cdiv(work.problem.shape[0], self.rule(work.problem).BM)
+        return GAP_US + sum(
+            stage.us(group, programs, gpu) + GAP_US * len(stage.second_pass)
+            for stage, group, _ in stages
+        )

@@ -21,6 +21,7 @@ from graphnet.lowering.launch.norm import Norm, PooledNorm
 from graphnet.lowering.launch.pool import Pools
 from graphnet.lowering.launch.pool_tiles import PoolGradTiles, PoolTiles
 from graphnet.lowering.launch.region import Stages
+from graphnet.lowering.launch.region_linear import RowBlocks
 from graphnet.lowering.launch.variants import Variant
 from graphnet.lowering.launch.wgrad_rows import WgradRows
 
@@ -52,6 +53,7 @@ VARIANTS: tuple[Variant, ...] = (
     Losses(),
     Augmentation(),
     Stages(),
+    RowBlocks(),
 )
 
 

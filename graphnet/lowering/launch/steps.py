@@ -73,7 +73,8 @@ class Launch:
     padded      arithmetic of the whole tiles that a product multiplies, their padding counted; 0
                 for what is no product
     choice      why this variant and this configuration; None where there is nothing to choose
-    members     of a group: the launches that run as this one; see group.py
+    turns       of a group: what runs as this one, each a launch or several that take turns in one
+                program; see group.py
     driver      of a group: the generated function that runs, in place of a kernel of a module
     """
 
@@ -95,8 +96,13 @@ class Launch:
     padded: int = 0
     where: Where = field(default=NOWHERE, compare=False)
     choice: Choice | None = field(default=None, compare=False)
-    members: tuple[Launch, ...] = ()
+    turns: tuple[tuple[Launch, ...], ...] = ()
     driver: Source | None = None
+
+    @property
+    def members(self) -> tuple[Launch, ...]:
+        """The launches of a group."""
+        return tuple(m for turn in self.turns for m in turn)
 
     @property
     def parts(self) -> tuple[Launch, ...]:

@@ -7,16 +7,22 @@ writers are all edges. What nothing waits for, as the updates, has distance 0 an
 step that finds nobody at its distance may take a larger one, up to where what it waits for stands:
 edges still lead to smaller ones.
 
+Before that, what is one program and waits for what is one program takes its turn in the same one:
+the mean of a loss and its record. It has to be the next step, so that no other path connects both,
+and may wait for nothing else, so that what waits for the first one waits no longer.
+
 A group pays where its members are small: what a launch of its own costs is a large part of their
 time, and their programs find free processors beside each other. Large launches gain nothing, and
-would take the registers of the most demanding member. All that a group touches is alive at once, so
-what waits for the group stays in memory until then; small launches touch little.
+would take the registers of the most demanding member; one that is not too large, and was not chosen
+by a measurement of it alone, may be host to what is one program. All that a group touches is alive
+at once, so what waits for the group stays in memory until then; small launches touch little.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from graphnet import config
 from graphnet.lowering.launch.config import PROCESSORS, cdiv
@@ -26,19 +32,47 @@ from graphnet.lowering.launch.steps import Launch, Step
 from graphnet.lowering.plan.schedule import Edges, program_order
 
 SMALL_US = 1.0  # by its floor; a launch costs 1.3 us (H100)
+HOST_US = 4.0
 SMALL_PROGRAMS = 2 * PROCESSORS  # they all run at once, beside those of others
 MOST = 8  # members: the compile time of a group is the sum of theirs
 
 Alone = tuple[tuple[Launch, str], ...]
 
 
-def small(step: Step) -> bool:
+def small(step: Step, most: float = SMALL_US) -> bool:
     """Whether a launch takes hardly longer than its start."""
     return (
         isinstance(step, Launch)
         and step.programs <= SMALL_PROGRAMS
-        and floor_us(step.flops, step.bytes, step.math) <= SMALL_US
+        and floor_us(step.flops, step.bytes, step.math) <= most
     )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Launches that run one after the other in one program, or a launch alone."""
+
+    steps: tuple[int, ...]
+    launches: tuple[Launch, ...]
+
+    @property
+    def single(self) -> bool:
+        return self.launches[0].programs == 1
+
+    @property
+    def warps(self) -> int:
+        return self.launches[0].num_warps
+
+    @property
+    def host(self) -> bool:
+        return not small(self.launches[0])
+
+    def beside(self, other: Unit) -> bool:
+        """Whether both may be in one group, as far as programs go. What is one program has no tiles
+        that were chosen for its warps."""
+        if self.host or other.host:
+            return self.single or other.single
+        return self.single or other.single or self.warps == other.warps
 
 
 def distances(count: int, edges: Edges) -> list[int]:
@@ -57,31 +91,35 @@ def distances(count: int, edges: Edges) -> list[int]:
 def grouped(steps: Sequence[Step], edges: Edges) -> tuple[list[Step], Edges, Alone]:
     """(the steps with groups in place of their members, in a legal order; their edges; small
     launches that are in no group, and why)."""
-    levels: dict[int, dict[int, Launch]] = defaultdict(dict)
+    units: dict[int, Unit] = {}  # by the step in whose place it runs
     alone: dict[Launch, str] = {}
-    far = distances(len(steps), edges)
     for k, s in enumerate(steps):
-        if not isinstance(s, Launch) or not small(s):
+        if not isinstance(s, Launch) or not small(s, HOST_US):
             continue
         why = f"GRAPHNET_DISABLE names {GROUPS}" if GROUPS in config.disabled() else outside(s)
-        if why is None:
-            levels[far[k]][k] = s
-        else:
+        if why is not None and small(s):
             alone[s] = why
-    _meet(levels, far, edges)
-    home = list(range(len(steps)))  # of each step the one in whose place it runs
+        elif why is None and (small(s) or s.choice is None or s.choice.source != "measured"):
+            units[k] = Unit((k,), (s,))
+    home = list(range(len(steps)))
+    _take_turns(units, home, edges)
+    far = distances(len(steps), _moved(edges, home))
+    _meet(units, far, _moved(edges, home))
     joined: dict[int, Launch] = {}
-    for level in filter(None, levels.values()):
-        for chosen in _shared_out(level):
-            if len(chosen) > 1:
-                joined[chosen[0]] = group([level[k] for k in chosen])
-                for k in chosen:
-                    home[k] = chosen[0]
-            elif len(level) == 1:
-                alone[level[chosen[0]]] = "nothing small may run at the same time"
-            else:
-                alone[level[chosen[0]]] = "what may run at the same time has other numbers of warps"
-    moved = {(home[a], home[b]) for a, b in edges}
+    for members in _shared_out(units, far):
+        first = units[members[0]]
+        if len(members) > 1 or len(first.launches) > 1:
+            joined[members[0]] = group([units[k].launches for k in members])
+            for k in members:
+                for step in units[k].steps:
+                    home[step] = members[0]
+        elif not first.host:
+            others = [k for k in units if far[k] == far[members[0]] and not units[k].host]
+            alone[first.launches[0]] = (
+                "what may run at the same time has other numbers of warps" if len(others) > 1
+                else "nothing small may run at the same time"
+            )  # fmt: skip
+    moved = _moved(edges, home)
     order = [k for k in program_order(len(steps), moved) or () if home[k] == k]
     at = {k: n for n, k in enumerate(order)}
     return (
@@ -91,32 +129,58 @@ def grouped(steps: Sequence[Step], edges: Edges) -> tuple[list[Step], Edges, Alo
     )
 
 
-def _meet(levels: dict[int, dict[int, Launch]], far: list[int], edges: Edges) -> None:
-    """Moves launches that are alone at their distance to the next one where a group takes them."""
-    for level in sorted(levels):
-        if len(levels[level]) != 1:
-            continue
-        ((k, s),) = levels[level].items()
+def _moved(edges: Edges, home: Sequence[int]) -> Edges:
+    """The edges between what runs in the places of steps."""
+    return {(home[a], home[b]) for a, b in edges if home[a] != home[b]}
+
+
+def _take_turns(units: dict[int, Unit], home: list[int], edges: Edges) -> None:
+    """Joins single programs with the next step where that is one, too."""
+    while True:
+        now = _moved(edges, home)
+        far = distances(len(home), now)
+        pair = next(
+            ((a, b) for a, b in sorted(now)
+             if a in units and b in units and units[a].single and units[b].single
+             and far[a] == far[b] + 1
+             and all(c == a or (c, a) in now for c, d in now if d == b)
+             and len(units[a].steps) + len(units[b].steps) <= MOST), None,
+        )  # fmt: skip
+        if pair is None:
+            return
+        first, second = units[pair[0]], units.pop(pair[1])
+        units[pair[0]] = Unit(first.steps + second.steps, first.launches + second.launches)
+        for k in second.steps:
+            home[k] = pair[0]
+
+
+def _meet(units: dict[int, Unit], far: list[int], edges: Edges) -> None:
+    """Moves what is alone at its distance to the next one where a group takes it."""
+    for k in sorted((k for k in units if not units[k].host), key=lambda k: far[k]):
+
+        def takes(distance: int, k: int = k) -> bool:
+            others = (o for o in units if o != k and far[o] == distance)
+            return any(units[k].beside(units[o]) for o in others)
+
         least = min((far[a] for a, b in edges if b == k), default=len(far))
-        for other in range(level + 1, least):
-            fits = [m for m in levels.get(other, {}).values()
-                    if 1 in (m.programs, s.programs) or m.num_warps == s.num_warps]  # fmt: skip
-            if fits:
-                far[k] = other
-                levels[other][k] = levels[level].pop(k)
-                break
+        if not takes(far[k]):
+            far[k] = next((d for d in range(far[k] + 1, least) if takes(d)), far[k])
 
 
-def _shared_out(level: Mapping[int, Launch]) -> Iterator[list[int]]:
-    """Launches that may run at once as groups of equal warps, and of one those that no group takes.
-    What is one program joins the largest: it has no tiles that were chosen for its warps."""
-    alike: dict[int, list[int]] = defaultdict(list)
-    for k, s in level.items():
-        if s.programs > 1:
-            alike[s.num_warps].append(k)
-    sorts = sorted(alike.values(), key=len, reverse=True) or [[]]
-    sorts[0] += [k for k, s in level.items() if s.programs == 1]
-    for members in sorts:
-        size = cdiv(len(members), cdiv(len(members), MOST))
-        for i in range(0, len(members), size):
-            yield sorted(members[i : i + size])
+def _shared_out(units: dict[int, Unit], far: Sequence[int]) -> Iterator[list[int]]:
+    """The units by groups. At each distance those of equal warps are one, what is one program joins
+    the largest, or else a host."""
+    levels: dict[int, list[int]] = defaultdict(list)
+    for k in sorted(units):
+        levels[far[k]].append(k)
+    for level in levels.values():
+        alike: dict[int, list[int]] = defaultdict(list)
+        for k in level:
+            if not (units[k].single or units[k].host):
+                alike[units[k].warps].append(k)
+        hosts = [[k] for k in level if units[k].host]
+        sorts = sorted(alike.values(), key=len, reverse=True) + hosts or [[]]
+        sorts[0] = sorted([*sorts[0], *(k for k in level if units[k].single)])
+        for members in sorts:
+            size = cdiv(len(members), cdiv(len(members), MOST))
+            yield from (members[i : i + size] for i in range(0, len(members), size))

@@ -106,11 +106,11 @@ def together(low: Any) -> Iterator[tuple[list[Eqn], list[Launch]]]:
         again |= {_same(s): (e, s) for s in steps if isinstance(s, Launch)}
     units: list[tuple[list[Eqn], list[Launch]]] = []
     for s in low.plan.launches:
-        own = [again[_same(m)] for m in s.parts if _same(m) in again]
-        if len(own) < len(s.parts):  # another one here: then equations are proven one by one
+        if any(_same(m) not in again for m in s.parts):  # another one here: proven one by one
             return
-        eqns = [e for e, _ in own]
-        made = [group([m for _, m in own]) if s.members else own[0][1]]
+        eqns = [again[_same(m)][0] for m in s.parts]
+        turns = [[again[_same(m)][1] for m in turn] for turn in s.turns]
+        made = [group(turns) if turns else again[_same(s)][1]]
         for unit in [u for u in units if any(e in u[0] for e in eqns)]:
             units.remove(unit)
             eqns, made = [*unit[0], *eqns], [*unit[1], *made]
