@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,19 @@ def timed_task(task: Any, call: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _checked(plan: Plan, calls: list[Call], tensor: Buffer) -> list[Call]:
-    """Around the first launch of each equation its operands are kept, behind the last its results
-    are compared: kernels overwrite state in place, and the arena reuses what is dead."""
+    """Around the first launch of each equation its operands are kept, behind each launch what it
+    wrote, and behind the last all is compared: kernels overwrite state in place, and the arena
+    reuses what is dead."""
     alias = {e.out: e.inputs[0] for e in plan.graph.eqns if is_view(e)}
     old = {new: before for before, new in plan.graph.commits}
 
+    def root(v: Value) -> Value:
+        while v in alias:
+            v = alias[v]
+        return v
+
     def read(v: Value) -> torch.Tensor:
-        root = v
-        while root in alias:
-            root = alias[root]
-        flat = tensor(Ref(root.name, plan.types[root.name][0]))
+        flat = tensor(Ref(root(v).name, plan.types[root(v).name][0]))
         return v.type.layout.read(flat, v.type.shape).cpu()
 
     for e in plan.graph.eqns:
@@ -190,23 +194,28 @@ def _checked(plan: Plan, calls: list[Call], tensor: Buffer) -> list[Call]:
         if not own:  # a view, or a fill
             continue
         kept: dict[Value, torch.Tensor] = {}
-        first, last = own[0], own[-1]
+        got: dict[Value, torch.Tensor] = {}
+        # Made by a launch that took its turn before, in the same program.
+        late = {*plan.steps[own[0]].writes} - {v.name for v in e.results}
 
-        def before(e: Eqn = e, kept: dict = kept, call: Call = calls[first]) -> None:
-            kept.update((v, read(v)) for v in e.inputs)
-            kept.update((v, read(old[v])) for v in e.results if v in old)
+        def around(
+            k: int, call: Call, e: Eqn = e, own: list[int] = own, kept: dict = kept,
+            got: dict = got, late: set[str] = late,
+        ) -> None:  # fmt: skip
+            if k == own[0]:
+                kept.update((v, read(v)) for v in e.inputs)
+                kept.update((v, read(old[v])) for v in e.results if v in old)
             call()
+            if k == own[0]:
+                kept.update((v, read(v)) for v in e.inputs if root(v).name in late)
+            got.update((v, read(v)) for v in e.results if v.name in plan.steps[k].writes)
+            if k == own[-1]:
+                found = [None if v is None else got[v] for v in e.outputs]
+                _compare(e, plan.steps[k], kept, found)
+                kept.clear()
 
-        calls[first] = before
-
-        def behind(
-            e: Eqn = e, kept: dict = kept, call: Call = calls[last], step: Step = plan.steps[last]
-        ) -> None:
-            call()
-            _compare(e, step, kept, [None if v is None else read(v) for v in e.outputs])
-            kept.clear()
-
-        calls[last] = behind
+        for k in own:
+            calls[k] = partial(around, k, calls[k])
     return calls
 
 

@@ -18,6 +18,7 @@ from graphnet.lowering.plan import groups
 from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.tune import proof
 
+REGIONS = "in_stages,row_blocks"  # left out here: they leave little to group
 HOW = {
     "loss": gn.CrossEntropyLoss(),
     "optimizer": gn.SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
@@ -26,7 +27,7 @@ HOW = {
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory):
-    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
+    with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache")), DISABLE=REGIONS):
         yield
 
 
@@ -56,16 +57,17 @@ def shared_out(*launches):
 # ---- which -----------------------------------------------------------------------------------
 
 
-def step(name, reads, writes, **more):
-    """A launch of one program that adds; only its edges matter."""
-    made = make("mean_reduce", "reduce", (), {}, (1,), reads=reads, writes=writes,
+def step(name, reads, writes, programs=2, **more):
+    """A launch that adds; only its edges matter."""
+    made = make("mean_reduce", "reduce", (), {}, (programs,), reads=reads, writes=writes,
                 where=Where((name,)), **more)  # fmt: skip
     return replace(made, kernel="mean_reduce")
 
 
 def grouped(monkeypatch, steps, edges):
-    """Layers of each launch, groups as sets."""
-    monkeypatch.setattr(groups, "group", lambda turns: tuple("".join(m.where.layers[0] for m in t) for t in turns))
+    """Layers of each launch, groups as sets, and those that take turns as one word."""
+    word = lambda turn: "".join(m.where.layers[0] for m in turn)
+    monkeypatch.setattr(groups, "group", lambda turns: tuple(map(word, turns)))
     made, moved, alone = groups.grouped(steps, edges)
     names = [set(s) if isinstance(s, tuple) else s.where.layers[0] for s in made]
     return names, moved, {s.where.layers[0]: why for s, why in alone}
@@ -81,6 +83,19 @@ def test_what_a_path_connects_is_not_joined(monkeypatch):
     assert alone == dict.fromkeys("ab", "nothing small may run at the same time")
 
 
+def test_single_programs_take_turns(monkeypatch):
+    """a -> b -> c in one program; not b and c where c also waits for d, which a does not need."""
+    chain = [step(to, (of,), (to,), 1) for of, to in ("xa", "ab", "bc")]
+    names, moved, _ = grouped(monkeypatch, chain, {(0, 1), (1, 2)})
+    assert names == [{"abc"}] and not moved
+    chain.append(step("d", ("x",), ("w",)))
+    names, _, _ = grouped(monkeypatch, chain, {(0, 1), (1, 2), (3, 2)})
+    assert names == [{"ab", "d"}, "c"]
+    # Another path leads from a to c: they cannot be one, and b is no single program.
+    names, moved, _ = grouped(monkeypatch, [chain[0], chain[3], chain[2]], {(0, 1), (1, 2), (0, 2)})
+    assert names == ["a", "d", "c"] and moved == {(0, 1), (1, 2), (0, 2)}
+
+
 def test_no_circle_through_what_stays_outside(monkeypatch):
     """a -> B -> c and d -> b, and B is large: d finds nobody at its distance and goes before it."""
     big = replace(step("B", ("y",), ("z",)), bytes=1 << 40)
@@ -94,7 +109,7 @@ def test_a_planted_dependency_keeps_an_update_out():
     """The input gradient of a layer reads the weight that the layer's update writes over."""
     low = lowered()
     joined = the_group(low)
-    read = {r for s in low.plan.launches if s.kernel == "linear_product" for r in s.reads}
+    read = {r for s in low.plan.parts if s.kernel == "linear_product" for r in s.reads}
     assert {"3.weight", "5.weight"} <= read
     before = [k for k, s in enumerate(low.plan.steps) if "5.weight" in s.reads and s != joined]
     at = low.plan.steps.index(joined)
@@ -151,7 +166,7 @@ def test_what_takes_no_place_and_what_is_a_group_stays_out():
 def test_it_can_be_left_out_and_why_says_so():
     from graphnet.report import why_text
 
-    with config.override(DISABLE="groups"):
+    with config.override(DISABLE=f"groups,{REGIONS}"):
         low = lowered()
     assert not [s for s in low.plan.launches if s.members]
     assert "names groups" in why_text(low)
@@ -180,7 +195,7 @@ def trained(steps=2, **flags):
 
 def test_the_bits_are_those_of_launches_of_their_own():
     losses, state, made = trained()
-    apart, want, single = trained(DISABLE="groups")
+    apart, want, single = trained(DISABLE=f"groups,{REGIONS}")
     assert len(made) < len(single) and losses == apart
     assert all(torch.equal(state[k], want[k]) for k in want)
     checked, state, _ = trained(CHECK="1")
@@ -201,10 +216,11 @@ def test_operands_that_another_member_reads_are_not_written_over():
 
 def test_a_group_is_proven_as_it_runs(monkeypatch):
     low = lowered()
-    ((eqns, steps),) = proof.together(low)
-    assert steps[-1].driver == the_group(low).driver  # the binary of the plan
-    assert {"record_step"} < {e.op for e in eqns} | {p.op for e in eqns for p in e.plain}
-    assert proof.checked(low.plan, proof.joined(eqns), steps) is None
+    units = list(proof.together(low))
+    assert units[-1][1][-1].driver == the_group(low).driver  # the binary of the plan
+    assert {"linear_wgrad", "record_step"} < {p.op for u, _ in units for e in u for p in e.plain}
+    for eqns, steps in units:
+        assert proof.checked(low.plan, proof.joined(eqns), steps) is None
     monkeypatch.setattr(proof.torch.cuda, "get_device_name", lambda: "NVIDIA Abacus")
     assert proof._wrong(low) == {}
     real = proof.group

@@ -5,9 +5,10 @@ first ones are the first member's, and so on. A member is called as it would be 
 arguments and constants of its own, and learns from its constant AT which program it is
 (`kernels/common.py`). The text names no buffer, so groups that are alike share one binary.
 
-All members run with one number of warps, since a launch has one. A kernel of a single program takes
-that of the others: its time is latency. Results of any other kernel may depend on the number in
-their last bits (the order of a sum), and its tiles were chosen for it: only equal ones meet.
+All members run with one number of warps, since a launch has one, the most that a member asks for. A
+kernel of a single program may get more than it asks for: its time is latency. Results of any other
+kernel may depend on the number in their last bits (the order of a sum), and its tiles were chosen
+for it: only equal ones meet.
 Registers and shared memory are the most that a member takes.
 """
 
@@ -40,7 +41,7 @@ def group(turns: Sequence[Sequence[Launch]]) -> Launch:
            which a later one may read what an earlier one has written
     """
     members = [m for turn in turns for m in turn]
-    warps = max(members, key=lambda m: m.programs).num_warps
+    warps = max(m.num_warps for m in members)
     reads = [r for m in members for r in m.reads]
     written = {w for turn in turns for m in turn[:-1] for w in m.writes}
     pairs = [p for m in members for p in m.inplace]

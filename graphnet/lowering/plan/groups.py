@@ -13,9 +13,10 @@ and may wait for nothing else, so that what waits for the first one waits no lon
 
 A group pays where its members are small: what a launch of its own costs is a large part of their
 time, and their programs find free processors beside each other. Large launches gain nothing, and
-would take the registers of the most demanding member; one that is not too large, and was not chosen
-by a measurement of it alone, may be host to what is one program. All that a group touches is alive
-at once, so what waits for the group stays in memory until then; small launches touch little.
+would take the registers of the most demanding member; one that is not too large may be host to what
+is one program. Hosts, and what takes turns, were not chosen by a measurement of them alone. All
+that a group touches is alive at once, so what waits for the group stays in memory until then; small
+launches touch little.
 """
 
 from __future__ import annotations
@@ -60,19 +61,32 @@ class Unit:
         return self.launches[0].programs == 1
 
     @property
+    def measured(self) -> bool:
+        """Whether a measurement of a launch alone chose one of them."""
+        return any(s.choice is not None and s.choice.source == "measured" for s in self.launches)
+
+    @property
+    def turns(self) -> bool:
+        """Whether it can be followed in its program, or follow."""
+        return self.single and not self.host and not self.measured
+
+    @property
     def warps(self) -> int:
-        return self.launches[0].num_warps
+        return max(s.num_warps for s in self.launches)
 
     @property
     def host(self) -> bool:
         return not small(self.launches[0])
 
     def beside(self, other: Unit) -> bool:
-        """Whether both may be in one group, as far as programs go. What is one program has no tiles
-        that were chosen for its warps."""
-        if self.host or other.host:
-            return self.single or other.single
-        return self.single or other.single or self.warps == other.warps
+        """Whether both may be in one group, as far as programs and warps go: what is one program
+        may have more warps than were chosen for it, others may not."""
+        if self.single and other.single:
+            return not (self.host and other.host)
+        if self.single or other.single:
+            one, more = (self, other) if self.single else (other, self)
+            return one.warps <= more.warps
+        return self.warps == other.warps and not (self.host or other.host)
 
 
 def distances(count: int, edges: Edges) -> list[int]:
@@ -99,7 +113,7 @@ def grouped(steps: Sequence[Step], edges: Edges) -> tuple[list[Step], Edges, Alo
         why = f"GRAPHNET_DISABLE names {GROUPS}" if GROUPS in config.disabled() else outside(s)
         if why is not None and small(s):
             alone[s] = why
-        elif why is None and (small(s) or s.choice is None or s.choice.source != "measured"):
+        elif why is None and (small(s) or not Unit((k,), (s,)).measured):
             units[k] = Unit((k,), (s,))
     home = list(range(len(steps)))
     _take_turns(units, home, edges)
@@ -141,7 +155,7 @@ def _take_turns(units: dict[int, Unit], home: list[int], edges: Edges) -> None:
         far = distances(len(home), now)
         pair = next(
             ((a, b) for a, b in sorted(now)
-             if a in units and b in units and units[a].single and units[b].single
+             if a in units and b in units and units[a].turns and units[b].turns
              and far[a] == far[b] + 1
              and all(c == a or (c, a) in now for c, d in now if d == b)
              and len(units[a].steps) + len(units[b].steps) <= MOST), None,
@@ -179,8 +193,15 @@ def _shared_out(units: dict[int, Unit], far: Sequence[int]) -> Iterator[list[int
             if not (units[k].single or units[k].host):
                 alike[units[k].warps].append(k)
         hosts = [[k] for k in level if units[k].host]
-        sorts = sorted(alike.values(), key=len, reverse=True) + hosts or [[]]
-        sorts[0] = sorted([*sorts[0], *(k for k in level if units[k].single)])
-        for members in sorts:
+        sorts = sorted(alike.values(), key=len, reverse=True) + hosts
+        for k in level:
+            if units[k].single and [k] not in hosts:
+                fits = (s for s in sorts if all(units[k].beside(units[o]) for o in s))
+                into = next(fits, None)
+                if into is None:
+                    sorts.append([k])
+                else:
+                    into.append(k)
+        for members in map(sorted, sorts):
             size = cdiv(len(members), cdiv(len(members), MOST))
             yield from (members[i : i + size] for i in range(0, len(members), size))

@@ -162,5 +162,9 @@ class _Operands:
         self.made[v] = value.to(dtype).to(self.device)
 
     def _classes(self, labels: Value) -> int:
-        readers = [e for e in self.graph.eqns if labels in e.inputs]
-        return min((e.inputs[0].type.shape[-1] for e in readers), default=2)
+        sizes = []
+        for e in self.graph.eqns:
+            inner = e.body.input_values if e.body is not None else e.inputs
+            names = {i for i, o in zip(inner, e.inputs, strict=True) if o == labels}
+            sizes += [p.inputs[0].type.shape[-1] for p in e.plain if names & set(p.inputs)]
+        return min(sizes, default=2)
