@@ -50,7 +50,7 @@ def settled(about, on_gpu):
 
 
 def choice(low):
-    return next(s.choice for s in low.plan.launches if s.choice is not None)
+    return next(s.choice for s in low.plan.parts if s.choice is not None)
 
 
 def answers(monkeypatch, about):

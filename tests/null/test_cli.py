@@ -18,6 +18,7 @@ from graphnet.lowering.build import build
 from graphnet.ops.fused import eqn_cost
 
 ROOT = Path(__file__).resolve().parents[2]
+APART = "row_blocks,in_stages,groups"  # each equation in launches of its own
 INSPECT = {
     "model", "batch", "train", "precision", "target", "gpu", "stage", "ops", "kernels", "flops",
     "bytes", "floor_us", "peak_bytes", "params",
@@ -119,7 +120,7 @@ def test_rows_are_the_launches_and_memory_is_state_arena_and_io(inspected):
 
 def test_second_passes_count_their_workspace():
     """Bytes of all launches: those of the equations, and each workspace written and read."""
-    with config.override(DISABLE="regions"):
+    with config.override(DISABLE=APART):
         low = step_of_lenet(precision="fp32")
     launches = low.plan.parts
     split = [s for s in launches if s.kernel == "split_reduce"]
@@ -132,7 +133,8 @@ def test_second_passes_count_their_workspace():
     assert sum(s.flops for s in launches) == sum(c.flops for c in cost) + work // 4
 
 
-def test_rows_that_share_code_share_a_binary(inspected, net_file):
+def test_rows_that_share_code_share_a_binary(inspected, net_file, monkeypatch):
+    monkeypatch.setenv("GRAPHNET_DISABLE", APART)
     rows = inspected(f"{net_file}:make", "--batch", 4, "--precision", "fp32")["kernels"]
     first, second, last = (k["binary"] for k in rows)
     assert first == second != last
@@ -214,6 +216,7 @@ def test_summary(run, net_file):
 
 
 def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPHNET_DISABLE", APART)
     argv = ("compile", f"{net_file}:make", "--batch", 4, "--out", tmp_path / "out", "--json")
     code, out, err = run(*argv)
     cold = json.loads(out)
