@@ -24,7 +24,8 @@ OTHER = Config(16, 16, 64)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path):
-    with config.override(CACHE_DIR=str(tmp_path / "cache"), TUNE="0"):
+    alone = "row_blocks,in_stages,groups"  # launches of their own: one problem for each
+    with config.override(CACHE_DIR=str(tmp_path / "cache"), TUNE="0", DISABLE=alone):
         yield tmp_path / "cache"
 
 
