@@ -252,19 +252,19 @@ def test_a_refusal_is_a_sentence(layers, shape, why):
 
 @pytest.mark.parametrize("name", ["regions", "in_stages"])
 def test_it_can_be_left_out(name):
-    with config.override(DISABLE=name):
+    with config.override(DISABLE=f"{name},row_blocks"):
         assert not regions(lowered(*small()))
 
 
 @pytest.mark.parametrize("model, precision, most", [
-    (gn.models.lenet5, "fp32", 10), (gn.models.lenet5, "tf32", 11), (gn.models.lenet5, "bf16", 10),
-    (lambda: gn.models.lenet5(activation="tanh", pool="avg"), "fp32", 10),
-    (gn.models.caffe_lenet, "fp32", 10),
+    (gn.models.lenet5, "fp32", 6), (gn.models.lenet5, "tf32", 6), (gn.models.lenet5, "bf16", 4),
+    (lambda: gn.models.lenet5(activation="tanh", pool="avg"), "fp32", 6),
+    (gn.models.caffe_lenet, "fp32", 8),
 ])  # fmt: skip
 def test_launches_of_a_step(model, precision, most):
     low = lower(model(), (128, 1, 28, 28), target="cuda", precision=precision, loss=LOSS,
                 optimizer=gn.SGD(0.1, momentum=0.9))  # fmt: skip
-    assert len(low.plan.launches) <= most and len(regions(low)) == 2
+    assert len(low.plan.launches) <= most and len(regions(low)) == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
