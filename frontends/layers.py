@@ -395,11 +395,11 @@ class Dropout(Module):
         call = tracer.calls[self]
         # Each further call of a shared layer draws from a stream of its own.
         label = tracer.names[self] + (f"#{call}" if call > 1 else "")
+        counts = [v for k in ("seed", "step", "first_row") if (v := tracer.lazy.get(k)) is not None]
         return tracer.emit(
-            "dropout",
-            [x, Symbol(tracer, tracer.lazy["seed"]), Symbol(tracer, tracer.lazy["step"])],
+            "dropout", [x, *(Symbol(tracer, v) for v in counts)],
             p=self.p, mode=self.mode, stream=zlib.crc32(label.encode()),
-            training=tracer.training, global_batch=tracer.batch,
+            training=tracer.training, global_batch=tracer.global_batch,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -55,7 +55,7 @@ class Tracer:
         self.training = training
         self.held: dict[Held, Value] = {}  # parameters and buffers, as they are by now
         self.commits: dict[Held, Value] = {}  # what replaces a buffer
-        self.batch = 0
+        self.batch = self.global_batch = 0  # rows here, and on all ranks
         self.rows: set[Value] = set()
         self.lazy: dict[str, Value] = {}
         self.stack: list[Module] = []

@@ -26,6 +26,8 @@ def trace(
     loss: Any = None,
     training: bool = False,
     augment: Augment | None = None,
+    ranks: int = 1,
+    global_batch: int = 0,
 ) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
@@ -33,13 +35,15 @@ def trace(
     `CrossEntropyLoss()`), (loss, logits), or in training the loss alone; and commits of what
     becomes of the buffers. Inputs: x, the parameters in state_dict order, then buffers, labels,
     live, seed and step where they are read. With `augment`, x is what is stored, and index and
-    epoch say for what to draw. Errors name the layer, its place and the chain of sizes.
+    epoch say for what to draw. With several `ranks`, live_all counts the live rows of all of them,
+    and first_row says where this rank's rows start among the `global_batch`, by default as many
+    as the ranks hold. Errors name the layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
     paths = {m: path for path, m in net.named_modules()}
     tracer = Tracer(b, net.layer_names(), paths, training=training)
-    tracer.batch = shape[0]
+    tracer.batch, tracer.global_batch = shape[0], global_batch or ranks * shape[0]
     kind, stored = f32, shape
     if augment is not None:
         augment = augment.sized(shape)
@@ -59,6 +63,10 @@ def trace(
         "step": b.input("step", TensorType(i64, ()), "counter"),
         "live": live,
     }
+    over = []  # what the mean of the loss is over, if not `live`
+    if ranks > 1:
+        over = [b.input("live_all", TensorType(i32, ()), "hyper")]
+        tracer.lazy["first_row"] = b.input("first_row", TensorType(i64, ()), "hyper")
     image = x
     if augment is not None:
         index = b.input("index", TensorType(i64, shape[:1]), "data")
@@ -90,7 +98,7 @@ def trace(
             )
         _check_logits(outs[0], shape[0])
         b.where = Where(("loss",), "")
-        value = b.one(loss.op, *returns, labels, live, attrs=loss.attrs())
+        value = b.one(loss.op, *returns, labels, live, *over, attrs=loss.attrs())
         returns = (value,) if training else (value, *returns)
     for held, new in tracer.commits.items():
         b.commit(given[held], new)
@@ -126,7 +134,7 @@ def _without_unread(graph: Graph) -> Graph:
     """Drops buffers, labels, live, seed and step where nothing reads them; parameters stay."""
     read = {v for e in graph.eqns for v in e.inputs} | {old for old, _ in graph.commits}
     read |= set(graph.returns)
-    lazy = ("labels", "live", "seed", "step")
+    lazy = ("labels", "live", "live_all", "first_row", "seed", "step")
 
     def keep(i: Input) -> bool:
         may_go = i.role == "buffer" or i.role != "param" and i.value.name in lazy

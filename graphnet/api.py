@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import time
@@ -16,19 +17,22 @@ from graphnet import config
 from graphnet.errors import (
     BackendUnavailableError,
     ConfigError,
-    number,
+)
+from graphnet.frontends.arguments import (
+    check_arguments,
+    check_augment,
+    check_net,
+    check_ranks,
+    handling_of,
 )
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.foreign import called, is_torchs, ours
 from graphnet.frontends.torch_specs import loss_of, optimizer_of
-from graphnet.frontends.tracer import user_place
 from graphnet.frontends.tracing import trace
-from graphnet.ops.augment import Augment
-from graphnet.ops.gradient import Handling
 from graphnet.passes import pipeline
 from graphnet.passes.halves import halves
 from graphnet.passes.precision import resolve
 from graphnet.runtime.accumulate import Accumulated
+from graphnet.runtime.group import Group, group_of, versions
 from graphnet.runtime.program import Evaluate, Gradients, Infer, Program
 from graphnet.runtime.state import state_of
 from graphnet.runtime.training import TrainStep
@@ -77,27 +81,35 @@ def lower(
     nonfinite: str | None = "auto",
     apply: bool = True,
     augment: Any = None,
+    ranks: int = 1,
+    global_batch: int = 0,
     pass_: Pass | None = None,
     kernels: Kernels | None = None,
 ) -> Lowered:
     """trace -> passes -> plan. Needs no device: any target can be lowered for anywhere.
 
     Of the two programs that accumulate, `apply` chooses the one that ends in the update. `kernels`
-    decide between variants, where those of the target and the GPU at hand are not meant. `pass_`
+    decide between variants, where those of the target and the GPU at hand are not meant. `shape`
+    is that of one of `ranks` processes, which share a batch of `global_batch` rows (by default as
+    many as they have room for). `pass_`
     is one half of a graph without a loss: see `graphnet.torch_out`.
     """
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
 
-    _check_net(net)
+    check_net(net)
     loss, optimizer = loss_of(loss), optimizer_of(optimizer, net)
-    _check_arguments(loss, optimizer, grads)
-    _check_augment(augment, optimizer)
-    handling = _handling(optimizer, accumulate, clip_norm, nonfinite, apply)
+    check_arguments(loss, optimizer, grads)
+    check_augment(augment, optimizer)
+    check_ranks(ranks, optimizer, grads)
+    handling = handling_of(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     precision = resolve(precision, target)
     training = pass_.training if pass_ else optimizer is not None or grads
-    traced = trace(net, shape, loss=loss, training=training, augment=augment)
+    traced = trace(
+        net, shape, loss=loss, training=training, augment=augment, ranks=ranks,
+        global_batch=global_batch,
+    )  # fmt: skip
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
     if training and not keys and not pass_:
         raise ConfigError("no parameter of the net is trainable", help="p.trainable = True")
@@ -107,7 +119,7 @@ def lower(
             traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
             trainable=keys,
             multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
-            handling=handling, wrt=pass_.wrt if pass_ else None,
+            handling=handling, wrt=pass_.wrt if pass_ else None, ranks=ranks,
         )  # fmt: skip
         if pass_:
             stages.fused = halves(stages.fused, len(traced.returns))[pass_.half]
@@ -195,6 +207,7 @@ def compile(
     clip_norm: float | None = None,
     nonfinite: str | None = "auto",
     augment: Any = None,
+    group: Any = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -220,35 +233,47 @@ def compile(
 
     augment     a `gn.Augment`: the step takes images as they are stored, and draws for each row by
                 its index in the data and the epoch: step(x, y, index, epoch)
+    group       data parallel over the processes of a ProcessGroup of torch.distributed, or of
+                "world"; None is one process, under torchrun too. `shape` holds the rows of a rank,
+                of which a call may have any number, none included. Gradients, loss, clipping and
+                guards are those of one process with the rows of all ranks; so are dropout masks,
+                where rank r is given the rows from r * batch on of each global batch. Parameters
+                and the optimizer's state are those of rank 0 at the start. ConfigError where the
+                ranks do not compile the same
     """
+    joined = group_of(group)
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "augment": augment,
+        "augment": augment, "ranks": joined.ranks if joined else 1,
     }  # fmt: skip
-    (program,) = compile_together(net, shape, [how], seed=seed)
+    (program,) = compile_together(net, shape, [how], seed=seed, group=joined)
     return program
 
 
 def compile_together(
-    net: Module, shape: Sequence[int], ways: Sequence[dict[str, Any]], *, seed: int = 0
-) -> list[Program]:
+    net: Module, shape: Sequence[int], ways: Sequence[dict[str, Any]], *, seed: int = 0,
+    group: Group | None = None,
+) -> list[Program]:  # fmt: skip
     """The programs that `compile` gives for each of these arguments. Where kernels have to be
-    compiled, those of all of them are, in one go."""
+    compiled, those of all of them are, in one go. Those with `ranks` are run by the group."""
     if not isinstance(seed, int):
         raise ConfigError(f"seed is an int, not {seed!r}")
-    _check_net(net)
+    check_net(net)
     ways = [
         {**how, "loss": loss_of(how.get("loss")),
          "optimizer": optimizer_of(how.get("optimizer"), net)}
         for how in ways
     ]  # fmt: skip
     lows = [_needed(net, shape, how) for how in ways]
+    if group is not None:
+        for how, (low, *_) in zip(ways, lows, strict=True):
+            group.agree(_facts(shape, how, low, seed))
     if lows[0][0].target == "cuda" and not config.tune():
         cuda = importlib.import_module("graphnet.lowering.targets.cuda")
         cuda.compile_together([low.plan for needed in lows for low in needed])
     return [
-        _program(net, shape, how, needed, seed)
+        _program(net, shape, how, needed, seed, group if how.get("ranks", 1) > 1 else None)
         for how, needed in zip(ways, lows, strict=True)
     ]  # fmt: skip
 
@@ -275,8 +300,9 @@ def _make_sure_of_room(
 
 
 def _program(
-    net: Module, shape: Sequence[int], how: dict[str, Any], needed: list[Lowered], seed: int
-) -> Program:
+    net: Module, shape: Sequence[int], how: dict[str, Any], needed: list[Lowered], seed: int,
+    group: Group | None = None,
+) -> Program:  # fmt: skip
     """The program of what was lowered, once its choices hold."""
     low, *adding = needed
     _make_sure_of_room(net, shape, how, low)  # beside what the program before it has taken
@@ -290,6 +316,7 @@ def _program(
     module = importlib.import_module(f"graphnet.lowering.targets.{low.target}")
     common: dict[str, Any] = {
         "stages": low.stages, "plan": low.plan, "prepare": module.prepare, "seed": seed,
+        "group": group, "global_batch": how.get("global_batch", 0),
         "state": state_of(net, _device(low.target)), "target": low.target,
         "precision": low.precision,
     }  # fmt: skip
@@ -305,6 +332,18 @@ def _program(
     return Infer(**common) if how.get("loss") is None else Evaluate(**common)
 
 
+def _facts(
+    shape: Sequence[int], how: dict[str, Any], low: Lowered, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """What all ranks must have in common, by the name under which an error says so."""
+    same = lambda graph: hashlib.sha256(str(graph).encode()).hexdigest()[:12]
+    return versions() | {
+        "the input shape": tuple(shape), "the seed": seed, "the target": low.target,
+        "the precision": low.precision, "the optimizer": how.get("optimizer"),
+        "the net": same(low.stages.traced), "the graph of the step": same(low.stages.fused),
+    }  # fmt: skip
+
+
 def build(
     net: Module,
     shape: Sequence[int],
@@ -318,12 +357,14 @@ def build(
     clip_norm: float | None = None,
     nonfinite: str | None = "auto",
     augment: Any = None,
+    ranks: int = 1,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
 
-    precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `out` is
-    a folder that receives the binaries and the generated files.
+    precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `ranks`
+    processes share a batch, of which `shape` is one's part. `out` is a folder that receives the
+    binaries and the generated files.
     """
     from graphnet.lowering.build.build import arch_number, build_plan
 
@@ -332,76 +373,13 @@ def build(
     how: dict[str, Any] = {
         "target": "cuda", "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "augment": augment,
+        "augment": augment, "ranks": ranks,
         "kernels": kernels_of("cuda", BUILT_FOR if number == 90 else "", number),
     }  # fmt: skip
     low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)
     return build_plan(
         low.plan, arch=arch, precision=low.precision, out=out, start=start, before=fresh
     )  # fmt: skip
-
-
-def _check_net(net: Any) -> None:
-    if not isinstance(net, Module):
-        raise ConfigError(
-            f"a gn.Module is compiled, not {called(net)}",
-            where=user_place() or None,
-            help=("net = gn.from_torch(Net())" if is_torchs(net) else "give an object: Net()")
-            if isinstance(net, type) else
-            "net = gn.from_torch(module) gives one with the same parameters and keys; it holds "
-            "what is trained, so keep it, and module.load_state_dict(net.state_dict()) takes it "
-            "back" if isinstance(net, torch.nn.Module) else
-            "gn.Sequential(...), or a class of your own under gn.Module",
-        )
-
-
-def _check_arguments(loss: Any, optimizer: Any, grads: bool) -> None:
-    if loss is None and (optimizer is not None or grads):
-        raise ConfigError(
-            "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"
-        )
-    _check_spec("loss", loss, ("op", "attrs"), "gn.CrossEntropyLoss()")
-    _check_spec("optimizer", optimizer, ("op", "slots"), "gn.SGD(lr=0.01)")
-    if optimizer is not None and grads:
-        raise ConfigError("grads=True and an optimizer exclude each other", help="compile twice")
-
-
-def _check_spec(name: str, given: Any, has: Sequence[str], example: str) -> None:
-    """ConfigError for what is no loss or no optimizer of ours; torch's are called torch's."""
-    if given is None or all(hasattr(given, h) for h in has) and not isinstance(given, type):
-        return
-    twin, arguments = ours(given) or example.partition("(")[0], example.partition("(")[2]
-    raise ConfigError(
-        f"{name} is an object of graphnet's such as {example}, not {called(given)}",
-        where=user_place() or None, help=f"{name}={twin}({arguments}",
-    )  # fmt: skip
-
-
-def _check_augment(augment: Any, optimizer: Any) -> None:
-    if augment is None:
-        return
-    if not isinstance(augment, Augment):
-        raise ConfigError(f"{augment!r} is no augmentation", help="augment=gn.Augment(flip=0.5)")
-    if optimizer is None:
-        raise ConfigError("augment is for training steps", help="give an optimizer")
-
-
-def _handling(
-    optimizer: Any, accumulate: Any, clip_norm: Any, nonfinite: Any, apply: bool
-) -> Handling:
-    """How the gradients are treated; ConfigError for what cannot be."""
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ConfigError(f"accumulate is a positive int, not {accumulate!r}")
-    if clip_norm is not None:
-        number("compile", "clip_norm", clip_norm, above=True)
-    plain = accumulate == 1 and clip_norm is None and nonfinite in ("auto", None)
-    if optimizer is None and not plain:
-        raise ConfigError(
-            "accumulate, clip_norm and nonfinite are about updates", help="give an optimizer"
-        )
-    if nonfinite == "auto" and accumulate > 1:
-        nonfinite = None
-    return Handling(accumulate > 1, apply, clip_norm is not None, nonfinite)
 
 
 def _resolve(target: str) -> str:

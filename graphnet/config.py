@@ -21,6 +21,7 @@ FLAGS = {
     "CHECK": "1 compares every launch with its reference and stops at the first bad one",
     "TUNE": "1 lets compile search for launch configurations, 0 (default) uses the tables",
     "STREAMS": "0 one stream, 1 (default) wide updates beside the rest, N > 1 by N programs there",
+    "NCCL_CAPTURE": "1 records collectives in the CUDA graph, 0 (default) runs them between graphs",
     "CACHE_DIR": "folder for compiled kernels and generated files",
     "DATA": "folder with real data sets; data tests skip without it",
 }
@@ -72,6 +73,11 @@ def tune() -> bool:
 def streams() -> int:
     """0: one stream; 1: wide updates on a second one; more: by that many programs there."""
     return _number("STREAMS", MOST_PROGRAMS, "1")
+
+
+def nccl_capture() -> bool:
+    """Whether a step's collectives stand in its CUDA graph. The same on all ranks."""
+    return bool(_number("NCCL_CAPTURE", 1))
 
 
 def dump_dir() -> str:

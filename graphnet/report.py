@@ -21,7 +21,7 @@ from graphnet.lowering.build.build import key_of, request
 from graphnet.lowering.launch.choice import Choice
 from graphnet.lowering.launch.cost import ceiling, limits_us
 from graphnet.lowering.launch.moves import is_view
-from graphnet.lowering.launch.steps import Fill, Launch
+from graphnet.lowering.launch.steps import Copy, Fill
 from graphnet.ops.fused import eqn_cost
 from graphnet.passes.templates import anchor_of
 
@@ -226,8 +226,10 @@ def _steps(low: Lowered, rows: int) -> str:
     if low.plan.target == "cpu":
         return f"{rows} fused equations, no launches"
     fills = sum(isinstance(s, Fill) for s in low.plan.steps)
-    copies = sum(not isinstance(s, Fill | Launch) for s in low.plan.steps)
-    extra = [f"{n} {what}" for n, what in ((fills, "fills"), (copies, "copies")) if n]
+    copies = sum(isinstance(s, Copy) for s in low.plan.steps)
+    sums = len(low.plan.collectives)
+    counts = ((fills, "fills"), (copies, "copies"), (sums, "collectives"))
+    extra = [f"{n} {what}" for n, what in counts if n]
     return ", ".join([f"{rows} launches", *extra])
 
 

@@ -57,8 +57,8 @@ def cross_entropy(
     """loss.cross_entropy for BM rows from `first` on; `mean_reduce` adds what programs put out."""
     live = tl.load(live_ptr).to(tl.float32)
     total = cross_entropy_rows(
-        logits, labels, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, SMOOTHING, LOSS,
-        GRAD, EPILOGUE,
+        logits, labels, live, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, SMOOTHING,
+        LOSS, GRAD, EPILOGUE,
     )  # fmt: skip
     if LOSS:
         _put(total, live, out, first, BM, PROGRAMS)
@@ -75,8 +75,8 @@ def multi_margin(
     """loss.multi_margin for BM rows from `first` on; `mean_reduce` adds what programs put out."""
     live = tl.load(live_ptr).to(tl.float32)
     total = multi_margin_rows(
-        logits, labels, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, MARGIN, DIVISOR,
-        LOSS, GRAD, EPILOGUE,
+        logits, labels, live, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, MARGIN,
+        DIVISOR, LOSS, GRAD, EPILOGUE,
     )  # fmt: skip
     if LOSS:
         _put(total, live, out, first, BM, PROGRAMS)

@@ -398,7 +398,18 @@ UPDATES = [
     ),
 ]  # fmt: skip
 
+def _collective_rows() -> list[Case]:
+    """Of one rank, for which each is the identity; several are in tests/null/test_ranks.py."""
+    return [
+        Case("all_reduce", (f(2, 3), f(4)), lambda a, b: (a, b), exact=True),
+        Case("all_gather", (f(2, 3),), lambda a: a, attrs("all_gather", axis=1), exact=True),
+        Case("reduce_scatter", (f(2, 3),), lambda a: a, attrs("reduce_scatter", axis=1),
+             exact=True),
+    ]  # fmt: skip
+
+
 CASES = [
+    *_collective_rows(),
     *ELEMENTWISE, *SOFTMAX, *PRODUCTS, *norm_rows(), *pool_rows(), *lrn_rows(), *MOVES,
     *_loss_rows(), *_dropout_rows(), *augment_rows(), *take_rows(), *UPDATES,
 ]  # fmt: skip

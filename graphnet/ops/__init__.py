@@ -6,6 +6,7 @@ from graphnet.ops import (  # noqa: F401
     adaptive_pool,
     augment,
     batch_norm,
+    collective,
     conv2d,
     dropout,
     elementwise,

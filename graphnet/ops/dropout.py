@@ -42,7 +42,8 @@ class DropoutAttrs(Attrs):
 
 @register
 class Dropout(Op):
-    """y = x mask scale. Linear in x, so its gradient is itself."""
+    """y = x mask scale from x, seed, step and, where the batch is a part of a larger one, the row
+    of that one at which it starts. Linear in x, so its gradient is itself."""
 
     name = "dropout"
     attrs_type = DropoutAttrs
@@ -60,16 +61,18 @@ class Dropout(Op):
     ) -> Sequence[Value | None]:
         (dy,) = cotangents
         if dy is None or not needs[0]:
-            return (None, None, None)
-        return (b.one("dropout", dy, *eqn.inputs[1:], attrs=eqn.attrs), None, None)
+            return (None,) * len(eqn.inputs)
+        gradient = b.one("dropout", dy, *eqn.inputs[1:], attrs=eqn.attrs)
+        return (gradient, *(None,) * (len(eqn.inputs) - 1))
 
     def reference(self, attrs: DropoutAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, seed, step = args
+        x, seed, step, *first = args
         if not attrs.training:
             return (x * attrs.scale,)
         keep = dropout_mask(
-            int(seed), int(step), tuple(x.shape), attrs.p, attrs.stream, attrs.global_batch
-        )
+            int(seed), int(step), tuple(x.shape), attrs.p, attrs.stream, attrs.global_batch,
+            int(first[0]) if first else 0,
+        )  # fmt: skip
         mask = torch.from_numpy(keep).to(x.device)
         return (torch.where(mask, x * attrs.scale, torch.zeros_like(x)),)
 
@@ -82,6 +85,7 @@ class Dropout(Op):
         _, *rest = (*ctx.shape, 1, 1, 1)[:4]
         element = f"({i1} * {numel(rest[1:])} + {i2} * {rest[2]} + {i3})"
         batch = attrs.global_batch or ctx.shape[0]
-        sample = f"({expr[2]} * {batch} + {i0})"
+        first = f"{expr[3]} + " if len(expr) > 3 else ""
+        sample = f"({expr[2]} * {batch} + {first}{i0})"
         keep = f"dropout_keep({expr[1]}, {sample}, {element}, {attrs.stream}, {threshold(attrs.p)})"
         return [f"tl.where({keep}, {scaled}, 0.0)"]

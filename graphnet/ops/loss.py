@@ -1,6 +1,8 @@
 """Losses over logits [N, C] and labels i64 [N], averaged over the first `live` rows.
 
-Rows from `live` on are padding of a smaller batch: they add nothing and get zero gradients.
+Rows from `live` on are padding of a smaller batch: they add nothing and get zero gradients. Of a
+step over several ranks a fourth operand, `live_all`, says how many rows are live on all of them:
+the loss is then this rank's share of the mean over all.
 """
 
 from __future__ import annotations
@@ -41,13 +43,16 @@ class _Loss(Op):
     over_batch = 2
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
-        logits, labels, live = ins
+        if len(ins) not in (3, 4):
+            raise ShapeError(f"{self.name} takes logits, labels, live and live_all, got {len(ins)}")
+        logits, labels, *live = ins
         if len(logits.shape) != 2:
             raise ShapeError(f"the loss takes logits [N, C], got {logits}", help="add a Flatten")
         if labels.shape != logits.shape[:1] or labels.dtype.name != "i64":
             raise ShapeError(f"labels {labels} do not fit logits {logits}: want i64[N]")
-        if live.shape != () or live.dtype.name != "i32":
-            raise ShapeError(f"the live batch count is i32[], got {live}")
+        for t in live:
+            if t.shape != () or t.dtype.name != "i32":
+                raise ShapeError(f"the live batch count is i32[], got {t}")
         return self.result(logits)
 
     def result(self, logits: TensorType) -> tuple[TensorType, ...]:
@@ -58,9 +63,9 @@ class _Loss(Op):
     ) -> Sequence[Value | None]:
         (dloss,) = cotangents
         if dloss is None or not needs[0]:
-            return (None, None, None)
+            return (None,) * len(eqn.inputs)
         grad = b.one(f"{self.name}_grad", *eqn.inputs, attrs=eqn.attrs)
-        return (b.one("mul", grad, dloss), None, None)
+        return (b.one("mul", grad, dloss), *(None,) * (len(eqn.inputs) - 1))
 
     def flops(
         self, attrs: Attrs, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
@@ -73,11 +78,10 @@ class _LossGrad(_Loss):
         return (logits.with_shape(logits.shape),)
 
 
-def _rows(logits: torch.Tensor, live: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """[N] 1 for live rows, and the count that the mean divides by."""
-    n = int(live)
-    alive = (torch.arange(logits.shape[0], device=logits.device) < n).to(logits.dtype)
-    return alive, float(max(n, 1))
+def _rows(logits: torch.Tensor, live: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """[N] 1 for live rows, and the count that the mean divides by: the live rows of all ranks."""
+    alive = (torch.arange(logits.shape[0], device=logits.device) < int(live[0])).to(logits.dtype)
+    return alive, float(max(int(live[-1]), 1))
 
 
 def _target(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -95,7 +99,7 @@ class CrossEntropy(_Loss):
     attrs_type = CrossEntropyAttrs
 
     def reference(self, attrs: CrossEntropyAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, labels, live = args
+        z, labels, *live = args
         alive, count = _rows(z, live)
         shifted = z - z.amax(1, keepdim=True)
         logp = shifted - shifted.exp().sum(1, keepdim=True).log()
@@ -115,7 +119,7 @@ class CrossEntropyGrad(_LossGrad):
     attrs_type = CrossEntropyAttrs
 
     def reference(self, attrs: CrossEntropyAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, labels, live = args
+        z, labels, *live = args
         alive, count = _rows(z, live)
         e = (z - z.amax(1, keepdim=True)).exp()
         grad = e / e.sum(1, keepdim=True) - _target(z, labels, attrs.label_smoothing)
@@ -140,7 +144,7 @@ class MultiMargin(_Loss):
     attrs_type = MultiMarginAttrs
 
     def reference(self, attrs: MultiMarginAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, labels, live = args
+        z, labels, *live = args
         alive, count = _rows(z, live)
         m, others = _margins(z, labels, attrs.margin)
         rows = (m.clamp(min=0) * others).sum(1) / (z.shape[1] if attrs.mean else 1)
@@ -156,7 +160,7 @@ class MultiMarginGrad(_LossGrad):
     attrs_type = MultiMarginAttrs
 
     def reference(self, attrs: MultiMarginAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, labels, live = args
+        z, labels, *live = args
         alive, count = _rows(z, live)
         m, others = _margins(z, labels, attrs.margin)
         broken = (m > 0).to(z.dtype) * others

@@ -18,6 +18,7 @@ from graphnet.ops.gradient import Handling
 from graphnet.passes.dce import dce
 
 RING = 4096  # losses kept on the device
+BUCKET = 25 << 20  # bytes of gradients that travel together, as torch's DDP has it
 
 
 def _depends_on(graph: Graph, roots: Collection[Value]) -> set[Value]:
@@ -132,6 +133,7 @@ def autodiff(
     grads: bool = False,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
     handling: Handling | None = None,
+    ranks: int = 1,
 ) -> Graph:
     """The joint graph of a traced graph whose first result is the loss.
 
@@ -141,6 +143,7 @@ def autodiff(
                  committed then, statistics neither
     handling     accumulation, clipping and the guard of the gradients
     multipliers  by name, what a parameter multiplies the learning rate and the penalties with
+    ranks        with several, the loss and the gradients are summed over them
     """
     b, env = _copy(traced, "joint")
     loss = env.get(traced.returns[0], traced.returns[0])
@@ -148,6 +151,7 @@ def autodiff(
     gradient = backward(b, loss, params)
     b.where = Where(by="autodiff")
     if grads:
+        loss = _reduced(b, loss, _in_order(b, params, gradient), gradient, ranks)
         zeros = get_op("full")
         for p in params:
             if p not in gradient:  # the loss does not depend on it
@@ -159,6 +163,7 @@ def autodiff(
         ordered = _in_order(b, params, gradient)
         if how.accumulate:
             _accumulated(b, ordered, gradient, how.apply)
+        loss = _reduced(b, loss, ordered if how.apply else (), gradient, ranks)
         norm = None
         if how.apply:
             if how.norm:
@@ -205,7 +210,8 @@ def _accumulated(
 ) -> None:
     """Adds each gradient, times its live rows, to a sum in the state; `last` makes the mean over
     all rows of it and clears the sum."""
-    live = next(i.value for i in b.inputs if i.value.name == "live")
+    given = {i.value.name: i.value for i in b.inputs}
+    live = given.get("live_all") or given["live"]
     rows = [b.input("rows", TensorType(f32, ()), "hyper")] if last else []
     full = get_op("full").attrs_type
     for p in params:
@@ -213,6 +219,43 @@ def _accumulated(
         gradient[p] = b.one("accumulate", total, gradient[p], live, *rows)
         zero = full(value=0.0, shape=p.type.shape, dtype="f32")  # type: ignore[call-arg]
         b.commit(total, b.one("full", attrs=zero) if last else gradient[p])
+
+
+def _reduced(
+    b: Builder, loss: Value, params: Sequence[Value], gradient: dict[Value, Value], ranks: int
+) -> Value:
+    """Sums the gradients over the ranks, in place of them in `gradient`, and gives the loss of all.
+
+    They travel in buckets of about BUCKET bytes, in the order in which they arise, each as soon as
+    its last one is there, beside the rest of the backward pass. The loss goes with the first.
+    """
+    if ranks == 1:
+        return loss
+    made = {v: at for at, e in enumerate(b.eqns) for v in e.results}
+    buckets: list[list[Value | None]] = [[None]]  # None: the loss
+    size = 0
+    for p in params:
+        if size and size + p.type.bytes > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += p.type.bytes
+    attrs = get_op("all_reduce").attrs_type(ranks=ranks)  # type: ignore[call-arg]
+    total = loss
+    written: list[tuple[int, Eqn]] = []
+    for bucket in buckets:
+        operands: list[Value] = [loss if q is None else gradient[q] for q in bucket]
+        sums = b.emit("all_reduce", operands, attrs)
+        written.append((1 + max(made[v] for v in operands), b.eqns.pop()))
+        for q, s in zip(bucket, sums, strict=True):
+            assert s is not None
+            if q is None:
+                total = s
+            else:
+                gradient[q] = s
+    for at, eqn in reversed(written):
+        b.eqns.insert(at, eqn)
+    return total
 
 
 def _kept(b: Builder, old: Value, new: Value, flags: Sequence[Value]) -> Value:

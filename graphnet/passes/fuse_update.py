@@ -32,10 +32,21 @@ def _rule(outer: str, inner: str, pattern: str) -> Rule:
     )
 
 
+def _over_ranks(m: Match) -> str | None:
+    """Why a reduction over the ranks does not join the update behind it."""
+    size = m.edges[0].type.bytes
+    return f"{m.edges[0]} is a sum over all ranks: {size:,} bytes are written, summed and read"
+
+
 # Each consumer of a gradient joins the kernel that makes it, or else the consumer before it.
 RULES = [
     *(_rule(u, g, f"anchor:{g}") for g in WGRADS for u in (*TAKERS, "chain")),
     *(_rule(u, t, t) for t in ("clip", "accumulate") for u in (*TAKERS, "chain") if u != t),
+    *(
+        Rule(f"{u}(w, all_reduce(g)) => fused", P((u,), P(("all_reduce",))), build_merge,
+             _over_ranks)
+        for u in (*TAKERS, "chain")
+    ),
     # The guard reads the update's result, in whatever kernel that is.
     *(
         Rule(f"if_finite({name}(...)) => fused", P(("if_finite",), P((op,))), build_merge, fits)

@@ -54,6 +54,9 @@ def _pinned(graph: Graph) -> set[Value]:
     for e in graph.eqns:
         if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad", "pad"):
             out.update((*e.inputs, *e.results))
+    for e in reversed(graph.eqns):  # the sum over ranks takes the place of what it sums
+        if e.op == "all_reduce":
+            out.update(v for v, s in zip(e.inputs, e.outputs, strict=True) if s in out)
     return out
 
 
@@ -72,6 +75,9 @@ def layout(graph: Graph, kernels: Kernels | None) -> Graph:
                 continue
             if v in kept:  # state is written as it is stored
                 chosen[v] = kept[v]
+            elif e.op == "all_reduce":
+                source = e.inputs[e.outputs.index(v)]
+                chosen[v] = chosen.get(source, source.type.layout)
             elif len(v.type.shape) == 4 and _channels_last(e, v, chosen):
                 chosen.setdefault(v, NHWC)
     return _as_wanted(_laid(graph, chosen), kernels)

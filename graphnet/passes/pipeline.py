@@ -47,11 +47,13 @@ def run(
     multipliers: Mapping[str, tuple[float, float]] | None = None,
     handling: Handling | None = None,
     wrt: Sequence[str] | None = None,
+    ranks: int = 1,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused.
 
     wrt       names of inputs: the graph of `pullback`, in the place of one with a loss
+    ranks     how many processes take part in the step
     kernels   whose layouts the graph gets; None for a target without kernels of ours
     disabled  names of passes or rules, as in GRAPHNET_DISABLE
     """
@@ -65,7 +67,7 @@ def run(
             return g
         return autodiff(
             g, trainable=trainable, optimizer=optimizer, grads=grads, multipliers=multipliers,
-            handling=handling,
+            handling=handling, ranks=ranks,
         )  # fmt: skip
 
     def rules(*tables: Sequence) -> Callable[[Graph], Graph]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value, Where
+from graphnet.ir.op import get_op
 from graphnet.passes.templates import anchor_of, traits_of
 
 MAX_ROUNDS = 64
@@ -275,18 +276,22 @@ def _replace(graph: Graph, m: Match, new: list[Eqn], rule: str) -> Graph:
 
 
 def order(eqns: list[Eqn], graph: Graph) -> tuple[Eqn, ...]:
-    """Topological order that keeps the given order wherever it is legal."""
+    """Topological order that keeps the given order wherever it is legal, and that of collectives
+    always: all ranks meet them in one order."""
     ready = set(graph.input_values)
     out: list[Eqn] = []
     waiting = list(eqns)
     while waiting:
         rest: list[Eqn] = []
+        held = False  # whether a collective waits
         for e in waiting:
-            if all(v in ready for v in e.inputs):
+            together = get_op(e.op).effect == "collective"
+            if all(v in ready for v in e.inputs) and not (together and held):
                 ready.update(e.results)
                 out.append(e)
             else:
                 rest.append(e)
+                held = held or together
         if len(rest) == len(waiting):
             missing = [str(v) for v in rest[0].inputs if v not in ready]
             raise GraphError(f"{rest[0].op} waits for {', '.join(missing)}: a cycle, or a rule bug")

@@ -47,7 +47,7 @@ class Accumulated(TrainStep):
         state = self.state
         last = state.pending + 1 >= self.every
         program = self._ran = self if last else self._adding
-        rows = state.pending_rows + program._feed(x, y, index, epoch)
+        rows = state.pending_rows + program.rows_of_all(program._feed(x, y, index, epoch))
         if last:
             self._hypers.set("rows", rows)
         program._step()

@@ -14,6 +14,7 @@ import torch
 
 from graphnet.errors import NumericsError
 from graphnet.ir.graph import Eqn, Input, Value
+from graphnet.ir.op import get_op
 from graphnet.ops.fused import run_eqn
 from graphnet.passes.precision import derived
 from graphnet.runtime.program import Program
@@ -52,8 +53,8 @@ def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | No
     """Of the step that the program ran last: input, then parameters, then each equation in order.
 
     batch  (x, y, ...) as that step took them, where a later one has overwritten them since
-    None where the formulas stay finite: then only the rounding of the compiled step overflowed, or
-    a later step has changed what did.
+    None where the formulas stay finite: then another rank's rows made it so, or only the rounding
+    of the compiled step overflowed, or a later step has changed what did.
     """
     if batch:
         program._feed(*batch)
@@ -79,6 +80,8 @@ def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | No
             return _found(reader.get(i.value), what)
     for e in graph.eqns:
         if e.op in _BOOKS or any(v not in env for v in e.inputs):
+            continue
+        if get_op(e.op).effect == "collective":  # each rank looks at its own rows
             continue
         outs = run_eqn(e, [env[v] for v in e.inputs], "cpu")
         for v, out in zip(e.outputs, outs, strict=False):

@@ -21,12 +21,15 @@ class Inputs:
     takes    the element type of the batch as it is called
     classes  width of the logits, 0 where no loss reads labels
     least    rows that a batch needs: 2 where statistics would have one value for a channel
+    empty    whether it may have none, since other ranks have some
     live, epoch  what the step was told last
     """
 
     def __init__(
-        self, storage: dict[str, torch.Tensor], takes: torch.dtype, classes: int, least: int = 1
-    ) -> None:
+        self, storage: dict[str, torch.Tensor], takes: torch.dtype, classes: int, least: int = 1,
+        empty: bool = False,
+    ) -> None:  # fmt: skip
+        self.fewest = 0 if empty else 1
         self.x, self.takes, self.classes, self.least = storage["x"], takes, classes, least
         self.labels, self.index = storage.get("labels"), storage.get("index")
         self._live, self._epoch = storage.get("live"), storage.get("epoch")
@@ -93,12 +96,12 @@ class Inputs:
                     help=f"compile for this shape: gn.compile(net, {tuple(x.shape)}, ...)"
                     if x.ndim == len(whole) else f"give the batch first: (32, {want})",
                 )
-            if not 1 <= x.shape[0] <= whole[0]:
+            if not self.fewest <= x.shape[0] <= whole[0]:
                 raise ShapeError(
-                    f"a batch of {x.shape[0]} rows, compiled for 1 to {whole[0]}",
+                    f"a batch of {x.shape[0]} rows, compiled for {self.fewest} to {whole[0]}",
                     help="split the batch, or compile for a larger one",
                 )
-            if x.shape[0] < self.least:
+            if x.shape[0] < self.least and (self.least > 1 or self.fewest):
                 raise one_value()
         self._check_device("input", x)
         return x.shape[0]
@@ -120,7 +123,7 @@ class Inputs:
             )
         self._check_device("labels", y)
         # Labels on the GPU are not checked: that would wait for the device at every step.
-        if not y.is_cuda and self.classes:
+        if rows and not y.is_cuda and self.classes:
             check_labels(y, self.classes)
 
     def _check_device(self, what: str, t: torch.Tensor) -> None:

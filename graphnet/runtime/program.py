@@ -22,11 +22,12 @@ import torch
 from graphnet.errors import ConfigError
 from graphnet.ir.graph import Graph
 from graphnet.ir.types import f32
+from graphnet.runtime.group import Group
 from graphnet.runtime.hypers import Hypers
 from graphnet.runtime.inputs import Inputs, classes_of, least_rows
 from graphnet.runtime.state import State
 
-Prepare = Callable[[Any, dict[str, torch.Tensor]], Callable[[], None]]
+Prepare = Callable[..., Callable[[], None]]
 _STAGES = ("traced", "joint", "fused")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -61,13 +62,18 @@ class Program:
         precision: str,
         seed: int = 0,
         shared: Mapping[str, torch.Tensor] | None = None,
+        group: Group | None = None,
+        global_batch: int = 0,
     ) -> None:
         self.stages, self.plan, self.state = stages, plan, state
         self._shared = dict(shared or {})  # storage of inputs that belongs to another program
         self.target, self.precision, self.seed = target, precision, seed
-        self.device = state.device
+        self.device, self.group = state.device, group
+        self.global_batch = global_batch  # rows of a step on all ranks
+        self.stopping = False  # what this rank tells the others with its next step
+        self._told = torch.zeros(2, dtype=torch.int32, device=self.device)
         with state.lock:
-            self._attach(prepare)
+            self._attach(prepare if group is None else functools.partial(prepare, group=group))
 
     def _attach(self, prepare: Prepare) -> None:
         """Makes what the program owns, and meets the state."""
@@ -83,6 +89,8 @@ class Program:
                 continue
             if name in self._hypers:
                 self._storage[name] = self._hypers.scalar(name)
+            elif name == "live_all" and role == "hyper":
+                self._storage[name] = self._told[0]
             elif role in ("data", "hyper"):
                 self._storage[name] = self._zeros(type)
         for v in graph.returns:
@@ -92,17 +100,36 @@ class Program:
         self.classes = classes_of(stages.traced)
         self._returns = tuple(v.name for v in graph.returns)
         takes = stages.traced.input("x").value.type.dtype.torch
-        self._inputs = Inputs(self._storage, takes, self.classes, least_rows(stages.traced))
+        self._inputs = Inputs(
+            self._storage, takes, self.classes, least_rows(stages.traced), self.group is not None
+        )  # fmt: skip
+        rank, ranks = (self.group.rank, self.group.ranks) if self.group else (0, 1)
+        self._rows_before = rank * self.shape[0]
+        self.global_batch = self.global_batch or ranks * self.shape[0]
+        if "first_row" in self._storage:
+            self._storage["first_row"].fill_(self._rows_before)
         if "seed" in self._storage:
             self._storage["seed"].fill_(_signed64(self.seed))
         targets = {old.name for old, _ in graph.commits}
         self._writes = any(e.role == "param" and e.name in targets for e in self._entries)
         self._keeps = {e.name for e in self._entries if e.role == "derived"} & targets
+        if self.group is not None:
+            self._join_group(self.group)
         state.acquire(self._entries)  # a prepare that warms up reads current values
         self._prepare = prepare
         self._run = prepare(plan, self._storage)
         if hasattr(self._run, "record"):
             self._run.record()
+
+    def _join_group(self, group: Group) -> None:
+        """Takes over the state of rank 0, and how far it has come."""
+        cells = [e.cell for e in self._entries if e.role != "derived"]
+        group.share(c.live for c in cells)
+        for c in cells:
+            c.touched()
+        state = self.state
+        counts = state.steps, state.pending, state.pending_rows
+        state.steps, state.pending, state.pending_rows = group.tell(counts)
 
     def _zeros(self, type: Any) -> torch.Tensor:
         return type.layout.zeros(type.shape, type.dtype.torch, self.device)
@@ -126,9 +153,23 @@ class Program:
         index: torch.Tensor | None = None,
         epoch: int = 0,
     ) -> int:
-        """Copies a batch in and returns its rows."""
-        first = self.state.steps * self.shape[0]
-        return self._inputs.feed(x, y, index, epoch, first)
+        """Copies a batch in and returns its rows; with several ranks, sums these up over them."""
+        first = self.state.steps * self.global_batch + self._rows_before
+        rows = self._inputs.feed(x, y, index, epoch, first)
+        if self.group is not None:
+            self._told[0], self._told[1] = rows, int(self.stopping)
+            self.group.sum(self._told)()
+        return rows
+
+    def rows_of_all(self, rows: int) -> int:
+        """The rows of the batch on all ranks, where this one has so many. Waits for the device."""
+        return rows if self.group is None else int(self._told[0])
+
+    @property
+    def stop_told(self) -> bool:
+        """Whether a rank was `stopping` when it came to the latest step: all give the same
+        answer. Waits for the device."""
+        return bool(self._told[1])
 
     # ---- running ----------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ class TrainStep(Program):
         seed    of the order of each epoch; the step's own seed by default
         """
         check_bound(images, labels, self.shape, self.classes)
-        if images.shape[0] % self.shape[0] == 1 and self._inputs.least > 1:
+        if images.shape[0] % self.global_batch == 1 and self._inputs.least > 1:
             raise one_value()
         seed, n = self.seed if seed is None else seed, images.shape[0]
 
@@ -174,15 +174,15 @@ class TrainStep(Program):
         here = lambda t: t.detach().to(self.device).contiguous()
         as_read = lambda t: here(t.to(inputs.x.dtype) if t.dtype == torch.float32 else t)
         bound = self._bound = Bound(
-            as_read(images), here(labels.to(torch.int64)), self.shape[0], order,
+            as_read(images), here(labels.to(torch.int64)), self.global_batch, order,
             None if levels is None else as_read(levels),
         )  # fmt: skip
         self._draws = self._drawing(bound)
         return bound
 
     def _drawing(self, bound: Bound) -> Draws | None:
-        """What runs steps over the data; None where each is called."""
-        return Draws(self, bound)
+        """What runs steps over the data; None where each is called, as with several ranks."""
+        return Draws(self, bound) if self.group is None else None
 
     def run(self, n: int, lr: Sequence[float] | None = None) -> torch.Tensor:
         """n steps over the bound data, epoch after epoch; their n losses, on the device.
@@ -252,7 +252,14 @@ class TrainStep(Program):
             if lr is not None:
                 self.optimizer.lr = float(lr[k])
             batch = bound.stored() if "index" in self._storage else bound.next()
-            losses[k].copy_(self(*batch))
+            losses[k].copy_(self(*map(self._own, batch)))
+
+    def _own(self, part: Any) -> Any:
+        """This rank's rows of a part of a global batch."""
+        if self.group is None or not isinstance(part, torch.Tensor):
+            return part
+        most = min(self._rows_before + self.shape[0], self.global_batch)
+        return part[self._rows_before : most]
 
     def _ready(self, n: int, lr: Sequence[float] | None) -> None:
         """ConfigError unless data are bound and the arguments of `run` sound."""

@@ -15,7 +15,8 @@ def clean(monkeypatch):
 
 def test_exactly_the_documented_flags():
     assert list(config.FLAGS) == [
-        "DEBUG", "DUMP", "DISABLE", "CHECK", "TUNE", "STREAMS", "CACHE_DIR", "DATA"
+        "DEBUG", "DUMP", "DISABLE", "CHECK", "TUNE", "STREAMS", "NCCL_CAPTURE", "CACHE_DIR",
+        "DATA",
     ]  # fmt: skip
     assert all(text and "\n" not in text for text in config.FLAGS.values())
 

@@ -47,7 +47,8 @@ class Losses(Variant):
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c = work.anchor, config
         kernel = e.op.removesuffix("_grad")
-        logits, labels, live = (work.ref(v) for v in e.inputs)
+        logits, labels, live, *over = (work.ref(v) for v in e.inputs)
+        rows = over[0] if over else None  # what the mean is over, if not the live ones
         m, n = e.inputs[0].type.shape
         grad = next((a for a in work.anchors if a.op.endswith("_grad")), None)
         value = next((a for a in work.anchors if not a.op.endswith("_grad")), None)
@@ -71,8 +72,8 @@ class Losses(Variant):
         written = sums or loss
         first = make(
             kernel, "loss",
-            (logits, labels, live, None if sums else loss, sums, arguments(epi)), constants,
-            (c.SPLIT,), reads=(logits.name, labels.name, live.name),
+            (logits, labels, live, rows, None if sums else loss, sums, arguments(epi)), constants,
+            (c.SPLIT,), reads=tuple(work.name[v] for v in e.inputs),
             writes=(written.name,) if written else (), epilogues=(epi,),
             scratch=((sums.name, 4 * c.SPLIT),) if sums else (),
         )  # fmt: skip
@@ -80,8 +81,8 @@ class Losses(Variant):
             return [first]
         assert loss is not None
         mean = make(
-            "mean_reduce", "reduce", (sums, live, loss),
+            "mean_reduce", "reduce", (sums, rows or live, loss),
             {"COUNT": c.SPLIT, "BLOCK": next_power(c.SPLIT)}, (1,),
-            reads=(sums.name, live.name), writes=(loss.name,),
+            reads=(sums.name, (rows or live).name), writes=(loss.name,),
         )  # fmt: skip
         return [first, mean]

@@ -78,6 +78,8 @@ class Loss(Stage):
 
     def refusal(self, members: Sequence[Eqn], kept: set[Value]) -> str | None:
         anchors = anchors_of(members[0])
+        if len(anchors[0].inputs) > 3:
+            return "the mean is over the rows of several ranks"
         classes = anchors[0].inputs[0].type.shape[1]
         if classes > COLUMNS:
             return f"a row of {classes} classes does not stay in registers, at most {COLUMNS} do"

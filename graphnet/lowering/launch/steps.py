@@ -1,4 +1,4 @@
-"""The steps of a plan: kernel launches, fills and copies of whole buffers."""
+"""The steps of a plan: kernel launches, fills and copies of whole buffers, collectives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import CompileError
 from graphnet.ir.graph import NOWHERE, Where
+from graphnet.ir.types import TensorType
 from graphnet.lowering.launch.codegen import Epilogue, Ref
 from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.signature import signature_of
@@ -176,7 +177,40 @@ class Copy:
         return f"copy {self.source} -> {self.target}"
 
 
-Step = Launch | Fill | Copy
+@dataclass(frozen=True)
+class Collective:
+    """What the ranks do together: one of the ops of `ops/collective.py`.
+
+    ins, outs  (buffer, type) of each operand and result; they share memory where they are alike
+    bucket     the buffer that holds all results behind one another, "" where none does
+    bytes      of the results: what a rank has to tell or to hear
+    """
+
+    op: str
+    attrs: Any
+    ins: tuple[tuple[str, TensorType], ...]
+    outs: tuple[tuple[str, TensorType], ...]
+    bucket: str = ""
+    where: Where = field(default=NOWHERE, compare=False)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.ins)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.outs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for _, t in self.outs)
+
+    def __str__(self) -> str:
+        tensors = f"{len(self.outs)} tensor{'s' * (len(self.outs) > 1)}"
+        return f"{self.op} of {tensors}, {self.bytes:,} bytes, over {self.attrs.ranks} ranks"
+
+
+Step = Launch | Fill | Copy | Collective
 
 
 def arguments(e: Epilogue | None) -> tuple[Ref, ...] | None:

@@ -13,12 +13,14 @@ from functools import cached_property
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value
+from graphnet.ir.op import get_op
 from graphnet.ir.types import DTYPES, TensorType
 from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.equation import launches
 from graphnet.lowering.launch.moves import is_view, run_move
 from graphnet.lowering.launch.registry import kernels_for
-from graphnet.lowering.launch.steps import Copy, Launch, Step, Table
+from graphnet.lowering.launch.steps import Collective, Copy, Launch, Step, Table
+from graphnet.lowering.plan.buckets import bucketed, opened
 from graphnet.lowering.plan.groups import grouped
 from graphnet.lowering.plan.memory import Life, Slot, assign, overlaid, reachability
 from graphnet.lowering.plan.schedule import chained, memory_order, program_order, streams_of
@@ -47,6 +49,10 @@ class Plan:
     types: dict[str, tuple[str, int]] = field(default_factory=dict)
     streams: tuple[int, ...] = ()
     alone: tuple[tuple[Launch, str], ...] = ()
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Collective))
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -129,6 +135,9 @@ class _Planner:
         if is_view(e):
             self.alias[e.out] = e.inputs[0]
             return
+        if get_op(e.op).effect == "collective":
+            self._collective(e)
+            return
         for v in e.results:
             self.types[v.name] = v.type
         made = launches(e, self.root, self.kernels)
@@ -137,19 +146,34 @@ class _Planner:
                 self.types |= _scratch(s)
         self.steps += made
 
+    def _collective(self, e: Eqn) -> None:
+        """A sum over ranks stands where its operand stood, where nobody else reads that."""
+        ins = tuple((self.root(v), v.type) for v in e.inputs)
+        if e.op == "all_reduce":
+            for v, out in zip(e.inputs, e.outputs, strict=True):
+                alone = v not in self.alias and list(self.graph.readers[v]) == [e]
+                free = v.name not in self.inputs and v not in self.graph.escaping
+                if out is not None and alone and free and v.type == out.type:
+                    self.alias[out] = v
+        outs = tuple((self.root(v), v.type) for v in e.results)
+        self.types |= dict(outs)
+        self.steps.append(Collective(e.op, e.attrs, ins, outs, where=e.where))
+
     # ---- what leaves the graph --------------------------------------------------------------
 
     def leave(self) -> dict[str, str]:
         """Gives returned and committed values their storage; adds copies where they need one."""
         storage = {name: name for name in self.inputs}
         committed = {old.name for old, _ in self.graph.commits}
+        travels = {n for s in self.steps if isinstance(s, Collective) and len(s.outs) > 1
+                   for n in s.writes}  # in one message, so it lies with the others
         keeps: list[Step] = []  # before any state is replaced
         ends: list[Step] = []
         for v in dict.fromkeys(self.graph.returns):
             root = self.root(v)
             if v.name in self.inputs:
                 continue
-            if root in storage or not self._same(root, v):
+            if root in storage or root in travels or not self._same(root, v):
                 self.types[v.name] = v.type
                 storage[v.name] = v.name
                 ends += self._moved(root, v.name)
@@ -244,6 +268,8 @@ def _edges(steps: Sequence[Step], place: dict[str, str]) -> set[tuple[int, int]]
                 edges.update((k, r) for r in readers.get(name, ()) if r != k and k not in copied)
             for k in copied:
                 edges.update((r, k) for r in readers.get(name, ()) if r != k)
+    together = [k for k, s in enumerate(steps) if isinstance(s, Collective)]
+    edges.update(zip(together, together[1:], strict=False))
     for new, old in place.items():
         for w in writers[new]:
             edges.update((r, w) for r in readers.get(old, ()) if r != w)
@@ -285,6 +311,7 @@ def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan
         writers = tuple(k for k, s in enumerate(steps) if name in s.writes)
         readers = tuple(k for k, s in enumerate(steps) if name in s.reads)
         lives[name] = Life(type.bytes, writers, readers)
+    steps, lives, buckets = bucketed(steps, lives)
     reach = reachability(len(steps), ordered)
     pairs = [
         (k, old, new)
@@ -296,7 +323,9 @@ def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan
     merged, home = overlaid(lives, pairs, reach)
     arena, size = assign(merged, reach)
     arena |= {new: arena[old] for new, old in home.items()}
+    arena |= opened(buckets, arena)
     types = {
         n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
     }  # fmt: skip
+    types |= {n: ("f32", arena[n].size // 4) for n in buckets}
     return Plan(graph, target, steps, ordered, storage, arena, size, types, streams, alone)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from graphnet import config
 from graphnet.lowering.launch.aside import goes_aside
-from graphnet.lowering.launch.steps import Launch, Step
+from graphnet.lowering.launch.steps import Collective, Launch, Step
 
 Edges = set[tuple[int, int]]
 
@@ -79,12 +79,16 @@ def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) 
 
 
 def streams_of(steps: Sequence[Step], edges: Edges) -> tuple[int, ...]:
-    """The stream of each step: 1 for long memory-bound steps that nothing waits for, else 0."""
+    """The stream of each step: 1 for collectives and for long memory-bound steps that nothing waits
+    for, else 0."""
     if config.streams() == 0:
         return (0,) * len(steps)
     waited = {a for a, _ in edges}
     return tuple(
-        int(isinstance(s, Launch) and k not in waited and goes_aside(s))
+        int(
+            isinstance(s, Collective)
+            or (isinstance(s, Launch) and k not in waited and goes_aside(s))
+        )
         for k, s in enumerate(steps)
     )
 

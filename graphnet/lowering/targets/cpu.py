@@ -15,7 +15,8 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.lowering import watch
-from graphnet.lowering.targets import cpu_conv, cpu_update
+from graphnet.lowering.targets import cpu_conv, cpu_ranks, cpu_update
+from graphnet.lowering.targets.collectives import Group
 from graphnet.lowering.targets.cpu_over import over
 from graphnet.lowering.targets.cpu_task import (
     Call,
@@ -27,6 +28,7 @@ from graphnet.lowering.targets.cpu_task import (
     in_order,
     symmetric,
 )
+from graphnet.ops.collective import exchanging
 from graphnet.passes.templates import is_update
 
 Storage = dict[str, torch.Tensor]
@@ -55,16 +57,20 @@ def _linear_relu(eqn: Eqn, relu: Eqn) -> Task:
 def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
     """The loss and its gradient from one log-softmax of the live rows."""
     smoothing = loss.attrs.label_smoothing  # type: ignore[attr-defined]
+    of_all = loss.inputs[3:]  # the live rows of all ranks
     dtype, mean, ignored = loss.inputs[0].type.dtype.torch, 1, -100
     one = torch.ones((), dtype=dtype)
 
     def make(slot: Slot) -> Call:
-        iz, il, iv = (slot(v) for v in loss.inputs)
+        iz, il, iv, *ia = (slot(v) for v in loss.inputs)
         ol, og = slot(loss.out), slot(grad.out)
 
         def call(env: Env) -> None:
             z, labels, live = env[iz], env[il], int(env[iv])
             rows, (n, classes) = labels[:live], z.shape
+            if not live:
+                env[ol], env[og] = z.new_zeros(()), torch.zeros_like(z)
+                return
             logp = torch.log_softmax(z[:live], 1)
             nll, count = _aten.nll_loss_forward(logp, rows, None, mean, ignored)
             g = _aten.nll_loss_backward(one, logp, rows, None, mean, ignored, count)
@@ -72,6 +78,8 @@ def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
                 nll = (1.0 - smoothing) * nll - logp.mean() * smoothing
                 g.mul_(1.0 - smoothing).sub_(smoothing / (classes * live))
             g = _aten._log_softmax_backward_data(g, logp, 1, dtype)
+            if of_all and (rows_of_all := int(env[ia[0]])) != live:
+                nll, g = nll * (live / rows_of_all), g.mul_(live / rows_of_all)
             env[ol] = nll
             env[og] = g if live == n else torch.cat((g, g.new_zeros(n - live, classes)))
 
@@ -135,7 +143,7 @@ def _recorded(record: Eqn) -> tuple[Value, ...]:
 class _Schedule:
     """The flat graph as tasks: `body` reads the old state, `tail` writes the new one in place."""
 
-    def __init__(self, graph: Graph, storage: Storage) -> None:
+    def __init__(self, graph: Graph, storage: Storage, group: Group | None = None) -> None:
         self.graph, self.storage = graph, storage
         self.eqns = flatten(graph)
         self.escaping = graph.escaping
@@ -149,9 +157,10 @@ class _Schedule:
         self.wide: dict[Value, Value] = {}
         self.fused: set[Value] = set()  # gradients that their update makes
         self.flags: list[Task] = []  # what updates look at
+        self.starts, waits = cpu_ranks.tasks_of(self.eqns, group)
         tail = self._tail()
         body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
-        self.body = in_order(self.flags + body, set(graph.input_values))
+        self.body = in_order(self.flags + body + waits, set(graph.input_values))
         self.tail = tail
 
     def read_by(self, v: Value) -> list[Eqn]:
@@ -245,6 +254,8 @@ class _Schedule:
         return [self._add(t) for t in self._choose(e)]
 
     def _choose(self, e: Eqn) -> list[Task]:
+        if id(e) in self.starts:
+            return [self.starts[id(e)]]
         if e.op == "conv2d" and symmetric(e.attrs):
             return self._conv(e)
         if e.op in ("conv2d_wgrad", "conv2d_dgrad") and symmetric(e.attrs):
@@ -331,17 +342,19 @@ def _views(graph: Graph) -> set[Value]:
 
 
 def prepare(
-    plan: Any, storage: Storage, *, around: Callable[[Task, Call], Call] = lambda task, call: call
-) -> Callable[[], None]:
+    plan: Any, storage: Storage, *, around: Callable[[Task, Call], Call] = lambda task, call: call,
+    group: Group | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """The step as a callable over fixed storage, by name of input and of returned value.
 
     around  is given each task with its call and returns what is called instead: to time it
+    group   the processes that take part, where there are several
     It reads `plan.graph` only. Calling it runs one step: returned values are copied to their
     storage, then committed state is replaced. Gradients are off while it runs.
     """
     graph: Graph = plan.graph
     _keep_freed_memory()
-    schedule = _Schedule(graph, storage)
+    schedule = _Schedule(graph, storage, group)
     slots: dict[Value, int] = {}
 
     def slot(v: Value) -> int:
@@ -381,7 +394,17 @@ def prepare(
         for tensor, at in commits:
             tensor.copy_(env[at])
 
-    return watch.check_step(graph, storage, run) if config.check() else run
+    if not config.check():
+        return run
+    checked = watch.check_step(graph, storage, run)
+    if group is None:
+        return checked
+
+    def among() -> None:
+        with exchanging(group.gather, group.rank):
+            checked()
+
+    return among
 
 
 def _keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graphnet import config
 from graphnet.errors import BackendUnavailableError, CompileError, OutOfMemoryPlanError
 from graphnet.lowering.build.build import compile_launches, try_launches
 from graphnet.lowering.build.loading import loaded
@@ -21,8 +22,10 @@ from graphnet.lowering.build.pool import launchers
 from graphnet.lowering.build.tools import ptxas
 from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source, load
-from graphnet.lowering.launch.steps import Copy, Fill, Launch, Step, bind
+from graphnet.lowering.launch.steps import Collective, Copy, Fill, Launch, Step, bind
 from graphnet.lowering.plan.plan import Plan
+from graphnet.lowering.targets.collectives import Group, collective
+from graphnet.lowering.targets.cuda_ranks import Segmented, segments_of
 from graphnet.lowering.targets.interpret import MODE, Storage, buffers, laid, operands
 from graphnet.lowering.watch import wanted, watched
 
@@ -98,7 +101,9 @@ def _loaded(
     return lambda: launch(*real, **values, **options)
 
 
-def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
+def calls(
+    plan: Plan, tensor: Callable[[Ref], torch.Tensor], group: Group | None = None
+) -> list[Call]:
     """The plan's steps as calls, compiled by the workers where need be, and loaded."""
     _pin_tools()
     found = iter(compile_launches(plan.launches, _arch())[0])
@@ -111,6 +116,8 @@ def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Call]:
         elif isinstance(step, Copy):
             a, b = tensor(ref(step.source)), tensor(ref(step.target))
             out.append(partial(b.copy_, a, non_blocking=True))
+        elif isinstance(step, Collective):
+            out.append(collective(step, tensor, group))
         else:
             with MODE:
                 out.append(_loaded(step, tensor, *next(found)))
@@ -206,12 +213,15 @@ def prepare(
     *,
     capture: bool = True,
     around: Callable[[Step, Call], Call] = lambda step, call: call,
+    group: Group | None = None,
 ) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
     capture  a `Replayed`; False launches step by step, for debugging, and so do GRAPHNET_CHECK and
              GRAPHNET_DEBUG=2
     around   is given each step with its call and returns what is called instead: to time it
+    group    the processes that take part, where there are several. With GRAPHNET_NCCL_CAPTURE=1
+             their collectives are recorded with the step, else they run between its graphs
     Nothing runs before the first call.
     """
     require(plan)
@@ -220,11 +230,20 @@ def prepare(
         arena = torch.empty(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
         held, moved = laid(plan, storage)
         tensor = buffers(plan, held, arena)
-        program = watched(plan, calls(plan, tensor), tensor)
+        program = watched(plan, calls(plan, tensor, group), tensor)
         program = [around(step, call) for step, call in zip(plan.steps, program, strict=True)]
 
     beside = torch.cuda.Stream(device)
     waits = _waits(plan)
+
+    def segment(steps: Sequence[int]) -> Replayed | Call:
+        """Some of the steps: a collective as it is, launches recorded."""
+        if isinstance(plan.steps[steps[0]], Collective):
+            return program[steps[0]]
+        at = {k: n for n, k in enumerate(steps)}
+        inner = [tuple(at[a] for a in waits[k] if a in at) for k in steps]
+        some, on = [program[k] for k in steps], tuple(plan.streams[k] for k in steps)
+        return Replayed(lambda: _run(some, on, inner, beside), device)
 
     def once() -> None:
         for original, twin in moved:
@@ -242,5 +261,7 @@ def prepare(
 
         return run
 
+    if plan.collectives and not config.nccl_capture():
+        return Segmented(segments_of(plan), segment, device, moved, (arena, held, program))
     # The calls hold the tables that launches read, and their descriptors.
     return Replayed(once, device, (arena, held, program))

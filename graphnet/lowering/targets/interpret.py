@@ -28,8 +28,19 @@ from graphnet.lowering.build.descriptors import descriptor, passed_box
 from graphnet.lowering.launch import files
 from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.files import Source
-from graphnet.lowering.launch.steps import Arg, Box, Copy, Fill, Launch, Step, Table, bind
+from graphnet.lowering.launch.steps import (
+    Arg,
+    Box,
+    Collective,
+    Copy,
+    Fill,
+    Launch,
+    Step,
+    Table,
+    bind,
+)
 from graphnet.lowering.plan.plan import Plan
+from graphnet.lowering.targets.collectives import Group, collective
 from graphnet.lowering.watch import watched
 
 Storage = dict[str, torch.Tensor]
@@ -214,7 +225,9 @@ def laid(plan: Plan, storage: Storage) -> tuple[Storage, list[tuple[torch.Tensor
     return held, twins
 
 
-def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Callable[[], Any]:
+def _call(
+    step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan, group: Group | None = None
+) -> Callable[[], Any]:
     """A step as a call without arguments; launches must be called in interpreted mode."""
     ref = lambda name: Ref(name, plan.types[name][0])
     if isinstance(step, Fill):
@@ -223,6 +236,8 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
     if isinstance(step, Copy):
         a, b = tensor(ref(step.source)), tensor(ref(step.target))
         return lambda: b.copy_(a)
+    if isinstance(step, Collective):
+        return collective(step, tensor, group)
     args, constants, options = bind(step)
     real = operands(args, tensor)
     load = partial(files.load, package="graphnet_interpreted")
@@ -232,10 +247,12 @@ def _call(step: Step, tensor: Callable[[Ref], torch.Tensor], plan: Plan) -> Call
     return lambda: kernel[step.grid](*real, **values, **options)
 
 
-def calls(plan: Plan, tensor: Callable[[Ref], torch.Tensor]) -> list[Callable[[], Any]]:
+def calls(
+    plan: Plan, tensor: Callable[[Ref], torch.Tensor], group: Group | None = None
+) -> list[Callable[[], Any]]:
     """The plan's steps as calls, to be made in interpreted mode."""
     with interpreted():
-        return [_call(s, tensor, plan) for s in plan.steps]
+        return [_call(s, tensor, plan, group) for s in plan.steps]
 
 
 def _poison(plan: Plan, arena: torch.Tensor) -> list[Callable[[], None]]:
@@ -257,15 +274,18 @@ def _poison(plan: Plan, arena: torch.Tensor) -> list[Callable[[], None]]:
     return out
 
 
-def prepare(plan: Plan, storage: Storage, *, poison: bool = False) -> Callable[[], None]:
+def prepare(
+    plan: Plan, storage: Storage, *, poison: bool = False, group: Group | None = None
+) -> Callable[[], None]:
     """The step as a callable over fixed storage, by name of input and of returned value.
 
+    group   the processes that take part, where there are several
     poison  fills every buffer with NaN bits before its first write, for tests
     """
     arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
     held, moved = laid(plan, storage)
     tensor = buffers(plan, held, arena)
-    program = watched(plan, calls(plan, tensor), tensor)
+    program = watched(plan, calls(plan, tensor, group), tensor)
     fills = _poison(plan, arena) if poison else []
 
     @torch.no_grad()
