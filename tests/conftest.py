@@ -33,3 +33,9 @@ def own_cache(tmp_path_factory):
     """One cache for the module: what was built once stays built."""
     with config.override(CACHE_DIR=str(tmp_path_factory.mktemp("cache"))):
         yield
+
+
+@pytest.fixture
+def single_kernels(monkeypatch):
+    """What tests of one kernel family ask for: no regions, and no groups of launches."""
+    monkeypatch.setenv("GRAPHNET_DISABLE", "regions,groups")

@@ -20,6 +20,8 @@ from graphnet.lowering.watch import oracle
 from tests.case import attrs
 from tests.kinds import NORMS
 
+pytestmark = pytest.mark.usefixtures("single_kernels")
+
 ONE, PAIR, TWO = chunks.Chunks(), chunks.PoolThenNorm(), chunks.TwoPass()
 TILES, GRAD_TILES = pool_tiles.PoolTiles(), pool_tiles.PoolGradTiles()
 SMALL = Config(BLOCK=64, num_warps=2)

@@ -21,7 +21,7 @@ from tests.case import attrs
 from tests.convs import Row, hold
 from tests.twin import relative
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "single_kernels")
 
 VARIANTS = (Rows(), Pairs())
 OPS = Rows.ops

@@ -17,7 +17,7 @@ from graphnet.lowering.tune.search import search
 from graphnet.passes.templates import anchors_of
 
 PACKAGE = Path(gn.__file__).parent
-COMMON = {"rows", "pixels", "elements"}  # words that stand for something else, too
+COMMON = {"rows", "pixels", "elements", "parts"}  # words that stand for something else, too
 SGD = gn.SGD(0.1, momentum=0.9)
 
 
