@@ -13,8 +13,8 @@ and may wait for nothing else, so that what waits for the first one waits no lon
 
 A group pays where its members are small: what a launch of its own costs is a large part of their
 time, and their programs find free processors beside each other. Large launches gain nothing, and
-would take the registers of the most demanding member; one that is not too large may be host to what
-is one program. Hosts, and what takes turns, were not chosen by a measurement of them alone. All
+would take the registers of the most demanding member; one that is not too large may be host to
+small ones. Hosts, and what takes turns, were not chosen by a measurement of them alone. All
 that a group touches is alive at once, so what waits for the group stays in memory until then; small
 launches touch little.
 """
@@ -182,8 +182,8 @@ def _meet(units: dict[int, Unit], far: list[int], edges: Edges) -> None:
 
 
 def _shared_out(units: dict[int, Unit], far: Sequence[int]) -> Iterator[list[int]]:
-    """The units by groups. At each distance those of equal warps are one, what is one program joins
-    the largest, or else a host."""
+    """The units by groups. At each distance those of equal warps are one, with one host; what is one
+    program joins the largest, or else a host."""
     levels: dict[int, list[int]] = defaultdict(list)
     for k in sorted(units):
         levels[far[k]].append(k)
@@ -192,10 +192,16 @@ def _shared_out(units: dict[int, Unit], far: Sequence[int]) -> Iterator[list[int
         for k in level:
             if not (units[k].single or units[k].host):
                 alike[units[k].warps].append(k)
-        hosts = [[k] for k in level if units[k].host]
+        hosts = []
+        for k in (k for k in level if units[k].host):
+            small_ones = alike.get(units[k].warps, [])
+            if small_ones and not any(units[o].host for o in small_ones):
+                small_ones.append(k)  # they run beside its first programs
+            else:
+                hosts.append([k])
         sorts = sorted(alike.values(), key=len, reverse=True) + hosts
         for k in level:
-            if units[k].single and [k] not in hosts:
+            if units[k].single and not units[k].host:
                 fits = (s for s in sorts if all(units[k].beside(units[o]) for o in s))
                 into = next(fits, None)
                 if into is None:
