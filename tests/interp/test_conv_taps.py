@@ -8,7 +8,7 @@ from graphnet.ir.types import bf16, f32
 from tests.configs import hold as hold_configurations
 from tests.convs import ROWS, hold
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "single_kernels")
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)

@@ -23,7 +23,7 @@ from graphnet.lowering.targets.interpret import interpreted
 from graphnet.lowering.tune.alone import Alone
 from tests.twin import relative
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "single_kernels")
 
 OPS = ("linear", "linear_dgrad", "linear_wgrad")
 SGD = gn.SGD(lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)

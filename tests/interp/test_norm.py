@@ -11,6 +11,8 @@ from graphnet.lowering.targets import interpret
 from graphnet.ops.evaluate import evaluate_step, to_double
 from tests.kinds import NORMS
 
+pytestmark = pytest.mark.usefixtures("single_kernels")
+
 POOL_OPS = ("maxpool2d", "maxpool2d_grad")
 FUSED = {
     "pool,norm": ("maxpool2d_lrn", "lrn_grad_maxpool2d_grad"),
@@ -36,7 +38,7 @@ def net_of(order, size, pool, channels=8, groups=1, **norm):
 
 def errors(net, shape, x, disabled="", **kw):
     """(worst relative error of loss and gradients against the oracle, kernels)."""
-    with gn.config.override(DISABLE=disabled):
+    with gn.config.override(DISABLE=f"{disabled},regions,groups"):
         low = lower(net, shape, target="interpret", loss=gn.CrossEntropyLoss(), grads=True)
     plan = low.plan
     storage = {i.value.name: torch.zeros(i.value.type.shape, dtype=i.value.type.dtype.torch)

@@ -12,6 +12,8 @@ from graphnet.lowering.launch.choice import forced
 from tests.kinds import CONVS, WGRADS
 from tests.twin import relative
 
+pytestmark = pytest.mark.usefixtures("single_kernels")
+
 SHAPE = (3, 3, 47, 47)
 NORMS = {"maxpool2d_lrn_chunks", "lrn_grad_chunks", "maxpool2d_grad_chunks"}
 KERNELS = {"conv2d_taps", "conv2d_wgrad_taps"} | NORMS

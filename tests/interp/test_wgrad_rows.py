@@ -8,7 +8,7 @@ from graphnet.lowering.launch.choice import forced
 from tests.twin import relative
 from tests.wgrads import CASES, hold
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "single_kernels")
 
 
 @pytest.mark.parametrize("row, c", CASES)

@@ -82,6 +82,7 @@ def test_a_limit_far_below_the_norm_is_kept(target):
     assert float(moved.norm()) == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.usefixtures("single_kernels")
 def test_the_norm_costs_the_update_fusion_and_inspect_says_how_much():
     def lowered(**options):
         return lower(

@@ -182,8 +182,8 @@ def _meet(units: dict[int, Unit], far: list[int], edges: Edges) -> None:
 
 
 def _shared_out(units: dict[int, Unit], far: Sequence[int]) -> Iterator[list[int]]:
-    """The units by groups. At each distance those of equal warps are one, with one host; what is one
-    program joins the largest, or else a host."""
+    """The units by groups. At each distance those of equal warps are one, with one host; what is
+    one program joins the largest, or else a host."""
     levels: dict[int, list[int]] = defaultdict(list)
     for k in sorted(units):
         levels[far[k]].append(k)
