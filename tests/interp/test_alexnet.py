@@ -142,6 +142,7 @@ def check_one(model, dropout, target, seed, *, decay=DECAY, planted=0.0, steps=2
             assert bool(((p.data.double() - update).abs() <= 2 * ulp).all()), f"{key}, step {k}"
 
 
+@pytest.mark.slow
 def test_full_size_in_the_interpreter(large_tiles):
     check("alexnet", True, "interpret")
 

@@ -15,6 +15,10 @@ STEPS = 50
 ROWS = {"cpu": 64, "interpret": 8}
 large = pytest.mark.usefixtures("large_tiles")
 targets = pytest.mark.parametrize("target", ["cpu", "interpret"])
+# Fifty interpreted steps take minutes: they belong to the soak.
+soaked = pytest.mark.parametrize(
+    "target", ["cpu", pytest.param("interpret", marks=pytest.mark.slow)]
+)
 
 
 @pytest.fixture
@@ -27,14 +31,14 @@ def large_tiles():
         yield
 
 
-@targets
+@soaked
 @large
 def test_fifty_steps_teacher_forced(target):
     rows = Twins(target, ROWS[target], lr=0.05).teacher_forced(STEPS)
     hold(rows)
 
 
-@targets
+@soaked
 @large
 def test_fifty_steps_free_running(target):
     Twins(target, ROWS[target], lr=0.01).free_running(STEPS)
