@@ -16,6 +16,7 @@ from graphnet.ops.gradient import Handling
 
 
 def check_net(net: Any) -> None:
+    """ConfigError for what is no net, with what to give instead."""
     if not isinstance(net, Module):
         raise ConfigError(
             f"a gn.Module is compiled, not {called(net)}",
@@ -30,6 +31,7 @@ def check_net(net: Any) -> None:
 
 
 def check_arguments(loss: Any, optimizer: Any, grads: bool) -> None:
+    """ConfigError for a loss, an optimizer and grads that do not go together."""
     if loss is None and (optimizer is not None or grads):
         raise ConfigError(
             "an optimizer or grads=True needs a loss", help="loss=gn.CrossEntropyLoss()"
@@ -52,6 +54,7 @@ def _check_spec(name: str, given: Any, has: Sequence[str], example: str) -> None
 
 
 def check_augment(augment: Any, optimizer: Any) -> None:
+    """ConfigError for what is no augmentation, or has no training step to be part of."""
     if augment is None:
         return
     if not isinstance(augment, Augment):
@@ -61,6 +64,7 @@ def check_augment(augment: Any, optimizer: Any) -> None:
 
 
 def check_ranks(ranks: Any, optimizer: Any, grads: bool) -> None:
+    """ConfigError for what is no number of ranks, or is given without a training step."""
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ConfigError(f"ranks is a positive int, not {ranks!r}")
     if ranks > 1 and optimizer is None and not grads:

@@ -193,6 +193,7 @@ def active_tracer(what: str) -> Tracer:
 
 
 def mixed(x: Any) -> ConfigError:
+    """The error where `forward` meets what is neither symbolic nor a number."""
     return ConfigError(
         f"forward mixes symbolic values with {called(x)}", where=user_place() or None,
         help="use symbolic values, gn.Parameter(tensor) as an attribute, and Python numbers",

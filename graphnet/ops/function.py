@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from graphnet.ir.types import TensorType
 from graphnet.ops.elementwise import floating
 
 
-class Function(Op):
+class Function(Op, ABC):
     """y = f(x). Fill in `reference`, `emit`, `pull` and `emit_pull`.
 
     reads  what the gradient reads: "output" is y, so that x may die; "sign" is y, of which only the
@@ -28,17 +29,17 @@ class Function(Op):
     kernel = "elementwise"
     reads: ClassVar[str] = "output"
 
+    @abstractmethod
     def pull(self, attrs: Any, v: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         """dy f'(x) by v, which is y or x as `reads` says: the plainest formula."""
-        raise NotImplementedError
 
     def cpu_pull(self, attrs: Any, v: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         """A faster twin of `pull` for the cpu target."""
         return self.pull(attrs, v, dy)
 
+    @abstractmethod
     def emit_pull(self, v: str, dy: str, attrs: Any, ctx: Any) -> str:
         """The same as a Triton fp32 expression."""
-        raise NotImplementedError
 
     def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
         floating(self.name, ins[0])

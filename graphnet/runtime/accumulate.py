@@ -8,7 +8,7 @@ import torch
 
 from graphnet.runtime.bound import Bound
 from graphnet.runtime.program import Program, taking_turns
-from graphnet.runtime.training import RING, TrainStep
+from graphnet.runtime.training import TrainStep
 
 
 class Accumulated(TrainStep):
@@ -52,6 +52,4 @@ class Accumulated(TrainStep):
             self._hypers.set("rows", rows)
         program._step()
         state.pending, state.pending_rows = (0, 0) if last else (state.pending + 1, rows)
-        at = state.steps % RING
-        state.steps += 1
-        return self._storage["ring"][at]
+        return self._counted()

@@ -256,6 +256,7 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
 def check_bound(
     images: torch.Tensor, labels: torch.Tensor, shape: tuple[int, ...], classes: int
 ) -> None:
+    """DTypeError, ShapeError or DataError for data that a step of this shape cannot draw."""
     if images.dtype not in (torch.uint8, torch.float32):
         raise DTypeError(f"images have dtype {images.dtype}", help="use torch.uint8 or float32")
     if images.ndim != len(shape) or tuple(images.shape[1:]) != shape[1:]:

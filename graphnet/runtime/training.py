@@ -130,9 +130,14 @@ class TrainStep(Program):
         self._take_over()
         self._feed(x, y, index, epoch)
         self._step()
+        loss = self._counted()
+        self.look()
+        return loss
+
+    def _counted(self) -> torch.Tensor:
+        """Counts the step that was just launched; its loss, in the ring."""
         at = self.state.steps % RING
         self.state.steps += 1
-        self.look()
         return self._storage["ring"][at]
 
     def bind(

@@ -24,7 +24,7 @@ def test_filters_in_torchs_layout(row):
         assert hold(op, row, f32, "taps", filters="") == "taps"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_the_rules_configurations_in_front_of_every_epilogue(precision):
     """Bias and relu, the mask of the gradient, the update; what the GPU runs at full size."""
     torch.manual_seed(0)

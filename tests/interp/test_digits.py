@@ -15,7 +15,7 @@ STEPS = 50
 ROWS = {"cpu": 64, "interpret": 8}
 large = pytest.mark.usefixtures("large_tiles")
 targets = pytest.mark.parametrize("target", ["cpu", "interpret"])
-# Fifty interpreted steps take minutes: they belong to the soak.
+# What takes the interpreter half a minute, or minutes, belongs to the soak.
 soaked = pytest.mark.parametrize(
     "target", ["cpu", pytest.param("interpret", marks=pytest.mark.slow)]
 )
@@ -44,7 +44,7 @@ def test_fifty_steps_free_running(target):
     Twins(target, ROWS[target], lr=0.01).free_running(STEPS)
 
 
-@targets
+@soaked
 @large
 def test_a_planted_error_of_one_percent_in_one_gradient_is_seen(target, monkeypatch):
     honest = Linear.vjp

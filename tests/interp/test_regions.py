@@ -272,3 +272,32 @@ def test_large_nets_have_no_regions(precision):
     low = lower(gn.models.alexnet(), (128, 3, 227, 227), target="cuda", precision=precision,
                 loss=LOSS, optimizer=gn.SGD(0.1, momentum=0.9))  # fmt: skip
     assert not regions(low)
+
+
+class Branches(gn.Module):
+    """Two chains side by side: each is a region of its own, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        for name, k in (("a", 3), ("b", 2)):
+            setattr(self, name, gn.Sequential(gn.Conv2d(1, k, 3), gn.ReLU(), gn.MaxPool2d(2)))
+        self.fc = gn.Linear(5 * 9, 3)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.a(x), self.b(x)], 1).flatten(1))
+
+
+def test_regions_of_one_step_share_no_workspace():
+    """Values inside are called alike in both, and their sums once met in one buffer."""
+    torch.manual_seed(0)
+    net, shape = Branches(), (3, 1, 8, 8)
+    low = lowered(net, shape)
+    backward = [o for o in regions(low) if "conv2d_wgrad" in o]
+    held = [name for s in low.plan.parts for name, _ in s.scratch if ".parts" in name]
+    assert len(backward) == 2 and len(set(held)) == len(held) == 2
+    x, y = torch.rand(shape), torch.tensor([0, 1, 2])
+    (_, got), (_, want) = (
+        gn.compile(net, shape, target=t, loss=LOSS, grads=True)(x, y) for t in ("interpret", "cpu")
+    )
+    for key, g in want.items():
+        torch.testing.assert_close(got[key], g, rtol=1e-4, atol=1e-6)

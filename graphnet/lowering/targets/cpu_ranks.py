@@ -15,6 +15,7 @@ from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
 
 
 def is_collective(e: Eqn) -> bool:
+    """Whether all ranks have to meet at an equation."""
     return get_op(e.op).effect == "collective"
 
 
