@@ -39,34 +39,35 @@ def linear(
 
 
 @triton.jit
-def _put(total, live, out, first, BM: tl.constexpr, PROGRAMS: tl.constexpr):
+def _put(total, rows, out, first, BM: tl.constexpr, PROGRAMS: tl.constexpr):
     """The sum of a program's losses, or the mean where there is one program."""
     if PROGRAMS == 1:
-        tl.store(out, total / live)
+        tl.store(out, total / rows)
     else:
         tl.store(out + first // BM, total)
 
 
 @triton.jit
 def cross_entropy(
-    first, logits, labels, live_ptr, out, args,
+    first, logits, labels, live_ptr, rows_ptr, out, args,
     M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
     SMOOTHING: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """loss.cross_entropy for BM rows from `first` on; `mean_reduce` adds what programs put out."""
     live = tl.load(live_ptr).to(tl.float32)
+    rows = live if rows_ptr is None else tl.load(rows_ptr).to(tl.float32)
     total = cross_entropy_rows(
-        logits, labels, live, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, SMOOTHING,
+        logits, labels, live, rows, args, first + tl.arange(0, BM), M, C, S0, S1, BN, SMOOTHING,
         LOSS, GRAD, EPILOGUE,
     )  # fmt: skip
     if LOSS:
-        _put(total, live, out, first, BM, PROGRAMS)
+        _put(total, rows, out, first, BM, PROGRAMS)
 
 
 @triton.jit
 def multi_margin(
-    first, logits, labels, live_ptr, out, args,
+    first, logits, labels, live_ptr, rows_ptr, out, args,
     M: tl.constexpr, C: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
     MARGIN: tl.constexpr, DIVISOR: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
@@ -74,9 +75,10 @@ def multi_margin(
 ):  # fmt: skip
     """loss.multi_margin for BM rows from `first` on; `mean_reduce` adds what programs put out."""
     live = tl.load(live_ptr).to(tl.float32)
+    rows = live if rows_ptr is None else tl.load(rows_ptr).to(tl.float32)
     total = multi_margin_rows(
-        logits, labels, live, live, args, first + tl.arange(0, BM), M, C, S0, S1, BN, MARGIN,
+        logits, labels, live, rows, args, first + tl.arange(0, BM), M, C, S0, S1, BN, MARGIN,
         DIVISOR, LOSS, GRAD, EPILOGUE,
     )  # fmt: skip
     if LOSS:
-        _put(total, live, out, first, BM, PROGRAMS)
+        _put(total, rows, out, first, BM, PROGRAMS)

@@ -178,6 +178,10 @@ def _checked(plan: Plan, calls: list[Call], tensor: Buffer) -> list[Call]:
     wrote, and behind the last all is compared: kernels overwrite state in place, and the arena
     reuses what is dead."""
     alias = {e.out: e.inputs[0] for e in plan.graph.eqns if is_view(e)}
+    for e in plan.graph.eqns:
+        if e.op == "all_reduce":  # in place of its operands
+            pairs = zip(e.outputs, e.inputs, strict=True)
+            alias |= {o: i for o, i in pairs if o is not None and o.name not in plan.types}
     old = {new: before for before, new in plan.graph.commits}
 
     def root(v: Value) -> Value:

@@ -46,14 +46,16 @@ def regions(low):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    "rows, sizes", [(17, (30, 10, 84, 7)), (1, (5, 3, 2)), (40, (12, 120, 10))], ids=str
+    "rows, sizes, ranks", [(17, (30, 10, 84, 7), 1), (1, (5, 3, 2), 2), (40, (12, 120, 10), 2)],
+    ids=str,
 )
-def test_against_the_reference(precision, loss, rows, sizes, monkeypatch):
-    """Rows that no block divides, one row, several programs; narrow and wide layers."""
+def test_against_the_reference(precision, loss, rows, sizes, ranks, monkeypatch):
+    """Rows that no block divides, one row, several programs; narrow and wide layers; a mean over
+    more rows than a rank has."""
     if precision == "fp32":
         monkeypatch.setitem(TOLERANCE, "ieee", 1e-5)
     with forced("region", BM=16):
-        low = lowered(rows, sizes, precision=precision, loss=LOSSES[loss])
+        low = lowered(rows, sizes, precision=precision, loss=LOSSES[loss], ranks=ranks)
         found = regions(low)
         ((e, steps),) = found
         ops = [m.op if m.body is None else m.plain[0].op for m in members_of(e)]

@@ -11,7 +11,7 @@ from graphnet.ir.graph import Builder
 from graphnet.ir.op import get_op
 from graphnet.ir.text import parse
 from graphnet.ir.types import TensorType, f32, i64
-from graphnet.lowering.launch.steps import Collective
+from graphnet.lowering.launch.steps import Collective, Launch
 from graphnet.ops.collective import exchanging
 from graphnet.passes import autodiff
 from graphnet.passes.dce import cse, dce
@@ -116,6 +116,20 @@ def test_a_plan_writes_gradients_straight_into_buckets(monkeypatch):
     at = [k for k, s in enumerate(plan.steps) if isinstance(s, Collective)]
     chain = set(plan.edges)
     assert all(pair in chain for pair in zip(at, at[1:], strict=False))
+
+
+def test_what_reads_a_gradient_reads_it_before_it_is_summed():
+    """The gradient of a batch norm's image is made of those of its weight and bias."""
+    net = gn.Sequential(
+        gn.Conv2d(3, 4, 3), gn.BatchNorm2d(4), gn.ReLU(), gn.Conv2d(4, 4, 3), gn.BatchNorm2d(4),
+        gn.Flatten(), gn.Linear(4 * 16, 10),
+    )  # fmt: skip
+    how = {"loss": gn.CrossEntropyLoss(), "optimizer": gn.SGD(lr=0.1), "target": "interpret"}
+    plan = lower(net, (4, 3, 8, 8), ranks=2, **how).plan
+    (at,) = (k for k, s in enumerate(plan.steps) if isinstance(s, Collective))
+    own = {k for k, s in enumerate(plan.steps)
+           if isinstance(s, Launch) and any(m.kernel == "batch_norm_grad" for m in s.parts)}
+    assert len(own) == 2 and all((k, at) in plan.edges and k < at for k in own)
 
 
 def test_segments_between_collectives(monkeypatch):

@@ -19,7 +19,7 @@ from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
 from graphnet.lowering.launch.cost import with_costs
 from graphnet.lowering.launch.moves import MOVES, pack, pointwise_launch, run_move
-from graphnet.lowering.launch.steps import Launch, Step, make
+from graphnet.lowering.launch.steps import Collective, Launch, Step, make
 from graphnet.lowering.launch.sums import SUMS
 from graphnet.lowering.launch.take import take
 from graphnet.lowering.launch.work import Work, take_apart
@@ -29,6 +29,9 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
     """The steps that compute an equation; none for a view. `name` gives each value's buffer."""
     if eqn.op in MOVES:
         return run_move(eqn, name)
+    if get_op(eqn.op).effect == "collective":
+        ins, outs = (tuple((name(v), v.type) for v in vs) for vs in (eqn.inputs, eqn.results))
+        return [Collective(eqn.op, eqn.attrs, ins, outs, where=eqn.where)]
     _check_layouts(eqn)
     if eqn.op in SUMS:
         return SUMS[eqn.op](eqn, name)

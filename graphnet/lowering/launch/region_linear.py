@@ -78,8 +78,6 @@ class Loss(Stage):
 
     def refusal(self, members: Sequence[Eqn], kept: set[Value]) -> str | None:
         anchors = anchors_of(members[0])
-        if len(anchors[0].inputs) > 3:
-            return "the mean is over the rows of several ranks"
         classes = anchors[0].inputs[0].type.shape[1]
         if classes > COLUMNS:
             return f"a row of {classes} classes does not stay in registers, at most {COLUMNS} do"
@@ -91,7 +89,8 @@ class Loss(Stage):
     def write(self, body: Body, works: Sequence[Work]) -> None:
         (work,) = works
         e, c, programs = work.anchor, body.config, body.programs
-        logits, labels, live = e.inputs[:3]
+        logits, labels, live, *over = e.inputs
+        counted = over[0] if over else live  # the rows that the mean is over
         m, n = logits.type.shape
         outer = dict(work.stores)
         grad = next((a.out for a in work.anchors if a.op.endswith("_grad")), None)
@@ -99,14 +98,14 @@ class Loss(Stage):
         loss = outer.get(value) if value is not None else None
         rest = replace(work, stores=tuple(s for s in work.stores if s[0] != value))
         epilogue = "None" if grad is None else body.epilogue(rest, {grad: "acc"}, Index((m, n)))
-        operands = [body.read(v) for v in (logits, labels, live)]
+        operands = [body.read(v) for v in e.inputs] + ["None"] * (not over)
         out = "None"
         if loss is not None and programs == 1:
             out = body.store(loss)
         elif loss is not None:
             sums = Ref(body.own("sums"), "f32")
             out = body.extra(sums.name, sums.dtype, 4 * programs)
-            scalar = Ref(body.name(live), live.type.dtype.name)
+            scalar = Ref(body.name(counted), counted.type.dtype.name)
             mean = Ref(work.name[loss], loss.type.dtype.name)
             body.after.append(
                 make(

@@ -13,7 +13,6 @@ from functools import cached_property
 
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Eqn, Graph, Value
-from graphnet.ir.op import get_op
 from graphnet.ir.types import DTYPES, TensorType
 from graphnet.lowering.launch.choice import Kernels
 from graphnet.lowering.launch.equation import launches
@@ -135,29 +134,23 @@ class _Planner:
         if is_view(e):
             self.alias[e.out] = e.inputs[0]
             return
-        if get_op(e.op).effect == "collective":
-            self._collective(e)
-            return
+        if e.op == "all_reduce":
+            self._in_place(e)
         for v in e.results:
-            self.types[v.name] = v.type
+            self.types[self.root(v)] = v.type
         made = launches(e, self.root, self.kernels)
         for s in made:
             if isinstance(s, Launch):
                 self.types |= _scratch(s)
         self.steps += made
 
-    def _collective(self, e: Eqn) -> None:
-        """A sum over ranks stands where its operand stood, where nobody else reads that."""
-        ins = tuple((self.root(v), v.type) for v in e.inputs)
-        if e.op == "all_reduce":
-            for v, out in zip(e.inputs, e.outputs, strict=True):
-                alone = v not in self.alias and list(self.graph.readers[v]) == [e]
-                free = v.name not in self.inputs and v not in self.graph.escaping
-                if out is not None and alone and free and v.type == out.type:
-                    self.alias[out] = v
-        outs = tuple((self.root(v), v.type) for v in e.results)
-        self.types |= dict(outs)
-        self.steps.append(Collective(e.op, e.attrs, ins, outs, where=e.where))
+    def _in_place(self, e: Eqn) -> None:
+        """A sum over ranks stands where its operand stood, where no equation behind reads that."""
+        for v, out in zip(e.inputs, e.outputs, strict=True):
+            alone = v not in self.alias and list(self.graph.readers[v]) == [e]
+            free = v.name not in self.inputs and v not in self.graph.escaping
+            if out is not None and alone and free and v.type == out.type:
+                self.alias[out] = v
 
     # ---- what leaves the graph --------------------------------------------------------------
 
@@ -262,25 +255,16 @@ def _edges(steps: Sequence[Step], place: dict[str, str]) -> set[tuple[int, int]]
     for name, made in writers.items():
         edges.update(zip(made, made[1:], strict=False))
         if name not in replaced:
-            # A buffer that no step writes first holds an input: a Copy over it ends its life.
-            copied = [k for k in made if _ends(steps[k], name, readers, made)]
-            for k in made:
-                edges.update((k, r) for r in readers.get(name, ()) if r != k and k not in copied)
-            for k in copied:
-                edges.update((r, k) for r in readers.get(name, ()) if r != k)
+            # What is read between two writes is read there: before a sum over ranks that takes
+            # its operand's place, before a copy that ends the life of an input.
+            pairs = ((k, r) for k in made for r in readers.get(name, ()) if k != r)
+            edges.update((min(p), max(p)) for p in pairs)
     together = [k for k, s in enumerate(steps) if isinstance(s, Collective)]
     edges.update(zip(together, together[1:], strict=False))
     for new, old in place.items():
         for w in writers[new]:
             edges.update((r, w) for r in readers.get(old, ()) if r != w)
     return edges
-
-
-def _ends(step: Step, name: str, readers: dict[str, list[int]], made: list[int]) -> bool:
-    """Whether a step is the commit that copies a new value over an input."""
-    return isinstance(step, Copy) and step.target == name and len(made) == 1 and all(
-        r < made[0] for r in readers.get(name, ())
-    )  # fmt: skip
 
 
 def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan:

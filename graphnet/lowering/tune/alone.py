@@ -155,7 +155,8 @@ class _Operands:
             elif self.roles.get(v) == "slot":
                 value = value.abs()  # a second moment is not negative
         elif shape == ():
-            value = torch.tensor(self.graph.input("x").value.type.shape[0])  # live rows, counters
+            rows = self.graph.input("x").value.type.shape[0]  # live rows, counters
+            value = torch.tensor(2 * rows if v.name == "live_all" else rows)
         else:
             classes = self._classes(v)
             value = torch.randint(0, classes, shape, generator=self.random, device=self.device)
