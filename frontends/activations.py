@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphnet.frontends.dsl import Module
-from graphnet.frontends.symbolic import Symbol, along_channels
+from graphnet.frontends.symbolic import Symbol, softmax_along
 from graphnet.frontends.tracer import active_tracer
 from graphnet.ops.activation import GeluAttrs, LeakyReluAttrs
 
@@ -167,7 +167,7 @@ class GELU(_Function):
 
 
 class _Normalised(Module):
-    """Along axis 1: the classes of [N, C], the channels of [N, C, H, W]."""
+    """Along axis `dim`, which is not that of the batch."""
 
     op: ClassVar[str] = ""
 
@@ -175,21 +175,21 @@ class _Normalised(Module):
         self.dim, self.name = dim, name
 
     def forward(self, x: Symbol) -> Symbol:
-        return along_channels(self.op, x, self.dim)
+        return softmax_along(self.op, x, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
 
 class Softmax(_Normalised):
-    """exp(x) over its sum, along axis 1 of [N, C] or [N, C, H, W]."""
+    """exp(x) over its sum along axis `dim`; without one along axis 1 of [N, C] and [N, C, H, W]."""
 
     kind: ClassVar[str] = "softmax"
     op: ClassVar[str] = "softmax"
 
 
 class LogSoftmax(_Normalised):
-    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
+    """The logarithm of softmax along axis `dim`, as `Softmax`."""
 
     kind: ClassVar[str] = "softmax"
     op: ClassVar[str] = "log_softmax"

@@ -19,7 +19,7 @@ from graphnet.errors import UnsupportedOpError
 from graphnet.frontends import layers
 from graphnet.frontends.activations import ROWS
 from graphnet.frontends.dsl import Parameter
-from graphnet.frontends.symbolic import Symbol, along_channels, cat, flatten, padded
+from graphnet.frontends.symbolic import Symbol, cat, flatten, padded, softmax_along
 from graphnet.frontends.tracer import user_place
 
 Function = Callable[..., Any]
@@ -109,13 +109,13 @@ def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
 
 
 def softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
-    """exp(x) over its sum along axis 1 of [N, C] or [N, C, H, W]."""
-    return along_channels("softmax", input, dim)
+    """exp(x) over its sum along an axis, which is not that of the batch."""
+    return softmax_along("softmax", input, dim)
 
 
 def log_softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
-    """The logarithm of softmax, along axis 1 of [N, C] or [N, C, H, W]."""
-    return along_channels("log_softmax", input, dim)
+    """The logarithm of softmax along an axis, which is not that of the batch."""
+    return softmax_along("log_softmax", input, dim)
 
 
 def pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:

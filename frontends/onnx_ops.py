@@ -18,7 +18,7 @@ from graphnet.frontends import functions, layers
 from graphnet.frontends.activations import ROWS, absolute, clamp, gelu, leaky_relu, sqrt
 from graphnet.frontends.dsl import Parameter
 from graphnet.frontends.onnx_graph import Node
-from graphnet.frontends.symbolic import Symbol, cat, padded
+from graphnet.frontends.symbolic import Symbol, cat, padded, softmax_along
 
 
 @dataclass
@@ -238,15 +238,16 @@ def _normalised(op: str) -> Operator:
     """Softmax and log-softmax; before opset 13 over all axes from `axis` on."""
 
     def call_(call: Call, x: Symbol) -> Any:
-        shape, old = x.shape, call.opset < 13
+        old = call.opset < 13
         axis = call.get("axis", 1 if old else -1) % x.ndim
-        first, rest = prod(shape[:axis]), prod(shape[axis + 1 :])
-        if not old and first != shape[0]:
+        if axis == 0:
             raise call.refuse(
-                f"axis {axis} of a value of shape {list(shape)}", "axis 1, the classes or channels"
+                f"axis 0 of a value of shape {list(x.shape)}: it is the batch", "another axis"
             )
-        whole = (first, shape[axis] * rest) if old or rest == 1 else (first, shape[axis], rest, 1)
-        return _shaped(getattr(functions, op)(_shaped(x, whole), 1), shape)
+        if not old:
+            return softmax_along(op, x, axis)
+        rows = (x.shape[0], prod(x.shape[1:axis]), prod(x.shape[axis:]))
+        return _shaped(softmax_along(op, _shaped(x, rows), 2), x.shape)
 
     return call_
 

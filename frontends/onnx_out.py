@@ -140,6 +140,11 @@ def _plain(op: str, **attrs: Any) -> Write:
     return lambda w, e, ins: w.node(e, op, ins, **attrs)
 
 
+def _along(op: str) -> Write:
+    """An operator along an axis."""
+    return lambda w, e, ins: w.node(e, op, ins, axis=e.attrs.axis)  # type: ignore[attr-defined]
+
+
 def _pads(sides: Sequence[int]) -> list[int]:
     t, b, le, r = sides
     return [t, le, b, r]
@@ -269,8 +274,8 @@ _WRITE: dict[str, Write] = {
     "maxpool2d": _maxpool, "avgpool2d": _avgpool, "adaptive_avgpool2d": _adaptive,
     "lrn": _lrn, "normalize": _normalize, "dropout": _dropout,
     "reshape": _reshape, "slice": _slice, "pad": _pad, "full": _full,
-    "concat": lambda w, e, ins: w.node(e, "Concat", ins, axis=e.attrs.axis),  # type: ignore[attr-defined]
-    "softmax": _plain("Softmax", axis=1), "log_softmax": _plain("LogSoftmax", axis=1),
+    **{n: _along(o) for n, o in (("softmax", "Softmax"), ("log_softmax", "LogSoftmax"),
+                                 ("concat", "Concat"))},
     **{n: _plain(n.title()) for n in ("add", "sub", "mul", "div", "relu", "tanh", "sigmoid", "neg",
                                       "exp", "sqrt", "abs")},
     "hardswish": _plain("HardSwish"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import MissingError, ShapeError, UnsupportedOpError
@@ -222,15 +223,21 @@ def flatten(x: Symbol, start_dim: int = 0, end_dim: int = -1) -> Symbol:
     return x.tracer.emit("reshape", [x], kind="flatten", shape=shape)
 
 
-def along_channels(op: str, x: Symbol, dim: int | None) -> Symbol:
-    """softmax or log_softmax of [N, C] or [N, C, H, W] along axis 1."""
-    if dim is None or x.ndim not in (2, 4) or dim % x.ndim != 1:
+def softmax_along(op: str, x: Symbol, dim: int | None) -> Symbol:
+    """softmax or log_softmax along an axis; without one, along axis 1 of [N, C] and [N, C, H, W],
+    as torch."""
+    axis = _axis(int(x.ndim not in (0, 1, 3)) if dim is None else dim, x.ndim)
+    if axis == 0:
         raise UnsupportedOpError(
-            f"{op} over dim={dim!r} of a value of shape {list(x.shape)}",
+            f"{op} over dim={dim!r} of a value of shape {list(x.shape)}: axis 0 is the batch",
             where=user_place() or None,
-            help="over the classes or the channels: dim=1 of [N, C] or [N, C, H, W]",
+            help="the samples of a batch do not see each other: dim=1, dim=-1 or another axis",
         )
-    return x.tracer.emit(op, [x], kind=op)
+    if x.ndim <= 4:
+        return x.tracer.emit(op, [x], kind=op, axis=axis)
+    n, length = x.shape[0], x.shape[axis]
+    rows = x.reshape(n, prod(x.shape[1:axis]), length, prod(x.shape[axis + 1 :]))
+    return x.tracer.emit(op, [rows], kind=op, axis=2).reshape(*x.shape)
 
 
 def padded(x: Symbol, sides: Sequence[int], value: float = 0.0) -> Symbol:

@@ -1,8 +1,8 @@
-"""softmax and log_softmax over the channels, and their gradients.
+"""softmax and log_softmax along an axis, and their gradients.
 
-A program takes BP pixels (rows of a matrix are pixels too) by all channels, padded to BC, and keeps
-them in registers: one read and one write of each element. Beyond 4,096 channels a row no longer
-fits.
+Sizes and strides come in the order batch, the axis (C), the other axes (H, W): over the channels
+those are the pixels. A program takes BP rows by the whole axis, padded to BC, and keeps them in
+registers: one read and one write of each element. Beyond 4,096 elements a row no longer fits.
 """
 
 import triton
@@ -35,7 +35,7 @@ def softmax(
     YS0: tl.constexpr, YS1: tl.constexpr, YS2: tl.constexpr, YS3: tl.constexpr,
     LOG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y = softmax(x) over axis 1, or its logarithm."""
+    """y = softmax(x) along the axis of size C, or its logarithm."""
     at, mask = _tile(C, H, W, PIXELS, XS0, XS1, XS2, XS3, BP, BC)
     v = tl.load(x + at, mask=mask, other=float("-inf")).to(tl.float32)
     top = tl.max(v, 1)

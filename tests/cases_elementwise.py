@@ -135,8 +135,10 @@ ELEMENTWISE = [
 def _softmax_rows() -> list[Case]:
     out = []
     for op, fn in (("softmax", F.softmax), ("log_softmax", F.log_softmax)):
-        for note, shape in (("", (7, 10)), ("channels", (2, 5, 3, 4))):
-            whole = lambda x, fn=fn: fn(x, 1)
+        rows = (("", (7, 10), 1), ("channels", (2, 5, 3, 4), 1), ("rows", (2, 5, 3, 4), 2),
+                ("columns", (2, 5, 3, 4), 3), ("last", (3, 4, 5), 2))  # fmt: skip
+        for note, shape, axis in rows:
+            whole, how = lambda x, fn=fn, axis=axis: fn(x, axis), attrs(op, axis=axis)
 
             def pulled(y, dy, op=op, whole=whole):
                 return pulled_back(whole, [y.log() if op == "softmax" else y], dy)[0]
@@ -145,8 +147,8 @@ def _softmax_rows() -> list[Case]:
                 return [whole(fill(c.ins[0], g, dtype)), fill(c.ins[0], g, dtype)]
 
             out += [
-                Case(op, (f(*shape),), whole, note=note, wrt=(0,)),
-                Case(f"{op}_grad", (f(*shape),) * 2, pulled, note=note, draw=draw),
+                Case(op, (f(*shape),), whole, how, note, wrt=(0,)),
+                Case(f"{op}_grad", (f(*shape),) * 2, pulled, how, note, draw),
             ]
     return out
 

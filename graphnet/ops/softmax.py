@@ -1,8 +1,9 @@
-"""softmax and log_softmax along axis 1: classes of [N, C], channels of [N, C, H, W]."""
+"""softmax and log_softmax along any axis but that of the batch, and their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,24 @@ from graphnet.ir.types import TensorType
 from graphnet.ops.elementwise import floating, same_dtype
 
 
-class _OverChannels(Op):
+@dataclass(frozen=True)
+class SoftmaxAttrs(Attrs):
+    """axis: what is normalised, counted from the batch, which is axis 0."""
+
+    axis: int = 1
+
+
+class _AlongAxis(Op):
+    attrs_type = SoftmaxAttrs
     kernel = "softmax"
 
-    def infer(self, attrs: Attrs, *ins: TensorType) -> tuple[TensorType, ...]:
+    def infer(self, attrs: SoftmaxAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         x = ins[0]
         floating(self.name, x)
-        if len(x.shape) not in (2, 4):
-            raise ShapeError(f"{self.name} takes [N, C] or [N, C, H, W], got {x}")
+        if len(x.shape) not in (2, 3, 4):
+            raise ShapeError(f"{self.name} takes two to four axes, the batch first, got {x}")
+        if not 1 <= attrs.axis < len(x.shape):
+            raise ShapeError(f"{self.name} over axis {attrs.axis} of {x}: axis 0 is the batch")
         if len(ins) == 2:
             same_dtype(self.name, x, ins[1])
             if ins[1].shape != x.shape:
@@ -34,14 +45,14 @@ class _OverChannels(Op):
         return 4 * ins[0].numel
 
 
-class _Softmax(_OverChannels):
+class _Softmax(_AlongAxis):
     def vjp(
         self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
     ) -> Sequence[Value | None]:
         (dy,) = cotangents
         if dy is None or not needs[0]:
             return (None,)
-        return (b.one(f"{self.name}_grad", eqn.out, dy),)
+        return (b.one(f"{self.name}_grad", eqn.out, dy, attrs=eqn.attrs),)
 
 
 @register
@@ -50,23 +61,23 @@ class Softmax(_Softmax):
 
     name = "softmax"
 
-    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        e = torch.exp(args[0] - args[0].amax(1, keepdim=True))
-        return (e / e.sum(1, keepdim=True),)
+    def reference(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        e = torch.exp(args[0] - args[0].amax(attrs.axis, keepdim=True))
+        return (e / e.sum(attrs.axis, keepdim=True),)
 
-    def cpu(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (torch.softmax(args[0], 1),)
+    def cpu(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.softmax(args[0], attrs.axis),)
 
 
 @register
-class SoftmaxGrad(_OverChannels):
+class SoftmaxGrad(_AlongAxis):
     """dx = y (dy - sum dy y)."""
 
     name = "softmax_grad"
 
-    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def reference(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, dy = args
-        return (y * (dy - (dy * y).sum(1, keepdim=True)),)
+        return (y * (dy - (dy * y).sum(attrs.axis, keepdim=True)),)
 
 
 @register
@@ -75,20 +86,20 @@ class LogSoftmax(_Softmax):
 
     name = "log_softmax"
 
-    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = args[0] - args[0].amax(1, keepdim=True)
-        return (z - z.exp().sum(1, keepdim=True).log(),)
+    def reference(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = args[0] - args[0].amax(attrs.axis, keepdim=True)
+        return (z - z.exp().sum(attrs.axis, keepdim=True).log(),)
 
-    def cpu(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (torch.log_softmax(args[0], 1),)
+    def cpu(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.log_softmax(args[0], attrs.axis),)
 
 
 @register
-class LogSoftmaxGrad(_OverChannels):
+class LogSoftmaxGrad(_AlongAxis):
     """dx = dy - exp(y) sum dy."""
 
     name = "log_softmax_grad"
 
-    def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def reference(self, attrs: SoftmaxAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y, dy = args
-        return (dy - y.exp() * dy.sum(1, keepdim=True),)
+        return (dy - y.exp() * dy.sum(attrs.axis, keepdim=True),)

@@ -75,7 +75,7 @@ class Everything(gn.Module):
         y = self.norm(self.plain(gn.relu6(self.bn(self.conv(x)))))
         y = gn.cat([y[:, :3] * 2.0 - gn.tanh(y[:, 3:]), gn.silu(y[:, :3]) / 3], 1) * self.scale
         y = gn.hardswish(gn.leaky_relu(y, 0.2)) + gn.gelu(y) + gn.sigmoid(-y)
-        y = gn.pad(gn.softmax(y, 1), (1, 0, 0, 1))
+        y = gn.pad(gn.softmax(y, 1) + gn.log_softmax(y, -1), (1, 0, 0, 1))
         y = gn.MaxPool2d(2, ceil_mode=True).forward(y) - gn.AvgPool2d(2, ceil_mode=True).forward(y)
         return self.fc(self.drop(y.flatten(1))), y.mean((2, 3))
 

@@ -36,6 +36,8 @@ FUNCTIONS = [
     lambda x, s, r, w: F.log_softmax(F.max_pool2d(x, 2).view(x.size(0), 6, 2, 2), dim=1),
     lambda x, s, r, w: F.relu(x.mean(dim=[-1, -2]), inplace=True).reshape(4, -1).neg() / r,
     lambda x, s, r, w: s / (x * x + 1).sqrt() - (1 - x),
+    lambda x, s, r, w: x.softmax(-1) * F.log_softmax(x.flatten(2), dim=2).view(x.shape) * s,
+    lambda x, s, r, w: F.softmax(x.view(4, 2, 3, 5, 5), 2).view(x.shape) * F.softmax(x, 1) * s,
     lambda x, s, r, w: F.adaptive_max_pool2d(x * s, 1).flatten(1),
     lambda x, s, r, w: F.adaptive_max_pool2d(torch.relu(F.pad(x, (9, 9, 9, 9), value=2.0)), 1) * s,
 ]  # fmt: skip

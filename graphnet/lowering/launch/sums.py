@@ -88,26 +88,29 @@ def sum_to(eqn: Eqn, name: Name) -> list[Step]:
     return [first, last]
 
 
-MOST_CHANNELS = 4096
+MOST_IN_ROW = 4096
 
 
-def over_channels(eqn: Eqn, name: Name) -> list[Step]:
-    """softmax, log_softmax and their gradients."""
+def softmax(eqn: Eqn, name: Name) -> list[Step]:
+    """softmax, log_softmax and their gradients: rows along an axis, as many as the others have
+    elements."""
     out = eqn.out.type
-    n, channels, h, w = (*out.shape, 1, 1)[:4]
-    if channels > MOST_CHANNELS:
+    axis = eqn.attrs.axis  # type: ignore[attr-defined]
+    order = [0, axis, *(d for d in range(1, len(out.shape)) if d != axis)]
+    n, length, h, w = (*(out.shape[d] for d in order), 1, 1)[:4]
+    if length > MOST_IN_ROW:
         raise UnsupportedOpError(
-            f"{eqn.op} over {channels} channels: a row is kept in registers, at most "
-            f"{MOST_CHANNELS}", **eqn.where.located,
+            f"{eqn.op} over {length} elements: a row is kept in registers, at most {MOST_IN_ROW}",
+            **eqn.where.located,
             help="target='cpu' runs every op on torch's kernels",
         )  # fmt: skip
-    bc = next_power(channels)
+    bc = next_power(length)
     bp = max(1, min(TILE // bc, next_power(n * h * w)))
     pixels = n * h * w
-    constants: dict[str, Any] = {"C": channels, "H": h, "W": w, "PIXELS": pixels}
+    constants: dict[str, Any] = {"C": length, "H": h, "W": w, "PIXELS": pixels}
     values = (*eqn.inputs, eqn.out)
     for prefix, v in zip("XY" if len(values) == 2 else "YDX", values, strict=True):
-        steps = (*v.type.strides, 0, 0)[:4]
+        steps = (*(v.type.strides[k] for k in order), 0, 0)[:4]
         constants |= {f"{prefix}S{d}": s for d, s in enumerate(steps)}
     constants |= {"LOG": eqn.op.startswith("log"), "BP": bp, "BC": bc}
     refs = tuple(Ref(name(v), v.type.dtype.name) for v in values)
@@ -123,6 +126,6 @@ def over_channels(eqn: Eqn, name: Name) -> list[Step]:
 SUMS: Mapping[str, Callable[[Eqn, Name], list[Step]]] = {
     "global_norm": global_norm, "sum_to": sum_to,
     **dict.fromkeys(
-        ("softmax", "softmax_grad", "log_softmax", "log_softmax_grad"), over_channels
+        ("softmax", "softmax_grad", "log_softmax", "log_softmax_grad"), softmax
     ),
 }  # fmt: skip
