@@ -339,30 +339,33 @@ class AdaptiveMaxPool2d(Module):
 class LocalResponseNorm(Module):
     """x_c (k + a sum x_j^2)^-beta over `size` neighbouring channels j of c (Krizhevsky 2012).
 
-    a is alpha / size in alpha_mode "mean" (torch, Caffe) and alpha in "sum" (the paper).
+    a is alpha / size in alpha_mode "mean" (torch, Caffe) and alpha in "sum" (the paper). With
+    several `groups` a channel's neighbours are those of its own group, as where each GPU holds a
+    group.
     """
 
     kind: ClassVar[str] = "norm"
 
     def __init__(
         self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *,
-        alpha_mode: str = "mean", name: str = "",
+        alpha_mode: str = "mean", groups: int = 1, name: str = "",
     ) -> None:  # fmt: skip
         # The op's attributes check them, here and not only when the net is traced.
-        LrnAttrs(size, alpha, beta, k, alpha_mode)
+        LrnAttrs(size, alpha, beta, k, alpha_mode, groups)
         self.size, self.alpha, self.beta, self.k = size, float(alpha), float(beta), float(k)
-        self.alpha_mode = alpha_mode
+        self.alpha_mode, self.groups = alpha_mode, groups
         self.name = name
 
     def forward(self, x: Symbol) -> Symbol:
         images(type(self).__name__, x)
         return x.tracer.emit(
             "lrn", [x], size=self.size, alpha=self.alpha, beta=self.beta, k=self.k,
-            alpha_mode=self.alpha_mode,
+            alpha_mode=self.alpha_mode, groups=self.groups,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         mode = ', alpha_mode="sum"' if self.alpha_mode == "sum" else ""
+        mode += f", groups={self.groups}" if self.groups > 1 else ""
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}{mode}"
 
 

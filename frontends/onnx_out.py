@@ -207,6 +207,11 @@ def _lrn(w: _Writer, e: Eqn, ins: list[str]) -> str:
             f"local response normalization over an even number of channels, {a.size}: ONNX counts "
             "them otherwise", **e.where.located,
         )  # fmt: skip
+    if a.groups > 1:
+        raise UnsupportedOpError(
+            f"local response normalization within {a.groups} groups of channels: ONNX's has one "
+            "group", help="groups=1 (alexnet_2012(norm_groups=1))", **e.where.located,
+        )  # fmt: skip
     alpha = a.alpha * (a.size if a.alpha_mode == "sum" else 1)
     return w.node(e, "LRN", ins, size=a.size, alpha=alpha, beta=a.beta, bias=a.k)
 

@@ -36,13 +36,23 @@ def pixels(N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
-def scale(x, c, live, C: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-          K: tl.constexpr, A: tl.constexpr):  # fmt: skip
-    """K + A times the sum of squares over channels c - LOW to c + HIGH; `x` points at channel c."""
+def beside(near, c, C: tl.constexpr, PER: tl.constexpr):
+    """Whether a channel exists, in the group of PER channels that c is in."""
+    ok = (near >= 0) & (near < C)
+    if PER < C:
+        ok = ok & (near // PER == c // PER)
+    return ok
+
+
+@triton.jit
+def scale(x, c, live, C: tl.constexpr, PER: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr,
+          HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr):  # fmt: skip
+    """K + A times the sum of squares over those of channels c - LOW to c + HIGH that are in its
+    group; `x` points at channel c."""
     total = tl.zeros(x.shape, tl.float32)
     for j in tl.static_range(LOW + HIGH + 1):
         near = c + (j - LOW)
-        ok = live & (near >= 0) & (near < C)
+        ok = live & beside(near, c, C, PER)
         v = tl.load(x + (j - LOW) * XS1, mask=ok, other=0.0).to(tl.float32)
         total += v * v
     return K + A * total
@@ -61,28 +71,28 @@ def power(s, BETA: tl.constexpr):
 
 @triton.jit
 def normalised(
-    x, c, live, C: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    x, c, live, C: tl.constexpr, PER: tl.constexpr, XS1: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
     """x s^-BETA at the pointers `x`."""
     v = tl.load(x, mask=live & (c < C), other=0.0).to(tl.float32)
-    return v * power(scale(x, c, live, C, XS1, LOW, HIGH, K, A), BETA)
+    return v * power(scale(x, c, live, C, PER, XS1, LOW, HIGH, K, A), BETA)
 
 
 @triton.jit
-def gradient(x, dy, c, live, C: tl.constexpr, XS1: tl.constexpr, DS1: tl.constexpr,
-             LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
-             BETA: tl.constexpr):  # fmt: skip
+def gradient(x, dy, c, live, C: tl.constexpr, PER: tl.constexpr, XS1: tl.constexpr,
+             DS1: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr,
+             A: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
     """dy s^-BETA - 2 A BETA x sum of dy_j x_j s_j^(-BETA - 1) over the j whose window holds c."""
     held = tl.zeros(x.shape, tl.float32)
     own = tl.zeros(x.shape, tl.float32)
     direct = tl.zeros(x.shape, tl.float32)
     for j in tl.static_range(LOW + HIGH + 1):
         near = c + (j - HIGH)
-        ok = live & (near >= 0) & (near < C)
+        ok = live & beside(near, c, C, PER)
         v = tl.load(x + (j - HIGH) * XS1, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(dy + (j - HIGH) * DS1, mask=ok, other=0.0).to(tl.float32)
-        s = scale(x + (j - HIGH) * XS1, near, ok, C, XS1, LOW, HIGH, K, A)
+        s = scale(x + (j - HIGH) * XS1, near, ok, C, PER, XS1, LOW, HIGH, K, A)
         d = g * power(s, BETA)
         held += tl.where(ok, d * v / s, 0.0)  # outside s may be 0
         if j == HIGH:
@@ -96,13 +106,14 @@ def lrn(
     x, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     n, h, w, live = pixels(N, H, W, N * XS0, tl.program_id(0) * BP, BP)
     c = tl.arange(0, BC)[None, :]
     at = x + (n * XS0 + h * XS2 + w * XS3 + c * XS1)
-    y = normalised(at, c, live, C, XS1, LOW, HIGH, K, A, BETA)
+    y = normalised(at, c, live, C, PER, XS1, LOW, HIGH, K, A, BETA)
     EPILOGUE(y, 0, n, c, h, w, live & (c < C), args)
 
 
@@ -112,14 +123,15 @@ def lrn_grad(
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     DS0: tl.constexpr, DS1: tl.constexpr, DS2: tl.constexpr, DS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     n, h, w, live = pixels(N, H, W, N * (XS0 + DS0), tl.program_id(0) * BP, BP)
     c = tl.arange(0, BC)[None, :]
     image = x + (n * XS0 + h * XS2 + w * XS3 + c * XS1)
     above = dy + (n * DS0 + h * DS2 + w * DS3 + c * DS1)
-    dx = gradient(image, above, c, live, C, XS1, DS1, LOW, HIGH, K, A, BETA)
+    dx = gradient(image, above, c, live, C, PER, XS1, DS1, LOW, HIGH, K, A, BETA)
     EPILOGUE(dx, 0, n, c, h, w, live & (c < C), args)
 
 
@@ -132,7 +144,8 @@ def maxpool2d_lrn(
     DH: tl.constexpr, DW: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     PS0: tl.constexpr, PS1: tl.constexpr, PS2: tl.constexpr, PS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, EPILOGUE: tl.constexpr, EPILOGUE2: tl.constexpr,
 ):  # fmt: skip
     """lrn(maxpool2d(x)). EPILOGUE writes `pooled` and the index, EPILOGUE2 what is normalised."""
@@ -146,7 +159,7 @@ def maxpool2d_lrn(
     EPILOGUE(best, place, n, c, oh, ow, ok, args)
     tl.debug_barrier()
     at = pooled + (n * PS0 + oh * PS2 + ow * PS3 + c * PS1)
-    y = normalised(at, c, live, C, PS1, LOW, HIGH, K, A, BETA)
+    y = normalised(at, c, live, C, PER, PS1, LOW, HIGH, K, A, BETA)
     EPILOGUE2(y, 0, n, c, oh, ow, ok, args2)
 
 
@@ -158,7 +171,8 @@ def lrn_maxpool2d(
     SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, ROUND: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """maxpool2d(lrn(x)). Each pixel of a window is normalised when it is read: 9/4 of the work
@@ -172,7 +186,7 @@ def lrn_maxpool2d(
         ih = oh * SH - PT + tap // KW * DH
         iw = ow * SW - PL + tap % KW * DW
         ok = live & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        v = normalised(base + (ih * XS2 + iw * XS3), c, ok, C, XS1, LOW, HIGH, K, A, BETA)
+        v = normalised(base + (ih * XS2 + iw * XS3), c, ok, C, PER, XS1, LOW, HIGH, K, A, BETA)
         v = rounded(v, ROUND)  # ties are those of the image that is not written
         better = ok & ((v > best) | (v != v))
         best = tl.where(better, v, best)
@@ -190,7 +204,8 @@ def lrn_grad_maxpool2d_grad(
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     DS0: tl.constexpr, DS1: tl.constexpr, DS2: tl.constexpr, DS3: tl.constexpr,
     IS0: tl.constexpr, IS1: tl.constexpr, IS2: tl.constexpr, IS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     ROWS: tl.constexpr, PROGRAMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     MIDDLE: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +235,7 @@ def lrn_grad_maxpool2d_grad(
             ok = live & (c < C)
             image = x + (n * XS0 + oh * XS2 + ow * XS3 + c * XS1)
             above = dy + (n * DS0 + oh * DS2 + ow * DS3 + c * DS1)
-            dp = gradient(image, above, c, live, C, XS1, DS1, LOW, HIGH, K, A, BETA)
+            dp = gradient(image, above, c, live, C, PER, XS1, DS1, LOW, HIGH, K, A, BETA)
             dp = MIDDLE(dp, 0, n, c, oh, ow, ok, margs)
             cast_store(mine + (m * C + c), dp, ok)
         tl.debug_barrier()
@@ -247,7 +262,8 @@ def maxpool2d_grad_lrn_grad(
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     DS0: tl.constexpr, DS1: tl.constexpr, DS2: tl.constexpr, DS3: tl.constexpr,
     IS0: tl.constexpr, IS1: tl.constexpr, IS2: tl.constexpr, IS3: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, A: tl.constexpr, BETA: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    BETA: tl.constexpr,
     PROGRAMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     MIDDLE: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -268,6 +284,6 @@ def maxpool2d_grad_lrn_grad(
         cast_store(mine, MIDDLE(dn, 0, n, c, h, w, ok, margs), ok)
         tl.debug_barrier()
         image = x + (n * XS0 + h * XS2 + w * XS3 + c * XS1)
-        dx = gradient(image, mine, c, live, C, XS1, 1, LOW, HIGH, K, A, BETA)
+        dx = gradient(image, mine, c, live, C, PER, XS1, 1, LOW, HIGH, K, A, BETA)
         EPILOGUE(dx, 0, n, c, h, w, ok, args)
         tl.debug_barrier()

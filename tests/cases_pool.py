@@ -124,7 +124,8 @@ def _linear_pool(op: str, a: Any, note: str, x: tuple, fn: Any, size: tuple) -> 
 def _lrn(a: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     # torch always divides alpha by the size.
     alpha = a.alpha * (a.size if a.alpha_mode == "sum" else 1)
-    return lambda x: F.local_response_norm(x, a.size, alpha, a.beta, a.k)
+    norm = lambda x: F.local_response_norm(x, a.size, alpha, a.beta, a.k)
+    return lambda x: torch.cat([norm(part) for part in x.chunk(a.groups, 1)], 1)
 
 
 def lrn_rows() -> list[Case]:
@@ -136,6 +137,7 @@ def lrn_rows() -> list[Case]:
         ("pair", (1, 5, 3, 2), {"size": 2, "alpha": 0.5, "beta": 1.0}),
         ("beta", (2, 7, 2, 2), {"size": 3, "alpha": 0.2, "beta": 0.6, "k": 1.5}),
         ("wide", (2, 4, 3, 3), {"size": 9, "alpha": 0.9, "beta": 0.5}),
+        ("groups", (2, 12, 3, 3), {"alpha": 0.4, "groups": 2}),
         ("one", (2, 3, 2, 2), {"size": 1, "alpha": 0.3, "beta": 2.0}),
     ]:
         a = attrs("lrn", **kw)

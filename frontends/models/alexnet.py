@@ -83,16 +83,21 @@ def alexnet(num_classes: int = 1000, dropout: float = 0.5, init: str = "torch") 
 
 
 def alexnet_2012(
-    num_classes: int = 1000, dropout: float = 0.5, flavor: str = "paper", init: str = "torch"
-) -> Sequential:
+    num_classes: int = 1000, dropout: float = 0.5, flavor: str = "paper", init: str = "torch", *,
+    norm_groups: int = 1,
+) -> Sequential:  # fmt: skip
     """Two towers (groups in conv2, 4, 5), norm before pool; 60,965,224 parameters.
+
+    norm_groups 2 keeps the windows of the norms within each half of the channels, as on two GPUs;
+    `gn.compile(..., towers=True)` wants it.
 
     flavor "paper" (Krizhevsky et al. 2012): LRN with k 2 and undivided alpha; "bvlc" (Caffe's
     bvlc_alexnet): k 1, alpha / 5, pooling sizes round up.
     """
     if flavor not in ("paper", "bvlc"):
         raise ConfigError(f"unknown flavor {flavor!r}", help='"paper" or "bvlc"')
-    norm = {"k": 2.0, "alpha_mode": "sum"} if flavor == "paper" else {}
+    norm: dict = {"k": 2.0, "alpha_mode": "sum"} if flavor == "paper" else {}
+    norm["groups"] = norm_groups
     ceil = flavor == "bvlc"
     return _tower("alexnet_2012", "norm,pool", 2, norm, ceil, num_classes, dropout, init)
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphnet.errors import ConfigError, UnsupportedOpError
@@ -31,10 +32,22 @@ def _conv(m: Any) -> nn.Module:
     )  # fmt: skip
 
 
+class GroupedNorm(nn.Module):
+    """A normalization within each of some groups of channels."""
+
+    def __init__(self, norm: nn.Module, groups: int) -> None:
+        super().__init__()
+        self.norm, self.groups = norm, groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.norm(part) for part in x.chunk(self.groups, 1)], 1)
+
+
 def _lrn(m: Any) -> nn.Module:
     # torch's alpha is divided by the size; in mode "sum" the net's is not.
     alpha = m.alpha * (m.size if m.alpha_mode == "sum" else 1)
-    return nn.LocalResponseNorm(m.size, alpha, m.beta, m.k)
+    norm = nn.LocalResponseNorm(m.size, alpha, m.beta, m.k)
+    return norm if m.groups == 1 else GroupedNorm(norm, m.groups)
 
 
 def _avg(m: Any) -> nn.Module:

@@ -27,8 +27,9 @@ def these_kernels():
         yield
 
 
-def net_of(order, size, pool, channels=8, groups=1, **norm):
-    layers = {"pool": gn.MaxPool2d(**pool), "norm": gn.LocalResponseNorm(size, **norm)}
+def net_of(order, size, pool, channels=8, groups=1, norm_groups=1, **norm):
+    lrn = gn.LocalResponseNorm(size, groups=norm_groups, **norm)
+    layers = {"pool": gn.MaxPool2d(**pool), "norm": lrn}
     return gn.Sequential(
         gn.Conv2d(4, channels, 3, padding=1, groups=groups), gn.ReLU(),
         *(layers[k] for k in order.split(",")),
@@ -88,7 +89,9 @@ def test_fused_is_unfused_and_the_oracle(order, pool, size):
 @pytest.mark.parametrize("rows, pixels, programs", [(1, 8, 1), (2, 4, 3), (5, 16, 2), (8, 64, 7)])
 def test_every_tile_gives_the_same(order, rows, pixels, programs):
     torch.manual_seed(1)
-    net = net_of(order, 5, POOLS[0], channels=11, alpha=0.2, k=2.0, alpha_mode="sum")
+    norm = {"alpha": 0.2, "k": 2.0, "alpha_mode": "sum"}
+    channels, groups = (12, 2) if rows == 2 else (11, 1)
+    net = net_of(order, 5, POOLS[0], channels=channels, norm_groups=groups, **norm)
     x = torch.randn(3, 4, 13, 7)
     with forced(*NORMS, BM=pixels, BK=rows, SPLIT=programs):
         got, _ = errors(net, (3, 4, 13, 7), x)

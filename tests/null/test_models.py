@@ -118,6 +118,7 @@ def test_initialisations():
         gn.models.alexnet(init="he")
     with pytest.raises(ConfigError, match="bvlc"):
         gn.models.alexnet_2012(flavor="caffe")
+    assert gn.models.alexnet_2012(norm_groups=2).norm2.groups == 2
 
 
 def test_an_image_that_is_too_small_shows_the_chain_of_sizes():
@@ -131,6 +132,10 @@ def test_an_image_that_is_too_small_shows_the_chain_of_sizes():
         gn.Conv2d(3, 8, 3, groups=2)
     with pytest.raises(ConfigError, match="alpha_mode"):
         gn.LocalResponseNorm(5, alpha_mode="max")
+    with pytest.raises(ConfigError, match="groups of a normalization"):
+        gn.LocalResponseNorm(5, groups=0)
+    with pytest.raises(ShapeError, match="3 channels have no 2 equal groups"):
+        gn.compile(gn.LocalResponseNorm(5, groups=2), (1, 3, 4, 4), target="cpu")
 
 
 def test_residual_nets_have_torchvisions_keys():

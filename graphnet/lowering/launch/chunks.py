@@ -74,6 +74,8 @@ def blocks(pool: Eqn) -> tuple[int, int]:
 
 def _near(norm: Eqn) -> str | None:
     a: Any = norm.attrs
+    if a.groups > 1:
+        return f"the windows end at the borders of {a.groups} groups of channels"
     if max(a.below, a.above) > REACH:
         return f"the window of {a.size} channels reaches further than {REACH} to one side"
     return None

@@ -20,6 +20,12 @@ def formula(a: Any) -> dict[str, Any]:
     return {"LOW": a.below, "HIGH": a.above, "K": a.k, "A": a.scale, "BETA": a.beta}
 
 
+def grouped(e: Eqn) -> dict[str, Any]:
+    """The formula of a normalization, and how many channels each of its groups has."""
+    a: Any = e.attrs
+    return {**formula(a), "PER": e.out.type.shape[1] // a.groups}
+
+
 def image(v: Value) -> dict[str, int]:
     return dict(zip("NCHW", v.type.shape, strict=True))
 
@@ -57,7 +63,7 @@ class Norm(Norms):
         constants: dict[str, Any] = image(e.out)
         for prefix, v in zip("XD", e.inputs, strict=False):
             constants |= strides(prefix, work.type(v))
-        constants |= {**formula(e.attrs), "BP": c.BM, "BC": c.BN, "EPILOGUE": source(epi)}
+        constants |= {**grouped(e), "BP": c.BM, "BC": c.BN, "EPILOGUE": source(epi)}
         refs = tuple(work.ref(v) for v in e.inputs)
         return [
             make(
@@ -83,7 +89,7 @@ class PooledNorm(Norms):
 def shared(pool: Eqn, norm: Eqn, large: Value, small: Value) -> dict[str, Any]:
     """Constexprs of all four kernels; `large` is the pool's input, `small` its output."""
     oh, ow = small.type.shape[2:]
-    return {**image(large), "OH": oh, "OW": ow, **window(pool.attrs), **formula(norm.attrs)}
+    return {**image(large), "OH": oh, "OW": ow, **window(pool.attrs), **grouped(norm)}
 
 
 def _pool_then_lrn(work: Work, pool: Eqn, norm: Eqn, c: Config) -> Launch:
