@@ -148,7 +148,7 @@ def test_full_size_in_the_interpreter(large_tiles):
 
 
 def test_full_size_on_the_cpu():
-    check("alexnet", True, "cpu")
+    check("alexnet", True, "cpu", steps=1)
 
 
 @pytest.mark.slow

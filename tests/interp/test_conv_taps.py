@@ -32,4 +32,4 @@ def test_the_rules_configurations_in_front_of_every_epilogue(precision):
         gn.Conv2d(3, 16, 3), gn.ReLU(), gn.Conv2d(16, 16, (2, 1), padding=1), gn.ReLU(),
         gn.Conv2d(16, 16, 2), gn.Flatten(), gn.Linear(16 * 2 * 3, 3),
     )  # fmt: skip
-    hold_configurations(net, (2, 3, 4, 4), precision, "interpret", 4)
+    hold_configurations(net, (2, 3, 4, 4), precision, "interpret", 2)

@@ -72,8 +72,11 @@ CAP = 1e-6
 
 
 @pytest.mark.parametrize("order", FUSED)
-@pytest.mark.parametrize("pool", POOLS, ids=lambda p: "-".join(f"{v}" for v in p.values()))
-@pytest.mark.parametrize("size", [5, 4])
+@pytest.mark.parametrize(
+    "pool, size",
+    [*((pool, 5) for pool in POOLS), (POOLS[2], 4)],
+    ids=lambda p: "-".join(f"{v}" for v in p.values()) if isinstance(p, dict) else str(p),
+)
 def test_fused_is_unfused_and_the_oracle(order, pool, size):
     torch.manual_seed(0)
     net = net_of(order, size, pool, alpha=0.5, k=1.5)
@@ -92,9 +95,9 @@ def test_every_tile_gives_the_same(order, rows, pixels, programs):
     norm = {"alpha": 0.2, "k": 2.0, "alpha_mode": "sum"}
     channels, groups = (12, 2) if rows == 2 else (11, 1)
     net = net_of(order, 5, POOLS[0], channels=channels, norm_groups=groups, **norm)
-    x = torch.randn(3, 4, 13, 7)
+    x = torch.randn(3, 4, 9, 7)
     with forced(*NORMS, BM=pixels, BK=rows, SPLIT=programs):
-        got, _ = errors(net, (3, 4, 13, 7), x)
+        got, _ = errors(net, (3, 4, 9, 7), x)
     assert got <= CAP
 
 

@@ -38,12 +38,12 @@ def run(code, stdin, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stdin", [False, True], ids=["script", "stdin"])
 @pytest.mark.parametrize(
-    "first",
-    ["", "sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1)\nassert 'triton' in sys.modules"],
-    ids=["plain", "after-torch-optim"],
-)
+    "first, stdin",
+    [("", False),
+     ("sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1)\nassert 'triton' in sys.modules", True)],
+    ids=["plain-script", "after-torch-optim-stdin"],
+)  # fmt: skip
 def test_compile_and_build_at_the_top_level(stdin, first, tmp_path):
     code = SCRIPT.format(first=first, targets=["cpu", "interpret"], last=BUILD)
     done = run(code, stdin, tmp_path)

@@ -42,7 +42,7 @@ def gradients(net, target, precision):
     return program(x, y), {s.kernel for s in program.plan.launches}
 
 
-@pytest.mark.parametrize("groups, split", [(1, 1), (3, 1), (1, 4), (3, 4)])
+@pytest.mark.parametrize("groups, split", [(1, 1), (3, 4)])
 def test_fp32_against_torch(groups, split):
     torch.manual_seed(0)
     net = small(groups)
@@ -61,7 +61,7 @@ def test_fp32_against_torch(groups, split):
         assert relative(grads[key], p.grad) <= 2e-6, key
 
 
-@pytest.mark.parametrize("stride, kernel, groups", [(4, 11, 1), (4, 5, 3), (4, 8, 1)])
+@pytest.mark.parametrize("stride, kernel, groups", [(4, 11, 1), (4, 5, 3)])
 def test_bf16_through_blocks_of_pixels(stride, kernel, groups):
     """bf16 rounds differently in every kernel: the cpu target's own error is the measure."""
     torch.manual_seed(1)
@@ -94,7 +94,7 @@ def test_weight_copies_follow_their_parameters_in_every_layout():
     )
     layouts = {str(i.value.type.layout) for i in step.plan.graph.inputs if i.role == "derived"}
     assert layouts == {"s2d4", "nhwc", ""}
-    for k in range(3):
+    for k in range(2):
         step(*batch(k))
     x, _ = batch(9)
     logits = gn.compile(net, SHAPE, **common)(x)

@@ -28,8 +28,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("targets", [("interpret", "cpu"), ("cpu", "interpret")], ids="-".join)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way, targets",
+    [*((way, ("interpret", "cpu")) for way in WAYS), ("adam", ("cpu", "interpret"))],
+)
 def test_one_target_goes_on_where_another_stopped(way, targets):
     """Nothing changes at the handover, and what follows is what a fresh net makes of the saved
     state. A group of two calls is cut in its middle."""

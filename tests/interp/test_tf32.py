@@ -59,8 +59,8 @@ def rows():
         yield
 
 
-# Images that fill no group of 8, and three.
-@pytest.mark.parametrize("n, groups", [(20, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+# Images that fill no group of 8, and two of them.
+@pytest.mark.parametrize("n, groups", [(12, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_every_launch_of_a_step_alone(monkeypatch, rows, n, groups):
     low = lowered(net(groups=groups), (n, 3, 43, 43))
     kernels = {s.kernel for s in low.plan.launches}

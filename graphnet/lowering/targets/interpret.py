@@ -111,17 +111,34 @@ def interpreted() -> Iterator[None]:
             _depth -= 1
 
 
+def _patch_once(patch: Callable[[Any], Any], function: Any) -> Any:
+    """Triton exchanges its language's functions at a launch, and again at every call of a device
+    function, which takes a quarter of an interpreted step. Where it is done it need not be again.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import _LangPatchScope
+
+    seen = [v for v in function.__globals__.values() if v is tl or v is tl.core]
+    if seen and not any(tl.core.is_builtin(language.arange) for language in seen):
+        return _LangPatchScope()  # nothing to undo
+    return patch(function)
+
+
 @contextmanager
 def _switched() -> Iterator[None]:
     import triton
+    from triton.runtime import interpreter
 
     variable = os.environ.get("TRITON_INTERPRET")
     knob = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     before = _exchange()
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = partial(_patch_once, patch)
     try:
         yield
     finally:
+        interpreter._patch_lang = patch
         for module, key, value in before:
             setattr(module, key, value)
         triton.knobs.runtime.interpret = knob
