@@ -120,6 +120,8 @@ class Program:
         self._run = prepare(plan, self._storage)
         if hasattr(self._run, "record"):
             self._run.record()
+        if hasattr(self._run, "forget"):
+            state.followers.add(self._run)
 
     def _join_group(self, group: Group) -> None:
         """Takes over the state of rank 0, and how far it has come."""
@@ -181,7 +183,8 @@ class Program:
         try:
             run()  # no target records gradients
         finally:
-            if self._writes and len(self.state.derived) > len(self._keeps):
+            others = len(self.state.derived) > len(self._keeps) or self.state.followers
+            if self._writes and others:
                 self.state.stale = True  # copies that this program does not keep up
 
     def _result(self, index: int, rows: int | None = None) -> torch.Tensor:

@@ -138,6 +138,8 @@ class State:
         self.entries: dict[str, Entry] = {}
         self.stale = False
         self._derived: list[Entry] | None = None  # those of `entries`, while they are known
+        # Steps that keep what they have made of parameters; `forget` makes them do it again.
+        self.followers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.held: Held | None = None  # steps held back, where a program holds them
         self.lock = bank.lock  # of the net: a program runs while its thread holds it
         self._bank = bank
@@ -264,7 +266,9 @@ class State:
             self.rebuild()
 
     def rebuild(self) -> None:
-        """Derives the copies from the parameters again."""
+        """Derives the copies from the parameters again, and has others do so at their next run."""
+        for step in self.followers:
+            step.forget()
         for e in self.derived:
             if e.source is None:
                 continue

@@ -15,8 +15,9 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.lowering import watch
-from graphnet.lowering.targets import cpu_conv, cpu_ranks, cpu_update
+from graphnet.lowering.targets import cpu_conv, cpu_dense, cpu_ranks, cpu_update
 from graphnet.lowering.targets.collectives import Group
+from graphnet.lowering.targets.cpu_fold import Folded, folds
 from graphnet.lowering.targets.cpu_over import over
 from graphnet.lowering.targets.cpu_task import (
     Call,
@@ -32,60 +33,9 @@ from graphnet.ops.collective import exchanging
 from graphnet.passes.templates import is_update
 
 Storage = dict[str, torch.Tensor]
-_aten: Any = torch.ops.aten
 _VIEWS = ("reshape", "slice", "relayout", "cast")
 _COPIES = ("cast", "round_tf32")  # what a derived copy is made by
 _LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold stops at 32 MiB, its header included
-
-
-def _linear_relu(eqn: Eqn, relu: Eqn) -> Task:
-    dtype = relu.out.type.dtype.torch
-
-    def make(slot: Slot) -> Call:
-        ins, at = [slot(v) for v in eqn.inputs], slot(relu.out)
-
-        def call(env: Env) -> None:
-            x, w, *rest = (env[i] for i in ins)
-            bias = rest[0].to(x.dtype) if rest else None
-            env[at] = torch.nn.functional.linear(x, w, bias).relu_().to(dtype)
-
-        return call
-
-    return Task(eqn.inputs, (relu.out,), make, (eqn, relu))
-
-
-def _cross_entropy(loss: Eqn, grad: Eqn) -> Task:
-    """The loss and its gradient from one log-softmax of the live rows."""
-    smoothing = loss.attrs.label_smoothing  # type: ignore[attr-defined]
-    of_all = loss.inputs[3:]  # the live rows of all ranks
-    dtype, mean, ignored = loss.inputs[0].type.dtype.torch, 1, -100
-    one = torch.ones((), dtype=dtype)
-
-    def make(slot: Slot) -> Call:
-        iz, il, iv, *ia = (slot(v) for v in loss.inputs)
-        ol, og = slot(loss.out), slot(grad.out)
-
-        def call(env: Env) -> None:
-            z, labels, live = env[iz], env[il], int(env[iv])
-            rows, (n, classes) = labels[:live], z.shape
-            if not live:
-                env[ol], env[og] = z.new_zeros(()), torch.zeros_like(z)
-                return
-            logp = torch.log_softmax(z[:live], 1)
-            nll, count = _aten.nll_loss_forward(logp, rows, None, mean, ignored)
-            g = _aten.nll_loss_backward(one, logp, rows, None, mean, ignored, count)
-            if smoothing:
-                nll = (1.0 - smoothing) * nll - logp.mean() * smoothing
-                g.mul_(1.0 - smoothing).sub_(smoothing / (classes * live))
-            g = _aten._log_softmax_backward_data(g, logp, 1, dtype)
-            if of_all and (rows_of_all := int(env[ia[0]])) != live:
-                nll, g = nll * (live / rows_of_all), g.mul_(live / rows_of_all)
-            env[ol] = nll
-            env[og] = g if live == n else torch.cat((g, g.new_zeros(n - live, classes)))
-
-        return call
-
-    return Task(loss.inputs, (loss.out, grad.out), make, (loss, grad))
 
 
 def _go(eqn: Eqn, storage: Storage) -> Task:
@@ -156,6 +106,7 @@ class _Schedule:
         self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
         self.fused: set[Value] = set()  # gradients that their update makes
+        self.folded: list[Folded] = []
         self.flags: list[Task] = []  # what updates look at
         self.starts, waits = cpu_ranks.tasks_of(self.eqns, group)
         tail = self._tail()
@@ -262,10 +213,8 @@ class _Schedule:
             return self._gradients(e)
         if e.op == "linear_wgrad" and (e.outputs[0] is None or e.outputs[0] in self.fused):
             return [cpu_update.bias_gradient(e)] if e.outputs[1] is not None else []
-        if e.op == "linear":
-            behind = self.read_by(e.out)
-            if len(behind) == 1 and behind[0].op == "relu":
-                return [_linear_relu(e, behind[0])]
+        if e.op == "linear" and (relu := self._alone_behind(e, "relu")) is not None:
+            return [cpu_dense.linear_relu(e, relu)]
         if e.op == "maxpool2d" and e.attrs.torchs:  # type: ignore[attr-defined]
             idx = e.outputs[1]
             if idx is None:
@@ -278,7 +227,7 @@ class _Schedule:
         if e.op == "cross_entropy":
             pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
             if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
-                return [_cross_entropy(e, pair[0])]
+                return [cpu_dense.cross_entropy(e, pair[0])]
         return [over(e, self.made, self.read_by) or generic(e)]
 
     def _only(self, v: Value, op: str) -> bool:
@@ -297,11 +246,18 @@ class _Schedule:
         phase = cpu_conv.phase_conv(e, self.read_by)
         if phase is not None:
             return [phase.forward(), *(phase.backward(g, w) for g, w in phase.grads)]
-        behind = self.read_by(e.out)
-        relu = behind[0] if len(behind) == 1 and behind[0].op == "relu" else None
+        norm = self._alone_behind(e, "normalize")
+        folded = Folded(e, norm) if norm is not None and folds(e, norm, self.graph) else None
+        self.folded += [folded] if folded else []
         tasks: list[Task] = []
         x = self._twin(e.inputs[0], tasks, e)
-        return [*tasks, cpu_conv.conv(e, relu, x)]
+        relu = self._alone_behind(folded.norm if folded else e, "relu")
+        return [*tasks, cpu_conv.conv(e, relu, x, folded)]
+
+    def _alone_behind(self, e: Eqn, op: str) -> Eqn | None:
+        """The only reader of a result, where it is of that op."""
+        behind = self.read_by(e.out)
+        return behind[0] if len(behind) == 1 and behind[0].op == op else None
 
     def _gradients(self, e: Eqn) -> list[Task]:
         """The gradients of one convolution, together where that is faster."""
@@ -350,7 +306,8 @@ def prepare(
     around  is given each task with its call and returns what is called instead: to time it
     group   the processes that take part, where there are several
     It reads `plan.graph` only. Calling it runs one step: returned values are copied to their
-    storage, then committed state is replaced. Gradients are off while it runs.
+    storage, then committed state is replaced. Gradients are off while it runs. Where it keeps
+    weights that are made of others, it has a method `forget`.
     """
     graph: Graph = plan.graph
     _keep_freed_memory()
@@ -394,8 +351,18 @@ def prepare(
         for tensor, at in commits:
             tensor.copy_(env[at])
 
-    if not config.check():
-        return run
+    step = run
+    if config.check():
+        step = _checked(graph, storage, run, group)
+    if schedule.folded:
+        step.forget = lambda: [f.forget() for f in schedule.folded]  # type: ignore[attr-defined]
+    return step
+
+
+def _checked(
+    graph: Graph, storage: Storage, run: Callable[[], None], group: Group | None
+) -> Callable[[], None]:
+    """The step with every value compared, among ranks where there are several."""
     checked = watch.check_step(graph, storage, run)
     if group is None:
         return checked

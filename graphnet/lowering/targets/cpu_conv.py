@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from graphnet.ir.graph import Eqn, Value
+from graphnet.lowering.targets.cpu_fold import Folded
 from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task, only_f32, symmetric
 from graphnet.ops.conv2d import ConvAttrs, row_major
 from graphnet.ops.pool import PoolAttrs
@@ -57,28 +58,31 @@ def relay(v: Value, to: Value, form: Form) -> Task:
     return Task((v,), (to,), make)
 
 
-def conv(eqn: Eqn, relu: Eqn | None, x: Value) -> Task:
-    """Convolution of `x`, the laid-out twin of its operand, with the relu behind it."""
+def conv(eqn: Eqn, relu: Eqn | None, x: Value, folded: Folded | None = None) -> Task:
+    """Convolution of `x`, the laid-out twin of its operand, with the normalization and the relu
+    behind it."""
     attrs: ConvAttrs = eqn.attrs  # type: ignore[assignment]
     form = form_of(attrs)
     pad = [attrs.padding[0], attrs.padding[2]]
     stride, dilation, groups = list(attrs.stride), list(attrs.dilation), attrs.groups
-    out = (relu or eqn).out
+    eqns = (eqn, *([folded.norm] if folded else []), *([relu] if relu else []))
+    out = eqns[-1].out
     dtype = out.type.dtype.torch
-    reads = (x, *eqn.inputs[1:])
+    reads = (x, *eqn.inputs[1:], *(folded.norm.inputs[1:] if folded else ()))
 
     def make(slot: Slot) -> Call:
         ins, at = [slot(v) for v in reads], slot(out)
 
         def call(env: Env) -> None:
-            x, w, *rest = (env[i] for i in ins)
-            b, w = (rest[0].to(x.dtype) if rest else None), form(w)
+            x, *rest = (env[i] for i in ins)
+            w, *bias = folded(rest) if folded else rest
+            b, w = (bias[0].to(x.dtype) if bias else None), form(w)
             y = torch.conv2d(x, w, b, stride, pad, dilation, groups)
             env[at] = (y.relu_() if relu is not None else y).to(dtype)
 
         return call
 
-    return Task(reads, (out,), make, (eqn,) if relu is None else (eqn, relu))
+    return Task(reads, (out,), make, eqns)
 
 
 def _backward(attrs: Any, out_channels: int, mask: list[bool]) -> Callable[..., Any]:
