@@ -114,6 +114,11 @@ class _Schedule:
         self.body = in_order(self.flags + body + waits, set(graph.input_values))
         self.tail = tail
 
+    def forget(self) -> None:
+        """The next step folds normalizations into its weights again."""
+        for f in self.folded:
+            f.forget()
+
     def read_by(self, v: Value) -> list[Eqn]:
         """The readers of a value that stays inside the graph; none where it leaves it."""
         return [] if v in self.escaping else self.readers.get(v, [])
@@ -355,7 +360,7 @@ def prepare(
     if config.check():
         step = _checked(graph, storage, run, group)
     if schedule.folded:
-        step.forget = lambda: [f.forget() for f in schedule.folded]  # type: ignore[attr-defined]
+        step.forget = schedule.forget  # type: ignore[attr-defined]
     return step
 
 
