@@ -13,7 +13,7 @@ from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType
 from graphnet.ops.conv2d import pair
-from graphnet.ops.pool import PoolGrad
+from graphnet.ops.pool import PoolGrad, like_gradient
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,5 @@ class AdaptiveAvgPool2dGrad(PoolGrad):
 
     def cpu(self, attrs: AdaptiveGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (dy,) = args
-        x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
+        x = like_gradient(dy, attrs.input_size)
         return (torch.ops.aten._adaptive_avg_pool2d_backward(dy, x),)

@@ -18,6 +18,7 @@ from graphnet.errors import ShapeError
 from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, get_op, register
 from graphnet.ir.types import TensorType, f32, i32, i64
+from graphnet.ops import norm_rows
 from graphnet.ops.elementwise import floating
 
 Tensors = tuple[torch.Tensor, ...]
@@ -135,6 +136,11 @@ class BatchNorm(Op):
         scale, shift, running = _parted(attrs, rest)
         rows = x[: int(live)]
         count = rows.numel() // x.shape[1]
+        if norm_rows.lies_in_rows(x):
+            mean, var = norm_rows.statistics(rows)
+            factor, bias = _line(mean, var, scale, shift, attrs.eps)
+            y = norm_rows.multiplied(x, factor, bias)  # dead rows too
+            return (y, mean, var, *_moved(attrs, count, mean, var, running))
         # A momentum of 1 hands out the variance itself, the unbiased one.
         kind = torch.promote_types(x.dtype, torch.float32)
         mean, var = torch.zeros(2, x.shape[1], dtype=kind)
@@ -171,6 +177,15 @@ def _moved(
     return (
         old_mean + share * (mean - old_mean), old_var + share * (unbiased - old_var), batches + 1
     )  # fmt: skip
+
+
+def _line(
+    mean: torch.Tensor, var: torch.Tensor, scale: Any, shift: Any, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(factor, bias): y is x factor + bias."""
+    factor = 1 / torch.sqrt(var + eps)
+    factor = factor if scale is None else factor * scale
+    return factor, -mean * factor if shift is None else shift - mean * factor
 
 
 def _normalised(
@@ -227,10 +242,12 @@ class BatchNormGrad(Op):
 
     def cpu(self, attrs: BatchNormGradAttrs, *args: torch.Tensor) -> Tensors:
         dy, x, mean, var, live, *rest = args
-        rows = int(live)
+        rows, scale = int(live), rest[0] if rest else None
+        if norm_rows.lies_in_rows(x):
+            return _by_rows(dy, x, mean, var, rows, scale, attrs.eps)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy[:rows], x[:rows], rest[0] if rest else torch.ones_like(mean), None, None, mean,
-            torch.rsqrt(var + attrs.eps), True, attrs.eps, [True, True, True],
+            dy[:rows], x[:rows], torch.ones_like(mean) if scale is None else scale, None, None,
+            mean, torch.rsqrt(var + attrs.eps), True, attrs.eps, [True, True, True],
         )  # fmt: skip
         if rows < len(x):
             dx = torch.cat((dx, dx.new_zeros(len(x) - rows, *x.shape[1:])))
@@ -240,6 +257,26 @@ class BatchNormGrad(Op):
         self, attrs: Any, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
     ) -> int:
         return 9 * ins[0].numel
+
+
+def _by_rows(
+    dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, rows: int,
+    scale: torch.Tensor | None, eps: float,
+) -> Tensors:  # fmt: skip
+    """The gradients where x lies in rows: dx is dy a + x b + c."""
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    rstd = 1 / torch.sqrt(var + eps)
+    g, image = dy[:rows], x[:rows]
+    dweight, dbias = norm_rows.sums(g, image, mean, rstd)
+    count = image.numel() // x.shape[1]
+    a = rstd if scale is None else rstd * scale
+    part = a * (-1 / count)
+    b = part * rstd * dweight
+    dx = norm_rows.multiplied(image, b, part * dbias - b * mean, g, a)
+    if rows < len(x):
+        dx = torch.cat((dx, dx.new_zeros(len(x) - rows, *x.shape[1:])))
+    return (dx, dweight, dbias)
 
 
 @dataclass(frozen=True)

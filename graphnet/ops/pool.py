@@ -175,6 +175,15 @@ class PoolGrad(Op):
         return (dy.with_shape(x),)
 
 
+def like_gradient(dy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An empty input for a gradient, with channels innermost where they are in the gradient: other
+    elementwise ops would have to walk the two in different orders."""
+    innermost = dy.ndim == 4 and dy.stride(1) == 1 and dy.shape[1] > 1
+    form = torch.channels_last if innermost else torch.contiguous_format
+    shape = (*dy.shape[:2], *size)
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=form)
+
+
 @register
 class MaxPool2d(Op):
     """Maximum per window and, optionally, the row-major position of its first maximum (u8)."""
@@ -343,7 +352,7 @@ class AvgPool2dGrad(PoolGrad):
         t, _, le, _ = attrs.padding
         if not attrs.torchs:
             return self.reference(attrs, dy)
-        x = dy.new_empty(*dy.shape[:2], *attrs.input_size)
+        x = like_gradient(dy, attrs.input_size)
         return (
             torch.ops.aten.avg_pool2d_backward(
                 dy, x, list(attrs.kernel), list(attrs.stride), [t, le], attrs.ceil_mode,

@@ -9,6 +9,7 @@ from torch import nn
 
 import graphnet as gn
 from graphnet.errors import GraphError
+from graphnet.ir.op import get_op
 from graphnet.ir.text import parse
 from graphnet.ir.verify import verify
 
@@ -292,3 +293,40 @@ def test_torchs_modules_come_in_and_go_out():
         assert torch.allclose(b, c, rtol=1e-5, atol=1e-6), key
     with torch.no_grad():
         assert torch.allclose(theirs.eval()(x), module.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean"), [((128, 16, 32, 32), 0.3), ((3, 24, 13, 7), 3.0), ((5001, 1000), 100.0)]
+)
+def test_sums_over_many_pixels_stay_exact(shape, mean):
+    """Channels innermost, where torch's own variance is 1e-5 off; the last is in several parts."""
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=g) for _ in range(2))
+    x += mean
+    if x.ndim == 4:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    live = torch.tensor(shape[0] - 1, dtype=torch.int32)
+    w, b = torch.randn(2, shape[1], generator=g)
+    forward, backward = get_op("batch_norm"), get_op("batch_norm_grad")
+    a = forward.attrs_type(track=False)
+    exact = [t.double() if t.is_floating_point() else t for t in (dy, x, w, b)]
+    y, m, v = forward.cpu(a, x, live, w, b)
+    want = forward.reference(a, exact[1], live, *exact[2:])
+    assert y.stride() == x.stride()
+    assert float(((m - want[1]) / want[2].sqrt()).norm()) < 3e-7 * max(1, mean) * len(m) ** 0.5
+    assert off(v, want[2]) < 2e-7 * max(1, mean / 10)
+    assert off(y, want[0]) < 2e-7 * max(1, mean)
+    attrs = backward.attrs_type()
+    got = backward.cpu(attrs, dy, x, m, v, live, w)
+    want = backward.reference(attrs, *exact[:2], *want[1:3], live, exact[2])
+    assert not got[0][-1].any()
+    for one, right in zip(got, want, strict=True):
+        assert off(one, right) < 1e-6 * max(1, mean)
+
+
+def test_gradients_of_pools_lie_as_theirs_do():
+    dy = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)[:, 2:6]
+    for name, more in (("avgpool2d_grad", {"kernel": (2, 2), "stride": (2, 2)}), ("adaptive", {})):
+        op = get_op(name if more else "adaptive_avgpool2d_grad")
+        (dx,) = op.cpu(op.attrs_type(input_size=(6, 6), **more), dy)
+        assert dx.stride(1) == 1, name
