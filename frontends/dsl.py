@@ -25,7 +25,7 @@ from graphnet.errors import (
 from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.held import Buffer, Held, Parameter
 from graphnet.frontends.symbolic import Symbol
-from graphnet.frontends.tracer import active_tracer, user_place
+from graphnet.frontends.tracer import active_tracer, tracing, user_place
 from graphnet.runtime.state import lock_of, release_held
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Module:
     name         display name; empty for type and ordinal (conv1, fc2)
     input_shape  shape of one sample, where the net knows it (`summary` and error texts use it)
     place        `file:line` where it was made
+    loss_weights  what each value counts in the loss, where `forward` returns several
     """
 
     kind: ClassVar[str] = ""  # stem of the display name; only layers have one
@@ -52,6 +53,7 @@ class Module:
     name: str = ""
     input_shape: tuple[int, ...] | None = None
     place: str = ""
+    loss_weights: tuple[float, ...] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Module:
         self = super().__new__(cls)
@@ -87,6 +89,14 @@ class Module:
                 f"{type(self).__name__} has no {name!r}", where=user_place() or None,
                 help=instead_on_module(name, dir(self)),
             )  # fmt: skip
+
+    @property
+    def training(self) -> bool:
+        """In `forward`: whether the program that is traced trains. A net itself has no mode."""
+        tracer = tracing()
+        if tracer is None:
+            raise AttributeError("training")  # __getattr__ says what to do instead
+        return tracer.training
 
     # ---- the tree ---------------------------------------------------------------------------
 

@@ -181,6 +181,11 @@ class Tracer:
         self.rows.add(made)
 
 
+def tracing() -> Tracer | None:
+    """The tracer of the trace in progress, if there is one."""
+    return _ACTIVE.get()
+
+
 def active_tracer(what: str) -> Tracer:
     """The tracer of the trace in progress; ConfigError outside one."""
     tracer = _ACTIVE.get()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from graphnet.frontends.foreign import called
 from graphnet.frontends.symbolic import Symbol
 from graphnet.frontends.tracer import Tracer
 from graphnet.ir.graph import Builder, Graph, Input, Value, Where
+from graphnet.ir.op import get_op
 from graphnet.ir.types import DTYPES, TensorType, f32, i32, i64, layout_of_parameter
 from graphnet.ops.augment import Augment
 
@@ -33,11 +34,13 @@ def trace(
 
     Returns logits, or all that `forward` returns; with `loss` (a spec such as
     `CrossEntropyLoss()`), (loss, logits), or in training the loss alone; and commits of what
-    becomes of the buffers. Inputs: x, the parameters in state_dict order, then buffers, labels,
-    live, seed and step where they are read. With `augment`, x is what is stored, and index and
-    epoch say for what to draw. With several `ranks`, live_all counts the live rows of all of them,
-    and first_row says where this rank's rows start among the `global_batch`, by default as many
-    as the ranks hold. Errors name the layer, its place and the chain of sizes.
+    becomes of the buffers. Where `forward` returns several logits, the loss is the sum of theirs
+    by `net.loss_weights`, and the first ones are the logits. Inputs: x, the parameters in
+    state_dict order, then buffers, labels, live, seed and step where they are read. With
+    `augment`, x is what is stored, and index and epoch say for what to draw. With several
+    `ranks`, live_all counts the live rows of all of them, and first_row says where this rank's
+    rows start among the `global_batch`, by default as many as the ranks hold. Errors name the
+    layer, its place and the chain of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
@@ -89,20 +92,43 @@ def trace(
                 )
     returns = tuple(out.value for out in outs)
     if loss is not None:
-        if len(outs) > 1:
-            raise ConfigError(
-                f"forward of {net._title()} returns {len(outs)} values, and a loss takes one",
-                where=net.place,
-                help="return the logits alone; gn.as_torch(net, shape) trains what returns "
-                "several, with a loss of torch's",
-            )
-        _check_logits(outs[0], shape[0])
-        b.where = Where(("loss",), "")
-        value = b.one(loss.op, *returns, labels, live, *over, attrs=loss.attrs())
-        returns = (value,) if training else (value, *returns)
+        one = lambda z: b.one(loss.op, z, labels, live, *over, attrs=loss.attrs())
+        value = _loss_of(net, outs, shape[0], b, one)
+        returns = (value,) if training else (value, returns[0])
     for held, new in tracer.commits.items():
         b.commit(given[held], new)
     return _without_unread(b.build(*returns))
+
+
+def _loss_of(
+    net: Module, outs: Sequence[Symbol], batch: int, b: Builder, one: Callable[[Value], Value]
+) -> Value:
+    """The loss of the logits; of several, the sum by `net.loss_weights`."""
+    weights = (1.0,) if len(outs) == 1 else net.loss_weights
+    if weights is None:
+        raise ConfigError(
+            f"forward of {net._title()} returns {len(outs)} values, and a loss takes one",
+            where=net.place,
+            help="return the logits alone; or net.loss_weights = (1.0, 0.3) adds up the losses of "
+            "several logits; gn.as_torch(net, shape) trains with any loss of torch's",
+        )
+    if len(weights) != len(outs):
+        raise ConfigError(
+            f"forward of {net._title()} returns {len(outs)} values, and loss_weights is {weights}",
+            where=net.place, help="a number for each value, in their order",
+        )  # fmt: skip
+    for out in outs:
+        _check_logits(out, batch)
+    b.where = Where(("loss",), "")
+    total: Value | None = None
+    for out, weight in zip(outs, weights, strict=True):
+        term = one(out.value)
+        if weight != 1.0:
+            told = get_op("full").attrs_type(value=float(weight), shape=(), dtype="f32")  # type: ignore[call-arg]
+            term = b.one("mul", term, b.one("full", attrs=told))
+        total = term if total is None else b.one("add", total, term)
+    assert total is not None
+    return total
 
 
 def _checked_shape(given: Any, sample: tuple[int, ...] | None) -> tuple[int, ...]:

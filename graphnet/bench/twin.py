@@ -114,6 +114,8 @@ class Composed(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:  # what is neither a submodule nor torch's, such as a number
+            if name.startswith("__"):  # what Python asks for, as copy.deepcopy does
+                raise
             return getattr(self.net, name)
 
 
