@@ -66,11 +66,26 @@ class _BatchNorm(Module):
                 "normalize", [x, *self.running[:2], *scale], eps=self.eps, affine=self.affine
             )
         live = Symbol(tracer, tracer.lazy["live"])
-        y, _, _, *new = tracer.emit_all(
-            "batch_norm", [x, live, *scale, *self.running], optional=True, eps=self.eps,
-            affine=self.affine, track=self.track_running_stats, momentum=self.momentum or 0.0,
-            cumulative=self.momentum is None,
-        )  # fmt: skip
+        running: dict[str, Any] = {
+            "track": self.track_running_stats, "momentum": self.momentum or 0.0,
+            "cumulative": self.momentum is None,
+        }  # fmt: skip
+        if (ranks := tracer.joint_ranks) > 1:
+            own = tracer.emit("batch_norm_stats", [x, live])
+            known = tracer.emit("all_gather", [own], ranks=ranks)
+            mean, var, *new = tracer.emit_all(
+                "batch_norm_gather_stats", [known, *self.running], optional=True, **running
+            )
+            y = tracer.emit(
+                "batch_norm_elemt",
+                [x, mean, var, live, Symbol(tracer, tracer.lazy["live_all"]), *scale],
+                eps=self.eps, affine=self.affine, ranks=ranks,
+            )  # fmt: skip
+        else:
+            y, _, _, *new = tracer.emit_all(
+                "batch_norm", [x, live, *scale, *self.running], optional=True, eps=self.eps,
+                affine=self.affine, **running,
+            )  # fmt: skip
         for buffer, value in zip(self.running, new, strict=True):
             buffer.update(value)
         return y
@@ -91,7 +106,8 @@ class BatchNorm2d(_BatchNorm):
 
     In training by the mean and the biased variance of the live rows; the running statistics take
     a share `momentum` of them (None: all batches count alike), the variance unbiased. In inference
-    by the running ones, where the convolution before it takes it up.
+    by the running ones, where the convolution before it takes it up. Over several ranks each has
+    the statistics of its own rows, or with `sync_bn` all have those of all rows.
 
     frozen  True uses the running statistics in training, too, in programs compiled from then on
     """

@@ -56,6 +56,7 @@ class Tracer:
         self.held: dict[Held, Value] = {}  # parameters and buffers, as they are by now
         self.commits: dict[Held, Value] = {}  # what replaces a buffer
         self.batch = self.global_batch = 0  # rows here, and on all ranks
+        self.joint_ranks = 1  # over which batch normalization joins its statistics
         self.rows: set[Value] = set()
         self.lazy: dict[str, Value] = {}
         self.stack: list[Module] = []
@@ -141,7 +142,8 @@ class Tracer:
             unread = () if optional else spec.optional
             made = self.b.emit(op, values, spec.attrs_type(**attrs), unread=unread)
             results = [v for v in made if v is not None]  # the first one is never optional
-            self._keep_rows(kind or op, values, results[0])
+            if spec.over_batch is None or made[0].type.shape == values[0].type.shape:  # type: ignore[union-attr]
+                self._keep_rows(kind or op, values, results[0])
         except GraphnetError as error:
             if isinstance(error, ShapeError) and len(values) > 1 and spec.elementwise:
                 error.message += f" ({self._origins(operands, values)})"

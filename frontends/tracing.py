@@ -29,6 +29,7 @@ def trace(
     augment: Augment | None = None,
     ranks: int = 1,
     global_batch: int = 0,
+    sync_bn: bool = False,
 ) -> Graph:
     """The traced graph of a net for inputs of `shape`, its batch first.
 
@@ -39,14 +40,16 @@ def trace(
     state_dict order, then buffers, labels, live, seed and step where they are read. With
     `augment`, x is what is stored, and index and epoch say for what to draw. With several
     `ranks`, live_all counts the live rows of all of them, and first_row says where this rank's
-    rows start among the `global_batch`, by default as many as the ranks hold. Errors name the
-    layer, its place and the chain of sizes.
+    rows start among the `global_batch`, by default as many as the ranks hold; `sync_bn` joins
+    the statistics of batch normalization over them. Errors name the layer, its place and the chain
+    of sizes.
     """
     shape = _checked_shape(shape, net.input_shape)
     b = Builder(f"{net._title()}.traced")
     paths = {m: path for path, m in net.named_modules()}
     tracer = Tracer(b, net.layer_names(), paths, training=training)
     tracer.batch, tracer.global_batch = shape[0], global_batch or ranks * shape[0]
+    tracer.joint_ranks = ranks if sync_bn else 1
     kind, stored = f32, shape
     if augment is not None:
         augment = augment.sized(shape)
@@ -69,6 +72,7 @@ def trace(
     over = []  # what the mean of the loss is over, if not `live`
     if ranks > 1:
         over = [b.input("live_all", TensorType(i32, ()), "hyper")]
+        tracer.lazy["live_all"] = over[0]
         tracer.lazy["first_row"] = b.input("first_row", TensorType(i64, ()), "hyper")
     image = x
     if augment is not None:

@@ -83,6 +83,7 @@ def lower(
     augment: Any = None,
     ranks: int = 1,
     global_batch: int = 0,
+    sync_bn: bool = False,
     pass_: Pass | None = None,
     kernels: Kernels | None = None,
 ) -> Lowered:
@@ -108,7 +109,7 @@ def lower(
     training = pass_.training if pass_ else optimizer is not None or grads
     traced = trace(
         net, shape, loss=loss, training=training, augment=augment, ranks=ranks,
-        global_batch=global_batch,
+        global_batch=global_batch, sync_bn=sync_bn,
     )  # fmt: skip
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
     if training and not keys and not pass_:
@@ -208,6 +209,7 @@ def compile(
     nonfinite: str | None = "auto",
     augment: Any = None,
     group: Any = None,
+    sync_bn: bool = False,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -240,12 +242,16 @@ def compile(
                 where rank r is given the rows from r * batch on of each global batch. Parameters
                 and the optimizer's state are those of rank 0 at the start. ConfigError where the
                 ranks do not compile the same
+    sync_bn     over several ranks, batch normalization uses the statistics of the rows of all of
+                them, and its running statistics are the same on each. Otherwise each rank has its
+                own, as with torch's DDP: those of rank 0 are the ones to save. One process has one
+                kind
     """
     joined = group_of(group)
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "augment": augment, "ranks": joined.ranks if joined else 1,
+        "augment": augment, "ranks": joined.ranks if joined else 1, "sync_bn": sync_bn,
     }  # fmt: skip
     (program,) = compile_together(net, shape, [how], seed=seed, group=joined)
     return program
@@ -358,13 +364,14 @@ def build(
     nonfinite: str | None = "auto",
     augment: Any = None,
     ranks: int = 1,
+    sync_bn: bool = False,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
 
     precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `ranks`
-    processes share a batch, of which `shape` is one's part. `out` is a folder that receives the
-    binaries and the generated files.
+    processes share a batch, of which `shape` is one's part, with `sync_bn` as `compile` has it.
+    `out` is a folder that receives the binaries and the generated files.
     """
     from graphnet.lowering.build.build import arch_number, build_plan
 
@@ -373,7 +380,7 @@ def build(
     how: dict[str, Any] = {
         "target": "cuda", "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "augment": augment, "ranks": ranks,
+        "augment": augment, "ranks": ranks, "sync_bn": sync_bn,
         "kernels": kernels_of("cuda", BUILT_FOR if number == 90 else "", number),
     }  # fmt: skip
     low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)

@@ -67,14 +67,9 @@ def statistics(
 
 
 @triton.jit
-def join_statistics(
-    x, work, mean, var, old_mean, old_var, old_batches, new_mean, new_var, new_batches,
-    C: tl.constexpr, XS1: tl.constexpr, PARTS: tl.constexpr, TRACK: tl.constexpr,
-    MOMENTUM: tl.constexpr, CUMULATIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """mean and var of each channel from the parts, and the running ones: the mean of all first,
-    then the squares about it."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+def joined(work, c, C: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """(number, mean, sum of squares about it) of the channels c from all parts: the mean first,
+    then the squares about it. Parts of nothing add nothing, and nothing at all has mean 0."""
     there = c < C
     number = tl.zeros((BR, BC), tl.float32)
     weighted = tl.zeros((BR, BC), tl.float32)
@@ -85,8 +80,8 @@ def join_statistics(
         n = tl.load(at, mask=mask, other=0.0)
         number += n
         weighted += n * tl.load(at + C, mask=mask, other=0.0)
-    count = tl.maximum(tl.sum(number, 0), 1.0)
-    whole = tl.sum(weighted, 0) / count
+    count = tl.sum(number, 0)
+    whole = tl.sum(weighted, 0) / tl.maximum(count, 1.0)
     squares = tl.zeros((BR, BC), tl.float32)
     for start in range(0, PARTS, BR):
         r = start + tl.arange(0, BR)
@@ -95,21 +90,47 @@ def join_statistics(
         d = tl.load(at + C, mask=mask, other=0.0) - whole[None, :]
         n = tl.load(at, mask=mask, other=0.0)
         squares += tl.load(at + 2 * C, mask=mask, other=0.0) + n * d * d
-    about = tl.sum(squares, 0)
-    m = tl.load(x + c * XS1, mask=there, other=0.0).to(tl.float32) + whole
+    return count, whole, tl.sum(squares, 0)
+
+
+@triton.jit
+def put_statistics(
+    count, m, about, c, mean, var, old_mean, old_var, old_batches, new_mean, new_var, new_batches,
+    C: tl.constexpr, TRACK: tl.constexpr, MOMENTUM: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """mean and var of the channels c, and the running ones, which a batch without rows leaves."""
+    there = c < C
     tl.store(mean + c, m, mask=there)
-    tl.store(var + c, about / count, mask=there)
+    tl.store(var + c, about / tl.maximum(count, 1.0), mask=there)
     if TRACK:
         share = MOMENTUM
         if CUMULATIVE:
             share = 1.0 / (tl.load(old_batches) + 1).to(tl.float32)
         if tl.program_id(0) == 0:
-            tl.store(new_batches, tl.load(old_batches) + 1)
+            seen = (tl.max(count, 0) > 0.0).to(tl.int64)
+            tl.store(new_batches, tl.load(old_batches) + seen)
+        share = tl.where(count > 0.0, share, 0.0)
         before = tl.load(old_mean + c, mask=there, other=0.0)
         tl.store(new_mean + c, before + share * (m - before), mask=there)
         before = tl.load(old_var + c, mask=there, other=0.0)
         unbiased = about / tl.maximum(count - 1.0, 1.0)
         tl.store(new_var + c, before + share * (unbiased - before), mask=there)
+
+
+@triton.jit
+def join_statistics(
+    x, work, mean, var, old_mean, old_var, old_batches, new_mean, new_var, new_batches,
+    C: tl.constexpr, XS1: tl.constexpr, PARTS: tl.constexpr, TRACK: tl.constexpr,
+    MOMENTUM: tl.constexpr, CUMULATIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """mean and var of each channel from the parts, and the running ones."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    count, m, about = joined(work, c, C, PARTS, BR, BC)
+    m += tl.load(x + c * XS1, mask=(c < C) & (count > 0.0), other=0.0).to(tl.float32)
+    put_statistics(
+        count, m, about, c, mean, var, old_mean, old_var, old_batches, new_mean, new_var,
+        new_batches, C, TRACK, MOMENTUM, CUMULATIVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -197,20 +218,22 @@ def join_sums(
 
 @triton.jit
 def batch_norm_grad(
-    dy, x, mean, var, live, weight, dweight, dbias, args,
+    dy, x, mean, var, live, rows, weight, dweight, dbias, args,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PIXELS: tl.constexpr,
     DS0: tl.constexpr, DS1: tl.constexpr, DS3: tl.constexpr,
     XS0: tl.constexpr, XS1: tl.constexpr, XS3: tl.constexpr,
     EPS: tl.constexpr, AFFINE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """dx = weight rstd (g - dbias / M - xhat dweight / M), zero in the rows that are not live."""
+    """dx = weight rstd (g - dbias / M - xhat dweight / M), zero in the rows that are not live. M
+    counts the pixels of the rows of all ranks where `rows` does, else those of the live ones."""
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < C
     mask = (p < PIXELS)[:, None] & there[None, :]
     end = tl.load(live) * (H * W)
-    per = 1.0 / end.to(tl.float32)
+    counted = tl.load(live if rows is None else rows).to(tl.float32) * (H * W)
+    per = 1.0 / tl.maximum(counted, 1.0)
     centre = tl.load(mean + c, mask=there, other=0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=there, other=1.0) + EPS)
     tilt = tl.load(dweight + c, mask=there, other=0.0) * per * rstd

@@ -44,7 +44,48 @@ def tiny() -> Any:
     )  # fmt: skip
 
 
-NETS = {"lenet": (lenet, (1, 28, 28)), "small": (small, (3, 16, 16)), "tiny": (tiny, (1, 6, 6))}
+def norm() -> Any:
+    """Batch normalization of images and of rows, with both kinds of running statistics."""
+    torch.manual_seed(0)
+    return moved(gn.Sequential(
+        gn.Conv2d(3, 8, 3, bias=False), gn.BatchNorm2d(8), gn.ReLU(), gn.MaxPool2d(2),
+        gn.Conv2d(8, 8, 2, bias=False), gn.BatchNorm2d(8, momentum=None), gn.ReLU(), gn.Flatten(),
+        gn.Dropout(0.25), gn.Linear(8, 16), gn.BatchNorm1d(16, affine=False), gn.ReLU(),
+        gn.Linear(16, 10),
+    ))  # fmt: skip
+
+
+def one_norm(lib: Any = gn) -> Any:
+    """What the interpreter runs in little time, of ours or of torch's."""
+    torch.manual_seed(0)
+    return moved(lib.Sequential(
+        lib.Conv2d(1, 4, 3), lib.BatchNorm2d(4), lib.ReLU(), lib.Flatten(), lib.Linear(64, 10)
+    ))  # fmt: skip
+
+
+def two_norms(lib: Any = gn) -> Any:
+    """Without what torch draws otherwise or cannot do with one row."""
+    torch.manual_seed(0)
+    return moved(lib.Sequential(
+        lib.Conv2d(3, 8, 3), lib.BatchNorm2d(8), lib.ReLU(), lib.MaxPool2d(2),
+        lib.Conv2d(8, 8, 2, bias=False), lib.BatchNorm2d(8, momentum=None), lib.ReLU(),
+        lib.Flatten(), lib.Linear(8, 10),
+    ))  # fmt: skip
+
+
+def moved(net: Any) -> Any:
+    """The net with vectors away from 0 and 1, so that their relative error says something."""
+    state = net.state_dict()
+    vectors = {k: v for k, v in state.items() if v.is_floating_point() and v.ndim == 1}
+    net.load_state_dict(state | {k: v + torch.rand(v.shape) + 0.1 for k, v in vectors.items()})
+    return net
+
+
+NETS = {
+    "lenet": (lenet, (1, 28, 28)), "small": (small, (3, 16, 16)), "tiny": (tiny, (1, 6, 6)),
+    "norm": (norm, (3, 6, 6)), "one norm": (one_norm, (1, 6, 6)),
+    "two norms": (two_norms, (3, 6, 6)),
+}  # fmt: skip
 
 
 def batches(name: str, steps: int, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -70,9 +111,7 @@ def compiled(name: str, group: Any, rows: int, target: str, **how: Any) -> tuple
         "optimizer": gn.SGD(lr=RATE, momentum=0.9, weight_decay=5e-4), **how,
     }]  # fmt: skip
     if joined and joined.rank:  # what rank 0 has wins
-        with torch.no_grad():
-            for p in net.state_dict().values():
-                p.add_(1)
+        net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
     (step,) = compile_together(net, (-(-rows // ranks), *shape), ways, seed=3, group=joined)
     return net, step
 
@@ -169,6 +208,10 @@ def checks(two: Any) -> dict[str, Any]:
         "small 3": trained("small", "world", 6, 7),
         "small 3 clip": trained("small", "world", 6, 7, **clip),
         "tiny 3 interpret": trained("tiny", "world", 3, 4, "interpret"),
+        "norm 3": trained("norm", "world", 20, 13, sync_bn=True),
+        "norm 3 accumulate": trained("norm", "world", 4, 13, sync_bn=True, accumulate=2),
+        "norm 3 interpret": trained("one norm", "world", 3, 4, "interpret", sync_bn=True),
+        "norm 3 of 2": without_rows("world"),
         "nan": poisoned_step("world"),
         "bound": bound("world"),
     }
@@ -188,19 +231,36 @@ def checks(two: Any) -> dict[str, Any]:
     found["nets"] = said(lambda: gn.compile(other, (2, 1, 28, 28), **common))
     if rank < 2:
         found["lenet 2"] = trained("lenet", two, 6, 7)
-        found["ddp"] = ddp(two)
+        found["ddp"] = ddp(two, "lenet", _torch_lenet())
+        found["ddp norm"] = ddp(two, "two norms", two_norms(torch.nn), steps=2)
+        found["ddp norm interpret"] = ddp(two, "one norm", one_norm(torch.nn), "interpret", 2)
+        found["norm 2"] = without_rows(two)
     return found
 
 
-def ddp(group: Any) -> dict[str, Any]:
+def without_rows(group: Any) -> dict[str, Any]:
+    """Statistics of each rank: batches of 6 rows for ranks with room for 3, of which a third one
+    gets none."""
+    net = two_norms()
+    how = {"target": "cpu", "loss": gn.CrossEntropyLoss(), "optimizer": gn.SGD(lr=RATE)}
+    step = gn.compile(net, (3, 3, 6, 6), seed=3, group=group, **how)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for x, y in batches("two norms", 2, 6):
+        mine = slice(step.group.rank * 3, step.group.rank * 3 + 3)
+        step(x[mine], y[mine])
+    return {"before": before, "params": {k: v.clone() for k, v in net.state_dict().items()}}
+
+
+def ddp(
+    group: Any, name: str, twin: Any, target: str = "cpu", steps: int = 6
+) -> dict[str, Any]:  # fmt: skip
     """torch's DistributedDataParallel with losses weighted by rows: DDP averages over ranks."""
-    net, step = compiled("lenet", group, 7, "cpu")
-    twin = _torch_lenet()
+    net, step = compiled(name, group, 7, target)
     twin.load_state_dict(net.state_dict())
     parallel = torch.nn.parallel.DistributedDataParallel(twin, process_group=group)
     sgd = torch.optim.SGD(parallel.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
     rank, own = step.group.rank, step.shape[0]
-    for x, y in batches("lenet", 6, 7):
+    for x, y in batches(name, steps, 7):
         a, b = rank * own, min((rank + 1) * own, 7)
         mine, rows = x[a:b], y[a:b]
         sgd.zero_grad()
@@ -210,7 +270,8 @@ def ddp(group: Any) -> dict[str, Any]:
         sgd.step()
         step(mine, rows)
     want = dict(twin.state_dict())
-    return {k: float((v - want[k]).norm() / want[k].norm()) for k, v in net.state_dict().items()}
+    return {k: float((v - want[k]).float().norm() / want[k].float().norm())
+            for k, v in net.state_dict().items()}  # fmt: skip
 
 
 def _torch_lenet() -> Any:

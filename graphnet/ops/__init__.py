@@ -22,6 +22,7 @@ from graphnet.ops import (  # noqa: F401
     round_tf32,
     shape,
     softmax,
+    sync_batch_norm,
     take,
     update,
 )

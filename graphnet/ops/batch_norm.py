@@ -24,7 +24,7 @@ from graphnet.ops.elementwise import floating
 Tensors = tuple[torch.Tensor, ...]
 
 
-def _image(op: str, x: TensorType) -> int:
+def image_of(op: str, x: TensorType) -> int:
     """The channels of [N, C] or [N, C, H, W]."""
     floating(op, x)
     if len(x.shape) not in (2, 4):
@@ -32,22 +32,22 @@ def _image(op: str, x: TensorType) -> int:
     return x.shape[1]
 
 
-def _vectors(op: str, channels: int, given: Sequence[TensorType]) -> None:
+def vectors_of(op: str, channels: int, given: Sequence[TensorType]) -> None:
     for t in given:
         if t.shape != (channels,):
             raise ShapeError(f"{op}: {t} is not one value for each of {channels} channels")
 
 
-def _live(op: str, t: TensorType) -> None:
+def live_rows(op: str, t: TensorType) -> None:
     if t.shape != () or t.dtype != i32:
         raise ShapeError(f"{op} takes the number of live rows as i32[], got {t}")
 
 
-def _axes(x: torch.Tensor) -> list[int]:
+def axes(x: torch.Tensor) -> list[int]:
     return [d for d in range(x.ndim) if d != 1]
 
 
-def _over(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def over(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A vector over the channels of x, to compute with it."""
     return v.reshape(1, -1, *[1] * (x.ndim - 2))
 
@@ -83,11 +83,11 @@ class BatchNorm(Op):
 
     def infer(self, attrs: BatchNormAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         x, live, *rest = ins
-        channels = _image(self.name, x)
-        _live(self.name, live)
+        channels = image_of(self.name, x)
+        live_rows(self.name, live)
         if len(rest) != 2 * attrs.affine + 3 * attrs.track:
             raise ShapeError(f"{self.name}: {len(ins)} operands do not fit {attrs}")
-        _vectors(self.name, channels, rest[: 2 * attrs.affine + 2 * attrs.track])
+        vectors_of(self.name, channels, rest[: 2 * attrs.affine + 2 * attrs.track])
         if attrs.track and (rest[-1].shape, rest[-1].dtype) != ((), i64):
             raise ShapeError(f"{self.name} counts batches as i64[], got {rest[-1]}")
         if prod(x.shape) == channels:
@@ -122,34 +122,33 @@ class BatchNorm(Op):
     def reference(self, attrs: BatchNormAttrs, *args: torch.Tensor) -> Tensors:
         x, live, *rest = args
         scale, shift, running = _parted(attrs, rest)
-        rows = x[: int(live)]
-        count = rows.numel() // x.shape[1]
-        mean = rows.mean(_axes(x))
-        var = ((rows - _over(mean, x)) ** 2).mean(_axes(x))
-        y = (x - _over(mean, x)) / torch.sqrt(_over(var, x) + attrs.eps)
+        count, mean, squares = moments(x[: int(live)])
+        var = squares / max(count, 1)
+        y = (x - over(mean, x)) / torch.sqrt(over(var, x) + attrs.eps)
         if scale is not None and shift is not None:
-            y = y * _over(scale, x) + _over(shift, x)
-        return (y, mean, var, *_moved(attrs, count, mean, var, running))
+            y = y * over(scale, x) + over(shift, x)
+        return (y, mean, var, *moved(attrs, count, mean, var, running))
 
     def cpu(self, attrs: BatchNormAttrs, *args: torch.Tensor) -> Tensors:
         x, live, *rest = args
         scale, shift, running = _parted(attrs, rest)
         rows = x[: int(live)]
         count = rows.numel() // x.shape[1]
-        if norm_rows.lies_in_rows(x):
+        if count and norm_rows.lies_in_rows(x):
             mean, var = norm_rows.statistics(rows)
             factor, bias = _line(mean, var, scale, shift, attrs.eps)
             y = norm_rows.multiplied(x, factor, bias)  # dead rows too
-            return (y, mean, var, *_moved(attrs, count, mean, var, running))
-        # A momentum of 1 hands out the variance itself, the unbiased one.
+            return (y, mean, var, *moved(attrs, count, mean, var, running))
         kind = torch.promote_types(x.dtype, torch.float32)
         mean, var = torch.zeros(2, x.shape[1], dtype=kind)
-        y, _, _ = torch.native_batch_norm(rows, scale, shift, mean, var, True, 1.0, attrs.eps)
-        var *= (count - 1) / count
+        y = rows
+        if count:  # a momentum of 1 hands out the variance itself, the unbiased one
+            y, _, _ = torch.native_batch_norm(rows, scale, shift, mean, var, True, 1.0, attrs.eps)
+            var *= (count - 1) / count
         if len(rows) < len(x):
-            dead = _normalised(x[int(live) :], mean, var, scale, shift, attrs.eps)
+            dead = normalised(x[int(live) :], mean, var, scale, shift, attrs.eps)
             y = torch.cat((y, dead))
-        return (y, mean, var, *_moved(attrs, count, mean, var, running))
+        return (y, mean, var, *moved(attrs, count, mean, var, running))
 
     def flops(
         self, attrs: Any, ins: Sequence[TensorType], outs: Sequence[TensorType | None]
@@ -164,16 +163,26 @@ def _parted(a: BatchNormAttrs, rest: Sequence[torch.Tensor]) -> tuple[Any, Any, 
     return None, None, tuple(rest)
 
 
-def _moved(
-    a: BatchNormAttrs, count: int, mean: torch.Tensor, var: torch.Tensor,
-    running: Sequence[torch.Tensor],
-) -> Tensors:  # fmt: skip
-    """The new running statistics, where they are tracked."""
+def moments(rows: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(number, mean, sum of squares about it) of each channel; zeros where there are no rows."""
+    if not len(rows):
+        zeros = rows.new_zeros(rows.shape[1])
+        return 0, zeros, zeros.clone()
+    mean = rows.mean(axes(rows))
+    return rows.numel() // rows.shape[1], mean, ((rows - over(mean, rows)) ** 2).sum(axes(rows))
+
+
+def moved(
+    a: Any, count: float, mean: torch.Tensor, var: torch.Tensor, running: Sequence[torch.Tensor]
+) -> Tensors:
+    """The new running statistics, where they are tracked; a batch without rows leaves them."""
     if not a.track:
         return ()
+    if not count:
+        return tuple(t.clone() for t in running)
     old_mean, old_var, batches = running
     share = 1.0 / (float(batches) + 1) if a.cumulative else a.momentum
-    unbiased = var * (count / (count - 1))
+    unbiased = var * (count / max(count - 1, 1))
     return (
         old_mean + share * (mean - old_mean), old_var + share * (unbiased - old_var), batches + 1
     )  # fmt: skip
@@ -188,7 +197,7 @@ def _line(
     return factor, -mean * factor if shift is None else shift - mean * factor
 
 
-def _normalised(
+def normalised(
     x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, scale: Any, shift: Any, eps: float
 ) -> torch.Tensor:
     return torch.nn.functional.batch_norm(x, mean, var, scale, shift, False, 0.0, eps)
@@ -219,30 +228,32 @@ class BatchNormGrad(Op):
 
     def infer(self, attrs: BatchNormGradAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         dy, x, mean, var, live, *rest = ins
-        channels = _image(self.name, x)
+        channels = image_of(self.name, x)
         if dy.shape != x.shape or len(rest) != int(attrs.affine):
             raise ShapeError(f"{self.name}: {', '.join(map(str, ins))} do not fit")
-        _vectors(self.name, channels, (mean, var, *rest))
-        _live(self.name, live)
+        vectors_of(self.name, channels, (mean, var, *rest))
+        live_rows(self.name, live)
         vector = TensorType(f32, (channels,))
         return (dy.with_shape(dy.shape), vector, vector)
 
     def reference(self, attrs: BatchNormGradAttrs, *args: torch.Tensor) -> Tensors:
         dy, x, mean, var, live, *rest = args
         rows = int(live)
-        count = x[:rows].numel() // x.shape[1]
+        count = max(x[:rows].numel() // x.shape[1], 1)
         g = dy.clone()
         g[rows:] = 0
-        rstd = 1 / torch.sqrt(_over(var, x) + attrs.eps)
-        xhat = (x - _over(mean, x)) * rstd
-        dbias, dweight = g.sum(_axes(x)), (g * xhat).sum(_axes(x))
-        dx = rstd * (g - _over(dbias, x) / count - xhat * _over(dweight, x) / count)
+        rstd = 1 / torch.sqrt(over(var, x) + attrs.eps)
+        xhat = (x - over(mean, x)) * rstd
+        dbias, dweight = g.sum(axes(x)), (g * xhat).sum(axes(x))
+        dx = rstd * (g - over(dbias, x) / count - xhat * over(dweight, x) / count)
         dx[rows:] = 0
-        return (dx * _over(rest[0], x) if rest else dx, dweight, dbias)
+        return (dx * over(rest[0], x) if rest else dx, dweight, dbias)
 
     def cpu(self, attrs: BatchNormGradAttrs, *args: torch.Tensor) -> Tensors:
         dy, x, mean, var, live, *rest = args
         rows, scale = int(live), rest[0] if rest else None
+        if not rows:
+            return (torch.zeros_like(dy), torch.zeros_like(mean), torch.zeros_like(mean))
         if norm_rows.lies_in_rows(x):
             return _by_rows(dy, x, mean, var, rows, scale, attrs.eps)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
@@ -303,10 +314,10 @@ class Normalize(Op):
 
     def infer(self, attrs: NormalizeAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         x, *vectors = ins
-        channels = _image(self.name, x)
+        channels = image_of(self.name, x)
         if len(vectors) != (1 + attrs.centred) * (1 + attrs.affine):
             raise ShapeError(f"{self.name}: {len(ins)} operands do not fit {attrs}")
-        _vectors(self.name, channels, vectors)
+        vectors_of(self.name, channels, vectors)
         return (x.with_shape(x.shape),)
 
     def vjp(
@@ -338,7 +349,7 @@ class Normalize(Op):
         return nothing
 
     def reference(self, attrs: NormalizeAttrs, *args: torch.Tensor) -> Tensors:
-        x, *vectors = (args[0], *(_over(v, args[0]) for v in args[1:]))
+        x, *vectors = (args[0], *(over(v, args[0]) for v in args[1:]))
         if attrs.centred:
             x, vectors = x - vectors[0], vectors[1:]
         y = x / torch.sqrt(vectors[0] + attrs.eps)
@@ -349,7 +360,7 @@ class Normalize(Op):
         x, *vectors = args
         mean, var, *rest = vectors if attrs.centred else (torch.zeros_like(args[1]), *vectors)
         scale, shift = (*rest, None, None)[:2]
-        return (_normalised(x, mean, var, scale, shift, attrs.eps),)
+        return (normalised(x, mean, var, scale, shift, attrs.eps),)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         x, *vectors = expr

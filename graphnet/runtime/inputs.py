@@ -101,7 +101,7 @@ class Inputs:
                     f"a batch of {x.shape[0]} rows, compiled for {self.fewest} to {whole[0]}",
                     help="split the batch, or compile for a larger one",
                 )
-            if x.shape[0] < self.least and (self.least > 1 or self.fewest):
+            if 0 < x.shape[0] < self.least:
                 raise one_value()
         self._check_device("input", x)
         return x.shape[0]

@@ -9,7 +9,7 @@ from graphnet.ir.op import get_op
 from graphnet.lowering.launch.choice import forced
 from graphnet.lowering.plan.plan import make_plan
 from graphnet.lowering.targets import interpret
-from tests.case import Case, attrs, f
+from tests.case import Case, attrs, f, fill
 from tests.cases_norm import _COUNT, _LIVE, _drawn
 from tests.null.test_batch_norm import batch, blocks, compare, off, trained
 from tests.poisoned import graph_of, run
@@ -71,6 +71,20 @@ def test_many_parts_at_the_edges(shape, layout):
                 case = Case(op, ins, torch.clone, attrs(op), note)
                 graph = graph_of(case) if layout == "row" else in_layout(case)
                 run(graph, _drawn(case, torch.Generator().manual_seed(1), torch.float32))
+
+
+def test_a_batch_without_rows():
+    """The kernels agree with the reference: finite results, statistics as they were."""
+    c, image = f(5), f(2, 5, 3, 3)
+    for op, ins in (
+        ("batch_norm", (image, _LIVE, c, c, c, c, _COUNT)),
+        ("batch_norm_grad", (image, image, c, c, _LIVE, c)),
+    ):
+        case = Case(op, ins, torch.clone, attrs(op), "none")
+        args = [fill(t, torch.Generator().manual_seed(k), torch.float32).abs() if t.dtype.is_float
+                else torch.tensor(5 if t == _COUNT else 0).to(t.dtype.torch)
+                for k, t in enumerate(ins)]  # fmt: skip
+        run(graph_of(case), args)
 
 
 def in_layout(case):

@@ -330,3 +330,61 @@ def test_gradients_of_pools_lie_as_theirs_do():
         op = get_op(name if more else "adaptive_avgpool2d_grad")
         (dx,) = op.cpu(op.attrs_type(input_size=(6, 6), **more), dy)
         assert dx.stride(1) == 1, name
+
+
+# ---- several ranks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(7, 5, 4, 3), (7, 4)], ids=["image", "matrix"])
+def test_the_parts_of_ranks_are_the_whole(mode, shape):
+    """Of ranks with three rows, none and four: one knows nothing, its rows are normalized alike."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)
+    x, dy, c = draw(*shape) + 30, draw(*shape), shape[1]
+    weight, bias, running = draw(c), draw(c), (draw(c), draw(c).abs(), torch.tensor(4))
+
+    def call(op, *args, **fields):
+        return getattr(get_op(op), mode)(get_op(op).attrs_type(**fields), *args)
+
+    rows = torch.tensor(7, dtype=torch.int32)
+    y, mean, var, *moved = call("batch_norm", x, rows, weight, bias, *running)
+    dx, dweight, dbias = call("batch_norm_grad", dy, x, mean, var, rows, weight)
+    parts = [slice(0, 3), slice(3, 3), slice(3, 7)]
+    padded = lambda t, p: torch.cat((t[p], torch.zeros(5, *shape[1:], dtype=t.dtype)))[:5]
+    live = [torch.tensor(p.stop - p.start, dtype=torch.int32) for p in parts]
+    told = [call("batch_norm_stats", padded(x, p), n)[0] for p, n in zip(parts, live, strict=True)]
+    found = call("batch_norm_gather_stats", torch.cat(told), *running)
+    for got, want in zip(found, (mean, var, *moved), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    sums = [call("batch_norm_grad_reduce", padded(dy, p), padded(x, p), mean, var, n)
+            for p, n in zip(parts, live, strict=True)]  # fmt: skip
+    p_all, s_all = (sum(part) for part in zip(*sums, strict=True))
+    for got, want in ((p_all, dweight), (s_all, dbias)):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    for p, n in zip(parts, live, strict=True):
+        own = padded(x, p)
+        (part,) = call("batch_norm_elemt", own, mean, var, n, rows, weight, bias)
+        torch.testing.assert_close(part[: int(n)], y[p], rtol=1e-11, atol=1e-11)
+        (part,) = call("batch_norm_grad_elemt", padded(dy, p), own, mean, var, n, rows, p_all,
+                       s_all, weight)  # fmt: skip
+        torch.testing.assert_close(part[: int(n)], dx[p], rtol=1e-11, atol=1e-11)
+        assert not part[int(n) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["reference", "cpu"])
+def test_a_batch_without_rows_leaves_the_statistics(mode, dtype):
+    """A rank may have none: results are finite, gradients zero, running statistics as they were."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, none = torch.randn(2, 3, 2, 2).to(dtype), torch.tensor(0, dtype=torch.int32)
+    w, running = torch.ones(3, dtype=wide), (torch.randn(3), torch.rand(3), torch.tensor(4))
+    op = get_op("batch_norm")
+    y, mean, var, *moved = getattr(op, mode)(op.attrs_type(), x, none, w, w, *running)
+    assert bool(torch.isfinite(y).all()) and not mean.any() and not var.any()
+    assert all(torch.equal(a, b) for a, b in zip(moved, running, strict=True))
+    op = get_op("batch_norm_grad")
+    grads = getattr(op, mode)(op.attrs_type(), x, x, mean.to(wide), var.to(wide), none, w)
+    assert all(bool((g == 0).all()) for g in grads)
+    if mode == "cpu":
+        assert y.dtype == grads[0].dtype == dtype

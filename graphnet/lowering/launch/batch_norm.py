@@ -21,7 +21,7 @@ class BatchNorms(Variant):
     """batch_norm and batch_norm_grad: BLOCK elements a tile, SPLIT parts of a sum at the most."""
 
     name = "parts"
-    ops = ("batch_norm", "batch_norm_grad")
+    ops: tuple[str, ...] = ("batch_norm", "batch_norm_grad")
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         first = Config(BLOCK=4096, SPLIT=4 * PROCESSORS)
@@ -35,17 +35,17 @@ class BatchNorms(Variant):
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
         make_all = _backward if work.anchor.op == "batch_norm_grad" else _forward
-        return make_all(_Parts(work, config))
+        return make_all(Parts(work, config))
 
 
-class _Parts:
-    """What the three launches of one equation share."""
+class Parts:
+    """What the launches of one equation share. A gradient has its image as its second operand."""
 
     def __init__(self, work: Work, config: Config) -> None:
         e = work.anchor
         self.work, self.e, self.config = work, e, config
         self.attrs: Any = e.attrs
-        self.x = e.inputs[1 if e.op == "batch_norm_grad" else 0]
+        self.x = e.inputs[1 if e.op.startswith("batch_norm_grad") else 0]
         n, channels, h, w = (*self.x.type.shape, 1, 1)[:4]
         self.channels, self.pixels = channels, n * h * w
         innermost = work.type(self.x).strides[1] == 1
@@ -83,11 +83,11 @@ class _Parts:
 
     def launch(
         self, kernel: str, args: tuple, constants: dict[str, Any], grid: tuple[int, ...],
-        reads: tuple, writes: tuple, **rest: Any,
+        reads: tuple, writes: tuple, module: str = "batch_norm", **rest: Any,
     ) -> Launch:  # fmt: skip
         names = lambda refs: tuple(r.name for r in refs if r is not None)
         return make(
-            kernel, "batch_norm", args, constants, grid, reads=names(reads), writes=names(writes),
+            kernel, module, args, constants, grid, reads=names(reads), writes=names(writes),
             num_warps=self.config.num_warps, **rest,
         )  # fmt: skip
 
@@ -96,7 +96,7 @@ class _Parts:
         return cdiv(self.pixels, self.bp), self.blocks
 
 
-def _forward(s: _Parts) -> list[Launch]:
+def _forward(s: Parts) -> list[Launch]:
     e, a = s.e, s.attrs
     x, live = s.work.ref(s.x), s.work.ref(e.inputs[1])
     rest = s.vectors(e.inputs[2:])
@@ -111,17 +111,14 @@ def _forward(s: _Parts) -> list[Launch]:
         new = (*(ref for ref, _ in made), _batches(s))
         more += tuple(t for _, extra in made for t in extra)
     image = s.strides("X", s.x)
-    first = s.launch(
-        "statistics", (x, live, parts), {**s.image, **image, "PARTS": s.parts, **s.tile},
-        (s.parts, s.blocks), (x, live), (parts,), scratch=scratch + more + most,
-    )  # fmt: skip
+    first = statistics(s, x, live, parts, scratch)
     old = old if track else (None,) * 3
     joined = s.launch(
         "join_statistics", (x, parts, mean, var, *old, *new),
         {"C": s.channels, "XS1": image["XS1"], "PARTS": s.parts, "TRACK": track,
          "MOMENTUM": a.momentum, "CUMULATIVE": a.cumulative, **s.join},
         (s.joins,), (parts, *old), (mean, var, *new),
-        bytes=4 * s.channels * (3 * s.parts + 2 + 4 * track),
+        bytes=4 * s.channels * (3 * s.parts + 2 + 4 * track), scratch=more + most,
     )  # fmt: skip
     # Where every program reads the number of batches, one must not count it on meanwhile.
     safe = 2 if a.cumulative else 3
@@ -130,49 +127,84 @@ def _forward(s: _Parts) -> list[Launch]:
         if o is not None and n is not None
     )  # fmt: skip
     joined = replace(joined, reads=(*joined.reads, x.name), inplace=pairs)
-    y = e.out
+    return [first, joined, *normalised(s, (x, mean, var, weight, bias))]
+
+
+def statistics(
+    s: Parts, x: Ref | None, live: Ref | None, parts: Ref, scratch: tuple[tuple[str, int], ...]
+) -> Launch:
+    """The parts of the statistics of an image."""
+    return s.launch(
+        "statistics", (x, live, parts),
+        {**s.image, **s.strides("X", s.x), "PARTS": s.parts, **s.tile}, (s.parts, s.blocks),
+        (x, live), (parts,), scratch=scratch,
+    )  # fmt: skip
+
+
+def normalised(s: Parts, operands: tuple[Ref | None, ...]) -> list[Launch]:
+    """The pass over an image that normalizes it, from x, mean, var, weight and bias; none where
+    nobody reads the result."""
+    y = s.e.out
     epi = s.work.epilogue(y, Index(y.type.shape))
     if epi is None:
-        return [first, joined]
-    last = s.launch(
-        "batch_norm", (x, mean, var, weight, bias, arguments(epi)),
-        {**s.image, **image, "EPS": a.eps, "AFFINE": a.affine, **s.tile, "EPILOGUE": source(epi)},
-        s.whole(), (x, mean, var, weight, bias), (), epilogues=(epi,),
-    )  # fmt: skip
-    return [first, joined, last]
+        return []
+    constants = {
+        **s.image, **s.strides("X", s.x), "EPS": s.attrs.eps, "AFFINE": s.attrs.affine, **s.tile,
+        "EPILOGUE": source(epi),
+    }  # fmt: skip
+    args = (*operands, arguments(epi))
+    return [s.launch("batch_norm", args, constants, s.whole(), operands, (), epilogues=(epi,))]
 
 
-def _batches(s: _Parts) -> Ref | None:
+def _batches(s: Parts) -> Ref | None:
     v = s.e.outputs[5]
     outer = s.outside.get(v) if v is not None else None
     return Ref(s.work.name[outer], "i64") if outer is not None else None
 
 
-def _backward(s: _Parts) -> list[Launch]:
-    e, a = s.e, s.attrs
-    dy = e.inputs[0]
+def _backward(s: Parts) -> list[Launch]:
+    e = s.e
     g, x, mean, var, live = s.vectors(e.inputs[:5])
-    weight = s.work.ref(e.inputs[5]) if a.affine else None
+    weight = s.work.ref(e.inputs[5]) if s.attrs.affine else None
+    first, joined, dweight, dbias = sums(s, 1)
+    dx = e.outputs[0]
+    if dx is None:
+        return [first, joined]
+    return [first, joined, *shifted(s, dx, (g, x, mean, var, live, None, weight, dweight, dbias))]
+
+
+def sums(s: Parts, at: int) -> tuple[Launch, Launch, Ref, Ref]:
+    """(the parts of the sums of dy xhat and of dy, their sums, and where those are): results `at`
+    and `at` + 1 of an equation of dy, x, mean, var and live."""
+    g, x, mean, var, live = s.vectors(s.e.inputs[:5])
     parts, scratch = s.partial(2)
-    (dweight, more), (dbias, most) = s.result(1), s.result(2)
-    images = {**s.strides("D", dy), **s.strides("X", s.x)}
+    (dweight, more), (dbias, most) = s.result(at), s.result(at + 1)
     first = s.launch(
         "gradient_sums", (g, x, mean, var, live, parts),
-        {**s.image, **images, "EPS": a.eps, "PARTS": s.parts, **s.tile}, (s.parts, s.blocks),
-        (g, x, mean, var, live), (parts,), scratch=scratch + more + most,
+        {**s.image, **_images(s), "EPS": s.attrs.eps, "PARTS": s.parts, **s.tile},
+        (s.parts, s.blocks), (g, x, mean, var, live), (parts,), scratch=scratch,
     )  # fmt: skip
     joined = s.launch(
         "join_sums", (parts, dweight, dbias), {"C": s.channels, "PARTS": s.parts, **s.join},
         (s.joins,), (parts,), (dweight, dbias), bytes=4 * s.channels * (2 * s.parts + 2),
+        scratch=more + most,
     )  # fmt: skip
-    dx = e.outputs[0]
-    epi = s.work.epilogue(dx, Index(dx.type.shape)) if dx is not None else None
+    return first, joined, dweight, dbias
+
+
+def shifted(s: Parts, dx: Value, operands: tuple[Ref | None, ...]) -> list[Launch]:
+    """The pass over an image that makes its gradient, from dy, x, mean, var, live, the rows that
+    the mean is over if not these, weight, dweight and dbias; none where nobody reads it."""
+    epi = s.work.epilogue(dx, Index(dx.type.shape))
     if epi is None:
-        return [first, joined]
-    last = s.launch(
-        "batch_norm_grad", (g, x, mean, var, live, weight, dweight, dbias, arguments(epi)),
-        {**s.image, **images, "EPS": a.eps, "AFFINE": a.affine, **s.tile,
-         "EPILOGUE": source(epi)},
-        s.whole(), (g, x, mean, var, live, weight, dweight, dbias), (), epilogues=(epi,),
-    )  # fmt: skip
-    return [first, joined, last]
+        return []
+    constants = {
+        **s.image, **_images(s), "EPS": s.attrs.eps, "AFFINE": s.attrs.affine, **s.tile,
+        "EPILOGUE": source(epi),
+    }  # fmt: skip
+    args = (*operands, arguments(epi))
+    return [s.launch("batch_norm_grad", args, constants, s.whole(), operands, (), epilogues=(epi,))]
+
+
+def _images(s: Parts) -> dict[str, int]:
+    return {**s.strides("D", s.e.inputs[0]), **s.strides("X", s.x)}

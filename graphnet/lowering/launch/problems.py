@@ -63,15 +63,16 @@ def _augmented(e: Eqn) -> dict[str, int]:
 
 
 def _normalised(e: Eqn) -> dict[str, int]:
-    """The image that batch_norm reads; rows of a matrix are images of one pixel."""
-    shape = e.inputs[1 if e.op.endswith("_grad") else 0].type.shape
-    return dict(zip("NCHW", (*shape, 1, 1)[:4], strict=True))
+    """The image that batch_norm reads, or its gradient; rows of a matrix are images of a pixel."""
+    return dict(zip("NCHW", (*e.inputs[0].type.shape, 1, 1)[:4], strict=True))
 
 
 _SIZES: dict[str, Callable[[Eqn], dict[str, int]]] = {
     "conv2d": _conv, "linear": _linear, "maxpool2d": _image, "avgpool2d": _image,
     "adaptive_avgpool2d": _image, "lrn": _image, "cross_entropy": _rows, "multi_margin": _rows,
-    "augment": _augmented, "batch_norm": _normalised,
+    "augment": _augmented, "batch_norm": _normalised, "batch_norm_stats": _normalised,
+    "batch_norm_elemt": _normalised, "batch_norm_grad_reduce": _normalised,
+    "batch_norm_grad_elemt": _normalised,
 }  # fmt: skip
 
 

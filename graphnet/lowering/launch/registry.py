@@ -22,6 +22,7 @@ from graphnet.lowering.launch.pool import Pools
 from graphnet.lowering.launch.pool_tiles import PoolGradTiles, PoolTiles
 from graphnet.lowering.launch.region import Stages
 from graphnet.lowering.launch.region_linear import RowBlocks
+from graphnet.lowering.launch.sync_batch_norm import SyncBatchNorms
 from graphnet.lowering.launch.variants import Variant
 from graphnet.lowering.launch.wgrad_rows import WgradRows
 
@@ -50,6 +51,7 @@ VARIANTS: tuple[Variant, ...] = (
     Norm(),
     PooledNorm(),
     BatchNorms(),
+    SyncBatchNorms(),
     Losses(),
     Augmentation(),
     Stages(),

@@ -14,6 +14,7 @@ from graphnet.lowering.launch.codegen import Ref
 from graphnet.lowering.launch.config import PROCESSORS, cdiv, next_power
 from graphnet.lowering.launch.pool import by_block
 from graphnet.lowering.launch.steps import Step, make
+from graphnet.lowering.launch.sync_batch_norm import gather_stats
 from graphnet.ops.reduce import aligned
 
 Name = Callable[[Value], str]
@@ -124,7 +125,7 @@ def softmax(eqn: Eqn, name: Name) -> list[Step]:
 
 
 SUMS: Mapping[str, Callable[[Eqn, Name], list[Step]]] = {
-    "global_norm": global_norm, "sum_to": sum_to,
+    "global_norm": global_norm, "sum_to": sum_to, "batch_norm_gather_stats": gather_stats,
     **dict.fromkeys(
         ("softmax", "softmax_grad", "log_softmax", "log_softmax_grad"), softmax
     ),

@@ -34,7 +34,10 @@ AXES = {
     **dict.fromkeys(("adaptive_avgpool2d", "adaptive_avgpool2d_grad"), (*_IMAGE, "OH", "OW")),
     **dict.fromkeys(("lrn", "lrn_grad"), _NORM),
     **dict.fromkeys(("cross_entropy", "multi_margin"), ("N", "C")),
-    **dict.fromkeys(("batch_norm", "batch_norm_grad"), _IMAGE),
+    **dict.fromkeys(("batch_norm", "batch_norm_stats", "batch_norm_elemt"), _IMAGE),
+    **dict.fromkeys(
+        ("batch_norm_grad", "batch_norm_grad_reduce", "batch_norm_grad_elemt"), _IMAGE
+    ),
     "augment": _IMAGE,
 }
 

@@ -19,7 +19,7 @@ _aten: Any = torch.ops.aten
 # What makes a tensor of its own, of which no other value is a view.
 _FRESH = (
     "batch_norm", "batch_norm_grad", "normalize", "conv2d", "conv2d_dgrad", "avgpool2d_grad",
-    "maxpool2d_grad", "add", "relu", "relu_grad",
+    "maxpool2d_grad", "add", "relu", "relu_grad", "batch_norm_elemt", "batch_norm_grad_elemt",
 )  # fmt: skip
 
 
