@@ -74,6 +74,24 @@ def check_ranks(ranks: Any, optimizer: Any, grads: bool) -> None:
         )
 
 
+def check_share(rows: int, batch: int, ranks: int) -> None:
+    """ConfigError where some rank would have none of the rows in every step.
+
+    rows  of the largest batch that there is; `batch` is what a step has room for
+    """
+    own = -(-batch // ranks)
+    used = -(-rows // own)
+    if used == ranks:
+        return
+    there = f", of which there are {rows}" if rows < batch else ""
+    batches = f", or a batch of {ranks * (rows // ranks)}" if rows >= ranks else ""
+    raise ConfigError(
+        f"a batch of {batch} images{there} gives each of {ranks} ranks {own}, and rank {used} has "
+        "none in any step",
+        help=f"start {used} process{'es' if used > 1 else ''}{batches}",
+    )
+
+
 def handling_of(
     optimizer: Any, accumulate: Any, clip_norm: Any, nonfinite: Any, apply: bool
 ) -> Handling:

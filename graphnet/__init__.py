@@ -40,8 +40,8 @@ _NAMES = {
     "graphnet.errors": (
         "BackendUnavailableError", "CheckpointError", "CompileError", "ConfigError", "DTypeError",
         "DataError", "GraphError", "GraphnetError", "MissingError", "NumericsError",
-        "OutOfMemoryPlanError",
-        "ParseError", "RunExistsError", "ShapeError", "StateDictError", "UnsupportedOpError",
+        "OutOfMemoryPlanError", "ParseError", "RankError", "RunExistsError", "ShapeError",
+        "StateDictError", "UnsupportedOpError",
     ),
 }  # fmt: skip
 _MODULES = {

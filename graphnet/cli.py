@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -27,16 +27,21 @@ from graphnet.errors import (
     GraphnetError,
     NumericsError,
     OutOfMemoryPlanError,
+    RankError,
     Stopped,
     printable,
 )
+from graphnet.train import ranks
 
 # They register themselves.
 from graphnet.verbs import augmenting, benching, compiling, demos, training, tuning  # noqa: F401
 from graphnet.verbs.common import app
 
 # The work failed, as against: the input was bad.
-_FAILED = (BackendUnavailableError, CompileError, DiskError, NumericsError, OutOfMemoryPlanError)
+_FAILED = (
+    BackendUnavailableError, CompileError, DiskError, NumericsError, OutOfMemoryPlanError,
+    RankError,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,23 +51,30 @@ def main(argv: list[str] | None = None) -> None:
         with stoppable(), warnings.catch_warnings():
             warnings.showwarning = _warn
             code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
     except Stopped as stop:
-        typer.echo(f"graphnet: stopped by {signal.Signals(stop.number).name}", err=True)
-        sys.exit(128 + stop.number)
+        if (front := ranks.spoken(stop)) is not None:
+            typer.echo(f"graphnet: {front}stopped by {signal.Signals(stop.number).name}", err=True)
+        _exit(128 + stop.number)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
         sys.exit(1)
     except Exception as error:
+        front = ranks.spoken(error)
         if _debugging():
             raise
         # What typer says of a wrong option, without its panel.
         usage = getattr(error, "format_message", None)
         text = " ".join(usage().split()) if usage else _one_line(error)
-        if text:  # a group without a command has shown its help
-            typer.echo(f"graphnet: {printable(text)}", err=True)
+        if text and front is not None:  # a group without a command has shown its help
+            typer.echo(f"graphnet: {front}{printable(text)}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
-        sys.exit(2 if bad_input else 1)
+        _exit(2 if bad_input else 1)
+
+
+def _exit(code: int) -> NoReturn:
+    ranks.end(code)
+    sys.exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -93,6 +105,8 @@ _showwarning = warnings.showwarning
 def _warn(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
     """Prints our own warnings as a line, without the place in our source; others as Python does."""
     if category.__module__.startswith("graphnet."):
+        if not ranks.speaks():
+            return
         typer.echo(f"graphnet: {printable(str(message))}", err=True)
     else:
         _showwarning(message, category, *where, **more)

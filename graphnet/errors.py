@@ -111,6 +111,10 @@ class CompileError(GraphnetError):
     """A generated kernel does not compile or load."""
 
 
+class RankError(GraphnetError):
+    """Another process of a group is gone, has failed, or does not answer in time."""
+
+
 class RunExistsError(GraphnetError):
     """A run folder stands where a new one was asked for."""
 

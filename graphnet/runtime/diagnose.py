@@ -7,7 +7,7 @@ and its inputs are still in their buffers: the ops' own formulas give the same n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from graphnet.ir.graph import Eqn, Input, Value
 from graphnet.ir.op import get_op
 from graphnet.ops.fused import run_eqn
 from graphnet.passes.precision import derived
+from graphnet.runtime.group import Group
 from graphnet.runtime.program import Program
 
 _BOOKS = ("record_step", "if_finite")  # they hide a bad value, or only repeat one
@@ -91,6 +92,14 @@ def first_nonfinite(program: Program, batch: Sequence[Any] = ()) -> Finding | No
             if bad := _kind(out):
                 side = "gradient" if e.where.by == "autodiff" else "result"
                 return _found(e, f"the {side} of {e.op} is the first to hold {bad}")
+    return None
+
+
+def of_all(group: Group, mine: Finding | None) -> Finding | None:
+    """What the first rank that has found something found: the rows of the others may be fine."""
+    for rank, found in enumerate(group.collect(mine)):
+        if found is not None:
+            return replace(found, what=f"{found.what}, on rank {rank}")
     return None
 
 

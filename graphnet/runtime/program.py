@@ -70,7 +70,6 @@ class Program:
         self.target, self.precision, self.seed = target, precision, seed
         self.device, self.group = state.device, group
         self.global_batch = global_batch  # rows of a step on all ranks
-        self.stopping = False  # what this rank tells the others with its next step
         self._told = torch.zeros(2, dtype=torch.int32, device=self.device)
         with state.lock:
             self._attach(prepare if group is None else functools.partial(prepare, group=group))
@@ -159,7 +158,7 @@ class Program:
         first = self.state.steps * self.global_batch + self._rows_before
         rows = self._inputs.feed(x, y, index, epoch, first)
         if self.group is not None:
-            self._told[0], self._told[1] = rows, int(self.stopping)
+            self._told[0], self._told[1] = rows, int(self.group.stopping)
             self.group.sum(self._told)()
         return rows
 
@@ -169,7 +168,7 @@ class Program:
 
     @property
     def stop_told(self) -> bool:
-        """Whether a rank was `stopping` when it came to the latest step: all give the same
+        """Whether a rank was `group.stopping` when it came to the latest step: all give the same
         answer. Waits for the device."""
         return bool(self._told[1])
 

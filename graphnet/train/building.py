@@ -21,6 +21,7 @@ from graphnet.ops.update import SGD
 from graphnet.runtime.program import Program
 from graphnet.train import folder, rundir, schedule
 from graphnet.train.data import check_classes
+from graphnet.train.ranks import local_ranks
 from graphnet.train.settings import RunConfig, settings, typed
 
 
@@ -99,13 +100,19 @@ _FLOPS_OF_A_THREAD = 100e6  # about 3 ms of work
 
 
 def processors() -> int:
-    """That this process may use; OMP_NUM_THREADS and torch.set_num_threads count as a limit."""
-    return min(folder.processors(), torch.get_num_threads())
+    """That this process may use, of several on one machine its part. OMP_NUM_THREADS and
+    torch.set_num_threads count as a limit; but for the 1 that torchrun sets by itself."""
+    part, limit = _part(), torch.get_num_threads()
+    return part if limit == 1 and local_ranks() > 1 else min(part, limit)
+
+
+def _part() -> int:
+    return max(1, folder.processors() // local_ranks())
 
 
 def workers_of(s: RunConfig) -> int:
     """Processes that decode image files."""
-    return folder.processors() if s.workers == "auto" else int(s.workers)
+    return _part() if s.workers == "auto" else int(s.workers)
 
 
 def threads_for(flops: int, processors: int) -> int:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from graphnet.runtime.group import Group
 from graphnet.train import checkpoint, rundir
 from graphnet.train.rundir import MetricsLog
 from graphnet.train.trainer import Callback, Trainer
@@ -47,17 +50,24 @@ class Metrics(Callback):
 
 
 class Checkpoints(Callback):
-    """A checkpoint after each epoch and when stopped; best.json follows the test error."""
+    """A checkpoint after each epoch and when stopped; best.json follows the test error. Of several
+    ranks, rank 0 writes it and the others wait until it is there."""
 
     def __init__(self, run: Path, keep: int = 2) -> None:
         self.run, self.keep = run, keep
 
     def save(self, trainer: Trainer, *, best: bool = False) -> None:
-        # The net's tensors keep torch's names; the optimizer's carry their own prefix.
-        tensors = {**trainer.net.state_dict(), **trainer.state_dict()}
-        checkpoint.save(
-            self.run, trainer.step, tensors, trainer.progress(), keep=self.keep, best=best
-        )
+        group = trainer.group
+        others = {} if group is None else sums_of_others(trainer, group)
+        if group is None or group.first:
+            # The net's tensors keep torch's names; the optimizer's carry their own prefix.
+            tensors = {**trainer.net.state_dict(), **trainer.state_dict(), **others}
+            state = trainer.progress() | {
+                "ranks": 1 if group is None else group.ranks, "threads": torch.get_num_threads()
+            }  # fmt: skip
+            checkpoint.save(self.run, trainer.step, tensors, state, keep=self.keep, best=best)
+        if group is not None:
+            group.any(False)
 
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         scores = [m["val_accuracy"] for m in trainer.history if "val_accuracy" in m]
@@ -67,12 +77,58 @@ class Checkpoints(Callback):
         self.save(trainer)
 
 
+_SUM, _OF = ".grad_sum", ".of_rank"  # names of gradients that wait for their update
+
+
+def sums_of_others(trainer: Trainer, group: Group) -> dict[str, torch.Tensor]:
+    """What the other ranks have summed up since the last update (`accumulate`), on rank 0: unlike
+    all else, it is not the same on each."""
+    assert trainer.program is not None
+    if not trainer.program.state.pending:
+        return {}
+    mine = {k: t for k, t in trainer.state_dict().items() if k.endswith(_SUM)}
+    found = {k: group.gather(t.to(trainer.program.device)) for k, t in sorted(mine.items())}
+    return {f"{k}{_OF}{r}": t.cpu() for k, ts in found.items() for r, t in enumerate(ts) if r}
+
+
 def restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
-    """Puts a compiled trainer where the checkpoint was taken."""
+    """Puts a compiled trainer where the checkpoint was taken; every rank is given all of it."""
+    others = {k: t for k, t in found.tensors.items() if k.startswith("optimizer.") and _OF in k}
+    tensors = {k: t for k, t in found.tensors.items() if k not in others}
+    group = trainer.group
+    rank, ranks = (0, 1) if group is None else (group.rank, group.ranks)
+    if ranks > 1 or others:
+        same = found.state.get("ranks", 1) == ranks
+        for key in [k for k in tensors if k.endswith(_SUM) and k.startswith("optimizer.")]:
+            parts = [tensors[key]]
+            while (name := f"{key}{_OF}{len(parts)}") in others:
+                parts.append(others[name])
+            if same and len(parts) == ranks:
+                tensors[key] = parts[rank]
+            else:  # there were other ranks: one has what all had
+                tensors[key] = sum(parts[1:], parts[0]) if rank == 0 else torch.zeros_like(parts[0])
     own = set(trainer.state_dict())
-    trainer.load_state_dict({k: t for k, t in found.tensors.items() if k in own})
-    trainer.net.load_state_dict({k: t for k, t in found.tensors.items() if k not in own})
+    trainer.load_state_dict({k: t for k, t in tensors.items() if k in own})
+    trainer.net.load_state_dict({k: t for k, t in tensors.items() if k not in own})
     trainer.load_progress(found.state)
+
+
+class Together(Callback):
+    """Of several ranks, in front of all else after an epoch: their parameters and slots are the
+    same in every bit, and each knows which image files the others have left out."""
+
+    def __init__(self, group: Group, data: Sequence[Any]) -> None:
+        self.group, self.data = group, [d for d in data if hasattr(d, "set_aside")]
+
+    def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        program = trainer.program
+        assert program is not None
+        same = {e.name: e.cell.live for e in program._entries
+                if e.role in ("param", "slot") and not e.name.endswith(_SUM)}  # fmt: skip
+        self.group.same(same)
+        for found in self.group.collect([d.quarantined for d in self.data]):
+            for d, failed in zip(self.data, found, strict=True):
+                d.set_aside(failed)
 
 
 class Quarantine(Callback):

@@ -242,6 +242,12 @@ def crops(
     )
 
 
+def share_of(batch: int, rank: int, ranks: int) -> slice:
+    """The rows of a rank in a batch of so many: the ranks fill up one after the other."""
+    most = -(-batch // ranks)
+    return slice(rank * most, min((rank + 1) * most, batch))
+
+
 class Batches:
     """The batches (x f32 normalised NCHW, y i64) of a data set, one epoch per iteration.
 
@@ -256,7 +262,8 @@ class Batches:
     raw      x is what is stored, as it is: whole uint8 images, for a net that begins with its own
              augmentation
     rows     of the data set, in the batch that was given last
-    cursor   samples of this epoch that were taken
+    cursor   samples of this epoch that were taken, by all ranks
+    share    (rank, ranks): x and y are the rows of one rank, none where the last batch has too few
     """
 
     def __init__(
@@ -277,7 +284,7 @@ class Batches:
             raise ConfigError(f"cut is centre or random, not {cut!r}")
         self.dataset, self.batch, self.seed, self.shuffle = dataset, batch, seed, shuffle
         self.reading, self.cut, self.flip, self.raw = reading, cut, flip, raw
-        self.epoch, self.cursor = 0, 0
+        self.epoch, self.cursor, self.share = 0, 0, (0, 1)
         self._start = 0  # where an iteration of this epoch begins: not 0 only when resuming
         self._ready: torch.Tensor | None = None
         self.rows = torch.empty(0, dtype=torch.int64)
@@ -319,19 +326,20 @@ class Batches:
         return self._ready
 
     def _memory(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
-        ready = self.ready
+        ready, own = self.ready, share_of(self.batch, *self.share)
         for at in range(self._start, len(order), self.batch):
-            rows = order[at : at + self.batch]
+            whole = order[at : at + self.batch]
+            rows = whole[own]
             if ready is not None:
                 x = ready[rows]
             else:
                 x = data.images[rows] if self.raw else data.normalised(data.images[rows])
-            yield x, rows, at + len(rows)
+            yield x, rows, at + len(whole)
 
     def _files(self, data: Any, order: torch.Tensor, epoch: int) -> Iterator[Any]:
         where = None if self.raw else self._windows(data, epoch)
         args = (order.numpy(), self._start, self.batch, self.reading, where)
-        yield from data.stream(*args, normalise=not self.raw)
+        yield from data.stream(*args, normalise=not self.raw, share=self.share)
 
     def _windows(self, data: Any, epoch: int) -> Callable[[np.ndarray], list[Window]]:
         """rows -> where each is cut."""

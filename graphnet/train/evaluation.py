@@ -258,6 +258,16 @@ class Tally:
             self.shown.append((float(p[k, said[k]]), images[k].clone(), int(y[k]), int(said[k])))
         self.shown = sorted(self.shown, key=lambda row: -row[0])[:SHOWN]
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Tally]) -> Tally:
+        """What several ranks have counted, each in its rows."""
+        whole = cls(parts[0].classes)
+        for name in ("images", "loss", "top1", "top5", "confusion"):
+            setattr(whole, name, sum(getattr(p, name) for p in parts))
+        shown = [row for p in parts for row in p.shown]
+        whole.shown = sorted(shown, key=lambda row: -row[0])[:SHOWN]
+        return whole
+
     def as_dict(self) -> dict[str, Any]:
         """loss, top-1 and top-5 error in percent, confusion (row = label)."""
         if not self.images:

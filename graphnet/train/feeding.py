@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphnet.errors import DataError
+from graphnet.frontends.dsl import Module
+from graphnet.runtime.group import Group
 from graphnet.runtime.training import TrainStep
 from graphnet.train.data import Batches, Dataset
+from graphnet.train.folder import Folder
 from graphnet.train.schedule import turn
 from graphnet.train.waiting import Waiting
 
@@ -35,8 +38,8 @@ class ResidentWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Fed:
-    """A step that was done: its rows and its loss. `again` gives its batch once more, as the step
-    took it, and keeps `holds` bytes for that."""
+    """A step that was done: its rows on all ranks and its loss. `again` gives its batch once more,
+    as the step took it, and keeps `holds` bytes for that."""
 
     rows: int
     loss: torch.Tensor
@@ -54,12 +57,12 @@ def feeding(trainer: Trainer, program: TrainStep, train: Any) -> Batched:
 def resident(trainer: Trainer, program: TrainStep, train: Any) -> bool:
     """Whether the data can lie on the device: a data set in memory, of which there is room for.
 
-    Steps that are summed up are called one by one. On a CPU the images must be normalised before,
-    which is done only to small sets.
+    Steps that are summed up, or that several ranks do, are called one by one. On a CPU the images
+    must be normalised before, which is done only to small sets.
     """
     if type(train) is not Batches or not isinstance(train.dataset, Dataset):
         return False
-    if trainer.handling["accumulate"] > 1:
+    if trainer.handling["accumulate"] > 1 or trainer.group is not None:
         return False
     data, device = train.dataset, program.device
     if device.type == "cpu":
@@ -101,6 +104,11 @@ class Batched:
             self._batches = itertools.islice(self._batches, done, None)
         self._waiting, self._decoded = Waiting(self.program.device), self._decoded_by_now()
 
+    @property
+    def at_once(self) -> bool:
+        """Whether what a step has heard from other ranks is read without waiting for a device."""
+        return self.program.device.type == "cpu"
+
     def _decoded_by_now(self) -> int:
         return getattr(getattr(self.train, "dataset", None), "decoded", 0)
 
@@ -127,7 +135,12 @@ class Batched:
             loss = self.program(*taken)
         if place is None:
             return [Fed(len(x), loss, partial(tuple, taken), x.nbytes)]
-        return [Fed(len(x), loss, partial(self._again, place))]
+        rows = len(x)
+        if trainer.group is not None:
+            # Reading from a GPU how many there were would wait for it.
+            planned = min(self.train.batch, len(self.train.dataset) - place["cursor"])
+            rows = self.program.ran.rows_of_all(rows) if self.at_once else planned
+        return [Fed(rows, loss, partial(self._again, place))]
 
     def ended(self, epoch: int) -> bool:
         """Whether nothing of the epoch is left, where that is known before it is asked for."""
@@ -204,6 +217,45 @@ class Resident(Batched):
         if self.most > 1 and 2 * at > len(bound):
             bound.ordered(trainer.epoch + 1)  # made while the device has enough to do
         return out
+
+
+def batches_of(data: Any, batch: int, *, seed: int, shuffle: bool) -> Any:
+    """Whatever is trained on, as an iterable of batches that may be read epoch after epoch."""
+    if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[0], "ndim"):
+        data = Dataset.of(*data)
+    if isinstance(data, Dataset | Folder):
+        return Batches(data, batch, seed=seed, shuffle=shuffle)
+    # `iter` of a DataLoader starts its workers, so it is not called to find out.
+    if isinstance(data, Iterable) and not isinstance(data, Iterator | str):
+        return data
+    raise DataError(
+        f"{type(data).__name__} cannot be read epoch after epoch",
+        help="give a Dataset (graphnet.train.data.load reads one), a pair (images, labels), or "
+        "an iterable of (x, y) batches: a torch DataLoader",
+    )
+
+
+def divided(batches: Any, group: Group) -> Batches:
+    """Batches of which this rank reads its own rows; DataError where that cannot be."""
+    if not isinstance(batches, Batches):
+        raise DataError(
+            f"several ranks cannot share a {type(batches).__name__}: nobody knows its batches "
+            "before they are read",
+            help="give a Dataset, a pair (images, labels) or graphnet.train.data.Batches",
+        )
+    batches.share = group.rank, group.ranks
+    return batches
+
+
+def sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
+    """Shape of one sample: what the net declares, else that of the first batch."""
+    if net.input_shape is not None:
+        return tuple(net.input_shape)
+    if isinstance(batches, Batches):  # drawing a batch would move its place
+        return tuple(batches.dataset.shape)
+    for batch in batches:
+        return tuple(pair(batch)[0].shape[1:])
+    raise DataError("the data holds no batch")
 
 
 def pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

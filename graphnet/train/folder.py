@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,22 +187,27 @@ class Folder:
         reading: Reading,
         windows: Callable[[np.ndarray], Sequence[Window]] | None = None,
         normalise: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """(images, rows, place in `order` behind them) of each batch of `order[start:]`.
 
         windows    rows -> where `shape` is cut from each image; None gives images as stored
         normalise  float32 as `normalised` gives it, not bytes
-        Each batch but the last has `batch` images: quarantined files are skipped, not replaced.
+        share      (rank, ranks): of each batch the part of one rank
+        Each batch but the last has `batch` images: quarantined files are skipped, not replaced. Of
+        several ranks, none knows what the others find: there a bad file leaves its batch smaller.
         """
         places = np.arange(start, len(order))
+        if share[1] > 1:
+            yield from self._share(order, places, batch, reading, windows, normalise, share)
+            return
         if self.quarantined:
             known = np.fromiter(self.quarantined, dtype=np.int64)
             places = places[~np.isin(order[places], known)]
         held: list[_Part] = []
         with _Reader(self, batch, reading, windows, normalise) as reader:
-            for part in reader.parts(order, places):
+            for part in reader.parts(order, _cut(places, batch)):
                 self._quarantine(part)
-                self.decoded += part.decoded
                 if not held and len(part.places) == batch:
                     yield part.result(order)
                     continue
@@ -214,10 +219,29 @@ class Folder:
         if held and any(len(p.places) for p in held):
             yield _joined(held, batch)[0].result(order)
 
+    def _share(
+        self, order: np.ndarray, places: np.ndarray, batch: int, reading: Reading,
+        windows: Callable[[np.ndarray], Sequence[Window]] | None, normalise: bool,
+        share: tuple[int, int],
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:  # fmt: skip
+        most = -(-batch // share[1])
+        whole = _cut(places, batch)
+        mine = [w[share[0] * most :][:most] for w in whole]
+        with _Reader(self, most, reading, windows, normalise) as reader:
+            for part, w in zip(reader.parts(order, mine), whole, strict=True):
+                self._quarantine(part)
+                yield part.images, torch.from_numpy(order[part.places]), int(w[-1]) + 1
+
     def _quarantine(self, part: _Part) -> None:
-        self.quarantined.update(part.failed)
+        self.decoded += part.decoded
+        self.set_aside(part.failed)
+
+    def set_aside(self, failed: Mapping[int, str]) -> None:
+        """Quarantines rows, with the reason of each; DataError where they are too many."""
+        new = failed.keys() - self.quarantined.keys()
+        self.quarantined.update(failed)
         bad, most = len(self.quarantined), self.max_bad * len(self)
-        if part.failed and bad > most:
+        if new and bad > most:
             row, reason = next(iter(self.quarantined.items()))
             raise DataError(
                 f"{bad} of {len(self)} files under {self.root} are no images, more than the share "
@@ -247,6 +271,11 @@ class _Part:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _cut(places: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Places by batches; the last may have fewer."""
+    return [places[at : at + batch] for at in range(0, len(places), batch)]
 
 
 def _joined(parts: Sequence[_Part], batch: int) -> tuple[_Part, _Part]:
@@ -313,11 +342,10 @@ class _Reader:
             reading.workers, folder.stored, self.buffers * batch, folder.cache
         )  # fmt: skip
 
-    def parts(self, order: np.ndarray, places: np.ndarray) -> Iterator[_Part]:
-        """The images at `places`, in their order, `batch` at a time."""
+    def parts(self, order: np.ndarray, places: Sequence[np.ndarray]) -> Iterator[_Part]:
+        """The images at each of the `places`, up to `batch` of them, in their order."""
         waiting: deque[Future[_Part]] = deque()
-        for number, at in enumerate(range(0, len(places), self.batch)):
-            mine = places[at : at + self.batch]
+        for number, mine in enumerate(places):
             work = (order[mine], mine, number % self.buffers)
             if self.threads is None:
                 yield self._read(*work)

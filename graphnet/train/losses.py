@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphnet.runtime.diagnose import first_nonfinite, not_finite
+from graphnet.runtime.diagnose import first_nonfinite, not_finite, of_all
 from graphnet.runtime.training import TrainStep
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class Losses:
         finding = None
         if self.at_once or last:
             finding = first_nonfinite(self.program.ran, again() if again else ())
+            if trainer.group is not None and self.at_once:  # all are here, in the same step
+                finding = of_all(trainer.group, finding)
         if not last:
             for c in trainer.callbacks:
                 c.on_skip(trainer, step, finding)

@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from graphnet.api import _resolve
 from graphnet.errors import ConfigError
 from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.passes.precision import resolve, told
+from graphnet.runtime.group import Group, digest
 from graphnet.train import augment, checkpoint, plots, rundir
 from graphnet.train.building import (
     check_outputs,
@@ -34,9 +35,18 @@ from graphnet.train.building import (
     threads_for,
     workers_of,
 )
-from graphnet.train.callbacks import Checkpoints, Metrics, Progress, Quarantine, restore, say
+from graphnet.train.callbacks import (
+    Checkpoints,
+    Metrics,
+    Progress,
+    Quarantine,
+    Together,
+    restore,
+    say,
+)
 from graphnet.train.data import Batches, Dataset, load
 from graphnet.train.evaluation import Tally, keep_about
+from graphnet.train.feeding import divided
 from graphnet.train.folder import Folder, Reading, centre, reading_of
 from graphnet.train.settings import RunConfig
 from graphnet.train.signals import StopSignals
@@ -60,6 +70,7 @@ def run_training(
     resume: bool = False,
     quiet: bool = False,
     given: Set[str] | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Trains into the run folder `out` and returns what came of it, as JSON.
 
@@ -67,20 +78,37 @@ def run_training(
     resume  go on with the run in `out`, with its own settings; a finished run stays as it is
     given   settings that the caller insists on (all by default): ConfigError where a resumed
             run has others. A FILE.py that a run names is run only where the caller insists on it
+    group   the processes that train together: rank 0 reads and writes the run folder and speaks
     The result's "signal" is the number of the signal that stopped the run, or 0. A precision of
     "auto" is resolved where a run starts, and the run keeps what it became.
     """
-    named, out = out is not None, out or default_folder(settings.model)
-    with StopSignals() as signals, contextlib.ExitStack() as held:
-        found = None
-        if resume:
-            settings = _settings_of(out, settings, given)
-            held.enter_context(rundir.locked(out))
-            found = checkpoint.load_latest(out)
-        else:
-            rundir.check_free(out)  # before anything is read for it
+    first = group is None or group.first
+    named, quiet = out is not None, quiet or not first
+    with StopSignals(quiet=not first) as signals, contextlib.ExitStack() as held:
+
+        tensors: dict[str, torch.Tensor] = {}
+
+        def find() -> tuple[RunConfig, Path, checkpoint.Checkpoint | None, bool]:
+            """Settings, folder and checkpoint of the run, and whether it was finished."""
+            place = out or default_folder(settings.model)
+            if not resume:
+                rundir.check_free(place)  # before anything is read for it
+                return settings, place, None, False
+            had = _settings_of(place, settings, given)
+            held.enter_context(rundir.locked(place))
+            found = checkpoint.load_latest(place)
+            done = found is not None and _finished(found.state, had) and (place / _LAST).exists()
+            if found is not None:  # the tensors follow when there is a place for them
+                tensors.update(found.tensors)
+                found = replace(found, tensors={})
+            return had, place, found, done
+
+        if group is not None:
+            group.agree(_facts(settings, resume, given))
+        settings, out, found, done = _told(group, find)
         asked, settings = settings, _resolved(settings)
-        if found is not None and _finished(found.state, settings) and (out / _LAST).exists():
+        if done:
+            assert found is not None
             if not quiet:
                 say(f"{out} was finished before: nothing is left to do")
             return _result(settings, out, found.state["history"], found.step, 0)
@@ -90,42 +118,49 @@ def run_training(
                 f"{out} names the model {settings.model}, a file that would be run",
                 help=f"if you trust it: graphnet train {quoted} --resume --out {place}",
             )
-        parts = _build(settings, out if resume else None)
+        parts = _build(settings, out if resume else None, group)
         trainer, batches, tests = parts.trainer, parts.batches, parts.tests
         signals.watch(trainer)
         with signals.at_once():
             step = trainer.compile(parts.shape)
-        if not resume and not settings.threads:  # a run goes on with those that it began with
-            threads = threads_for(step_flops(step), processors())
-            settings = replace(settings, threads=threads)
+        settings = replace(settings, threads=_threads(settings, step, found, group))
         if settings.threads and step.target == "cpu":
             held.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(settings.threads)
         if found is not None:
-            restore(trainer, found)
-        elif not resume:
+            tensors = tensors if group is None else group.tell_tensors(tensors)
+            restore(trainer, replace(found, tensors=tensors))
+        elif not resume and first:
             # Only now: whatever was wrong with the settings has left no folder behind.
             rundir.create(out, asdict(settings) | {"graphnet": __version__})
             held.enter_context(rundir.locked(out))
             if not named:
                 say(f"the run folder is {out}")
-        keep_about(out, parts.loaded[0])  # also of a run that was killed before it had one
-        if trainer.augment is not None and not (out / augment.FILE).exists():
-            augment.save(out, trainer.augment)
-        trainer.callbacks += [Metrics(out), Checkpoints(out), Quarantine(out, parts.loaded)]
-        if trainer.augment is not None and (remark := augment.idle(trainer.augment, parts.train)):
-            print(remark, file=sys.stderr, flush=True)
-        if settings.batch > len(parts.train):
+        if group is not None:
+            trainer.callbacks.append(Together(group, parts.loaded))
+        if first:
+            keep_about(out, parts.loaded[0])  # also of a run that was killed before it had one
+            if trainer.augment is not None and not (out / augment.FILE).exists():
+                augment.save(out, trainer.augment)
+            trainer.callbacks += [Metrics(out), Quarantine(out, parts.loaded)]
+        trainer.callbacks.append(Checkpoints(out))
+        if first and trainer.augment is not None:
+            if remark := augment.idle(trainer.augment, parts.train):
+                print(remark, file=sys.stderr, flush=True)
+        if first and settings.batch > len(parts.train):
             say(
                 f"a batch of {settings.batch:,} is more than the {len(parts.train):,} training "
                 "images: each epoch is one step"
             )
         if not quiet:
             about = told(asked.precision, step.target)
-            say(f"precision {about}{', as the run was started' if resume else ''}")
+            many = "" if group is None else f"{group.ranks} processes, "
+            say(f"{many}precision {about}{', as the run was started' if resume else ''}")
             trainer.callbacks.append(Progress(settings.epochs, len(batches), len(parts.train)))
         trainer.fit(batches, tests, settings.epochs, settings.batch)
         stopped = 0 if trainer.epoch >= settings.epochs else signals.received
+        if group is not None:
+            stopped = max(group.collect(stopped))
         _pictures(out, settings, parts)
         return _result(settings, out, trainer.history, trainer.step, stopped)
 
@@ -148,12 +183,41 @@ class _Parts:
     shape: tuple[int, ...]
 
 
-def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
+def _told(group: Group | None, call: Callable[[], Any]) -> Any:
+    """What rank 0 finds; the others need not see its files."""
+    if group is None:
+        return call()
+    return group.tell(call() if group.first else None)
+
+
+def _facts(settings: RunConfig, resume: bool, given: Set[str] | None) -> dict[str, Any]:
+    """What all ranks must have been started with."""
+    asked = {f"--{k.replace('_', '-')}": v for k, v in asdict(settings).items() if k not in _FREE}
+    return asked | {"--resume": resume, "what is given": sorted(given or ())}
+
+
+def _threads(
+    settings: RunConfig, step: Any, found: checkpoint.Checkpoint | None, group: Group | None
+) -> int:
+    """Threads of this process: a run goes on with those that it had, of as many processes."""
+    kept = settings.threads
+    if found is not None:
+        ranks = 1 if group is None else group.ranks
+        same = found.state.get("ranks", 1) == ranks
+        kept = found.state.get("threads", kept) if same else 0
+    return kept or threads_for(step_flops(step), processors())
+
+
+def _build(settings: RunConfig, run: Path | None = None, group: Group | None = None) -> _Parts:
     """Net, data and trainer of the settings, or of an existing run. Writes nothing."""
+
+    def stored() -> Any:
+        there = run is not None and (run / augment.FILE).exists()
+        return augment.stored(run) if run is not None and there else None
+
     drawn = augment.parse(settings.augment) if settings.augment else None
-    kept = run is not None and (run / augment.FILE).exists()
-    if drawn is not None and run is not None and kept:
-        drawn = augment.stored(run)
+    kept = drawn is not None and (before := _told(group, stored)) is not None
+    drawn = before if kept else drawn
     own = drawn is not None and (bool(drawn.seen) if kept else _resizes(settings))
     torch.manual_seed(settings.seed)  # of the initial parameters
     net = prepare(load_model(settings.model, settings.classes), settings)
@@ -170,14 +234,27 @@ def _build(settings: RunConfig, run: Path | None = None) -> _Parts:
     tests = Batches(test, settings.batch, shuffle=False, reading=reading)
     if drawn is not None:
         batches.raw = True
-        drawn = augment.known(drawn, train)
+        asked = drawn
+        drawn = _told(group, lambda: augment.known(asked, train))
+    if group is not None:
+        group.agree(_of_data(train, "training") | _of_data(test, "test"), help=_DATA)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
         target=settings.target, precision=settings.precision, seed=settings.seed,
         accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
-        nonfinite=settings.nonfinite, augment=drawn,
+        nonfinite=settings.nonfinite, augment=drawn, group=group,
     )  # fmt: skip
     return _Parts(trainer, loaded, train, test, batches, tests, shape)
+
+
+_DATA = "every process reads the same data, also on another machine"
+
+
+def _of_data(data: Any, name: str) -> dict[str, Any]:
+    """What tells data of one rank from those of another."""
+    about = {"number": len(data), "classes": list(data.classes), "labels": digest(data.labels)[:12]}
+    about |= {"mean": list(data.mean), "standard deviation": list(data.std)}
+    return {f"the {what} of the {name} data": v for what, v in about.items()}
 
 
 def _first(batches: Batches, count: int) -> Dataset:
@@ -189,21 +266,30 @@ def _first(batches: Batches, count: int) -> Dataset:
     return Dataset(centre(x, whole.shape[1:]), y, whole.classes, name, whole.mean, whole.std)
 
 
-def dry_run(settings: RunConfig) -> dict[str, Any]:
+def dry_run(settings: RunConfig, group: Group | None = None) -> dict[str, Any]:
     """Two steps and an evaluation of one batch on the real data, and what a run would take.
 
     Leaves nothing behind.
     """
+    if group is not None:
+        group.agree(_facts(settings, False, None))
     settings = _resolved(settings)
-    parts = _build(replace(settings, uncached=True))
+    parts = _build(replace(settings, uncached=True), group=group)
     step = parts.trainer.compile(parts.shape)
+    if group is not None:
+        divided(parts.batches, group)
+        divided(parts.tests, group)
     x, y = next(iter(parts.batches))
     first = float(step(x, y))
     start = time.perf_counter()
     again = float(step(x, y))
     seconds = time.perf_counter() - start
     assert parts.trainer.evaluation is not None
-    held = float(parts.trainer.evaluation(*next(iter(parts.tests)))[0])
+    x, y = next(iter(parts.tests))
+    held = float(parts.trainer.evaluation(x, y)[0]) if len(x) else 0.0
+    if group is not None:
+        held, images = group.total([held * len(x), len(x)])
+        held /= images
     return {
         "model": settings.model, "data": settings.data, "target": step.target,
         "precision": step.precision,
@@ -263,18 +349,24 @@ def _finished(state: dict[str, Any], settings: RunConfig) -> bool:
 
 def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
     """Curves and filters; of a finished run also what it got wrong, and as what."""
-    trainer = parts.trainer
-    if trainer.history:
+    trainer, group = parts.trainer, parts.trainer.group
+    first = group is None or group.first
+    if trainer.history and first:
         plots.curves(out / "curves.png", trainer.history, f"{settings.model} on {settings.data}")
     convolutions = [t for t in trainer.net.state_dict().values() if t.ndim == 4]
-    if convolutions:
+    if convolutions and first:
         plots.filters(out / "filters.png", convolutions[0])
     if trainer.epoch < settings.epochs or trainer.evaluation is None:
         return
     tally = Tally(trainer.evaluation.classes)
     for x, y in parts.tests:
-        _, logits = trainer.evaluation(x, y)
-        tally.add(torch.softmax(logits.float(), 1), y, x)
+        if len(x):  # of several ranks, one may have none
+            _, logits = trainer.evaluation(x, y)
+            tally.add(torch.softmax(logits.float(), 1), y, x)
+    if group is not None:
+        tally = Tally.of_all(group.collect(tally))
+    if not first:
+        return
     found = rundir.finite(tally.as_dict())
     checkpoint.atomic_write(out / "test.json", json.dumps(found).encode())
     names = [*parts.test.classes, *map(str, range(len(parts.test.classes), tally.classes))]

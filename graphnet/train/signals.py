@@ -30,11 +30,12 @@ class StopSignals:
     saves.
     Elsewhere than in the main thread, where Python allows no handlers, it does nothing.
 
+    quiet: says nothing, as where another process of the run does.
     `at_once` is for work that leaves nothing to save: inside, a signal raises Stopped.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, quiet: bool = False) -> None:
+        self.received, self.quiet = 0, quiet
         self._trainer: Any = None
         self._before: dict[int, Any] = {}
         self._at_once = False
@@ -54,7 +55,9 @@ class StopSignals:
         if self._at_once:
             raise Stopped(number)
         name = signal.Signals(number).name
-        _say(f"\ngraphnet: {name}: saves after this step; a second signal ends the run at once\n")
+        if not self.quiet:
+            then = "saves after this step; a second signal ends the run at once"
+            _say(f"\ngraphnet: {name}: {then}\n")
         if self._trainer is not None:
             self._trainer.stop = True
 

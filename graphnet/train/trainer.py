@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,17 +12,21 @@ import torch
 
 from graphnet.api import _resolve, compile_together
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
+from graphnet.frontends.arguments import check_share
 from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
 from graphnet.passes.precision import resolve
 from graphnet.runtime.diagnose import Finding
+from graphnet.runtime.group import group_of, share_buffers
 from graphnet.runtime.program import Evaluate
 from graphnet.runtime.training import TrainStep
-from graphnet.train.feeding import Batched, feeding, pair
+from graphnet.train.feeding import Batched, batches_of, divided, feeding, pair, sample_shape
 from graphnet.train.losses import Losses
 from graphnet.train.metrics import RunningMean, topk_wrong
 from graphnet.train.rundir import finite
 from graphnet.train.schedule import Schedule
+
+LISTEN = 16  # steps between two looks whether a rank stops, where looking waits for a GPU
 
 
 @dataclass
@@ -79,6 +83,10 @@ class Trainer:
     target, precision  as for gn.compile; `trainer.precision` is what "auto" became
     augment    a `gn.Augment`, drawn anew for each image in each epoch; the evaluation sees images
                as they are. Batches of a DataLoader are then what is stored: uint8, not normalised
+    group      several processes train together, as for gn.compile. `batch` is that of all ranks,
+               the data are the same on each, in memory or as image files, and so is the net.
+               Metrics are those of all. Each rank has callbacks of its own; all end at the same
+               step, where one of them sets `stop`
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
 
@@ -97,6 +105,7 @@ class Trainer:
         accumulate: int = 1,
         clip_norm: float | None = None,
         nonfinite: str = "stop",
+        group: Any = None,
     ) -> None:
         self.handling: dict[str, Any] = {
             "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite
@@ -111,7 +120,9 @@ class Trainer:
         self.callbacks, self.augment = list(callbacks), augment
         self.target, self.seed = target, seed
         self.precision = resolve(precision, _resolve(target))
+        self.group = group_of(group)
         self.epoch, self.step, self.stop = 0, 0, False
+        self._told = False  # that a rank stops, as all ranks have heard it at the same step
         self.waited: str | None = None  # what the steps of the epoch waited for, if they did
         self.heard = 0  # steps whose losses `on_losses` has told
         self.history: list[dict[str, float]] = []
@@ -123,13 +134,19 @@ class Trainer:
         self.evaluation: Evaluate | None = None
 
     def compile(self, shape: Sequence[int]) -> TrainStep:
-        """Compiles the step and the evaluation for `shape`, batch first. `fit` does it if needed;
-        call it before `load_state_dict` to resume."""
+        """Compiles the step and the evaluation for `shape`, the batch of all ranks first. `fit`
+        does it if needed; call it before `load_state_dict` to resume."""
         if self.program is None or self._shape != tuple(shape):
             common = {"target": self.target, "precision": self.precision, "loss": self.loss}
             training = {"optimizer": self.optimizer, "augment": self.augment, **self.handling}
+            own = tuple(shape)
+            if self.group is not None:
+                own = (-(-shape[0] // self.group.ranks), *shape[1:])
+                training |= {"ranks": self.group.ranks, "global_batch": shape[0]}
             ways = [common | training, common]
-            step, evaluation = compile_together(self.net, shape, ways, seed=self.seed)
+            step, evaluation = compile_together(
+                self.net, own, ways, seed=self.seed, group=self.group
+            )  # fmt: skip
             assert isinstance(step, TrainStep) and isinstance(evaluation, Evaluate)
             self.program, self.evaluation, self._shape = step, evaluation, tuple(shape)
         return self.program
@@ -148,16 +165,18 @@ class Trainer:
             raise ConfigError(f"epochs is a number of at least 0, not {epochs!r}")
         if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch is a positive int, not {batch!r}")
-        train = self._batches(train, batch, shuffle=True)
+        train = self._batches(train, batch)
+        if self.group is not None:
+            check_share(min(batch, len(train.dataset)), batch, self.group.ranks)
         val = None if val is None else self._batches(val, batch, shuffle=False)
         self._prepare_augment(train)
-        step = self.compile((batch, *_sample_shape(self.net, train)))
+        step = self.compile((batch, *sample_shape(self.net, train)))
         self._place(train)
         losses, feed = Losses(self, step), feeding(self, step, train)
         try:
             for c in self.callbacks:
                 c.on_start(self)
-            while self.epoch < epochs and not self.stop:
+            while self.epoch < epochs and not self.ending:
                 metrics = self._epoch(step, feed, val, losses)
                 if metrics is None:
                     break
@@ -167,14 +186,24 @@ class Trainer:
                     self.schedule.observe(metrics.get("val_loss", metrics["train_loss"]))
                 for c in self.callbacks:
                     c.on_epoch(self, metrics)
-            if self.stop:
+            if self.ending:
                 for c in self.callbacks:
                     c.on_stop(self)
         finally:
             for c in self.callbacks:
                 c.on_end(self)
-            self.stop = False
+            self.stop = self._told = False
         return self.history
+
+    @property
+    def ending(self) -> bool:
+        """Whether training ends behind this step: `stop`, and with several ranks once all of them
+        have heard that one of them has set it."""
+        return self.stop if self.group is None else self._told
+
+    def _batches(self, data: Any, batch: int, *, shuffle: bool = True) -> Any:
+        made = batches_of(data, batch, seed=self.seed, shuffle=shuffle)
+        return made if self.group is None else divided(made, self.group)
 
     def _prepare_augment(self, train: Any) -> None:
         """Tells the augmentation about the data, and the data to come as they are stored."""
@@ -221,7 +250,9 @@ class Trainer:
         listening = [c for c in self.callbacks if _hears_steps(c)]
         start, before = time.perf_counter(), now.rows
         # The stop is asked for before a batch is fetched: one that is fetched counts as trained.
-        while not self.stop:
+        while not self.ending:
+            if self.group is not None:
+                self.group.stopping = self.stop
             done = feed.steps()
             if not done:
                 now.trained = True
@@ -233,6 +264,8 @@ class Trainer:
                 losses.add(now, fed.rows, fed.loss, fed.again, holds=fed.holds)
                 for c in listening:
                     c.on_step(self, fed.loss)
+            if self.group is not None and (feed.at_once or self.step % LISTEN == 0):
+                self._told = feed.program.ran.stop_told
         if feed.ended(self.epoch):
             now.trained = True  # stopped behind the last batch, before the end was asked for
         losses.fetch(now)
@@ -255,45 +288,43 @@ class Trainer:
         """(mean loss, accuracy between 0 and 1) over a data set, by the evaluation program."""
         val = self._batches(val, batch, shuffle=False)
         if self.evaluation is None:
-            self.compile((batch, *_sample_shape(self.net, val)))
+            self.compile((batch, *sample_shape(self.net, val)))
         found = self._evaluate(val, interruptible=False)
         assert found is not None
         return found
 
     def _evaluate(self, val: Any, *, interruptible: bool) -> tuple[float, float] | None:
         assert self.evaluation is not None
-        rows, mean = 0, RunningMean()
+        rows, mean, group = 0, RunningMean(), self.group
+        if group is not None:
+            share_buffers(group, self.net)
         wrong = torch.zeros((), dtype=torch.int64, device=self.evaluation.device)
         if hasattr(val, "set_epoch"):
             val.set_epoch(0)
         for batch in val:
-            if interruptible and self.stop:
+            if interruptible and self._stops():
                 return None
             x, y = pair(batch)
+            if group is not None and not len(x):
+                continue
             loss, logits = self.evaluation(x, y)
             rows += len(x)
             mean.add(loss, len(x))
             wrong += topk_wrong(logits, y)
+        found, missed = mean.value(), int(wrong)
+        if group is not None:
+            total = group.total([rows, found * rows if rows else 0.0, missed])
+            rows, missed = int(total[0]), int(total[2])
+            found = total[1] / max(rows, 1)
         if not rows:
             raise DataError("the evaluation data holds no batch")
-        return mean.value(), 1 - int(wrong) / rows
+        return found, 1 - missed / rows
 
-    def _batches(self, data: Any, batch: int, *, shuffle: bool) -> Any:
-        from graphnet.train.data import Batches, Dataset
-        from graphnet.train.folder import Folder
-
-        if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[0], "ndim"):
-            data = Dataset.of(*data)
-        if isinstance(data, Dataset | Folder):
-            return Batches(data, batch, seed=self.seed, shuffle=shuffle)
-        # `iter` of a DataLoader starts its workers, so it is not called to find out.
-        if isinstance(data, Iterable) and not isinstance(data, Iterator | str):
-            return data
-        raise DataError(
-            f"{type(data).__name__} cannot be read epoch after epoch",
-            help="give a Dataset (graphnet.train.data.load reads one), a pair (images, labels), or "
-            "an iterable of (x, y) batches: a torch DataLoader",
-        )
+    def _stops(self) -> bool:
+        """Whether an evaluation ends here, on all ranks."""
+        if self.group is not None:
+            self._told = self.group.any(self.stop)
+        return self.ending
 
     # ---- resuming ---------------------------------------------------------------------------
 
@@ -343,16 +374,3 @@ class Trainer:
 def _hears_steps(c: Callback) -> bool:
     """Whether a callback does something behind each step."""
     return getattr(type(c), "on_step", None) is not Callback.on_step or "on_step" in vars(c)
-
-
-def _sample_shape(net: Module, batches: Any) -> tuple[int, ...]:
-    """Shape of one sample: what the net declares, else that of the first batch."""
-    if net.input_shape is not None:
-        return tuple(net.input_shape)
-    from graphnet.train.data import Batches
-
-    if isinstance(batches, Batches):  # drawing a batch would move its place
-        return tuple(batches.dataset.shape)
-    for batch in batches:
-        return tuple(pair(batch)[0].shape[1:])
-    raise DataError("the data holds no batch")

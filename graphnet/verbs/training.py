@@ -11,10 +11,12 @@ import typer
 
 from graphnet.errors import ConfigError, printable
 from graphnet.frontends.loading import runs_code
+from graphnet.train import ranks
 from graphnet.train.settings import DATA, RunConfig, kind, read_config_file, settings
 from graphnet.verbs.common import Batch, Json, Target, app, emit
 
 DATA_OF = "as for train; default: the run's own"
+WAIT = "seconds that a process waits for the others, where torchrun has started several"
 OUT = "run folder to create; default: runs/MODEL-TIME"
 Run = Annotated[Path, typer.Argument(help="a run folder or a checkpoint (.safetensors)")]
 _MODEL = "of a checkpoint that lies in no run; FILE.py:ATTRIBUTE where a run names it, which is run"
@@ -54,9 +56,11 @@ def _train(
         bool, typer.Option("--dry-run", help="two steps on the real data; leaves nothing")
     ] = False,
     as_json: Json = False,
+    timeout: Annotated[float, typer.Option(min=1, help=WAIT)] = ranks.TIMEOUT,
     **values: Any,
 ) -> None:
-    """Train a model; leaves a run folder with metrics, curves, pictures and checkpoints."""
+    """Train a model; leaves a run folder with metrics, curves, pictures and checkpoints. Under
+    torchrun the processes train together, and --batch is that of all."""
     from graphnet.train import run
 
     given = {
@@ -82,12 +86,25 @@ def _train(
     if not resume and not values["data"]:
         raise typer.BadParameter(f"no data is given: --data {DATA}", param_hint="--data")
     chosen = RunConfig(**values)
-    if dry_run:
-        _dry(run.dry_run(chosen), chosen.precision, as_json)
-        return
     if out is None and resume:
         raise typer.BadParameter("which run goes on? --out RUN", param_hint="--out")
-    result = run.run_training(chosen, out, resume=resume, quiet=as_json, given=given)
+    with ranks.joined(chosen.target, timeout) as group:
+        if dry_run:
+            found = run.dry_run(chosen, group)
+            if ranks.speaks():
+                _dry(found, chosen.precision, as_json)
+            return
+        result = run.run_training(
+            chosen, out, resume=resume, quiet=as_json, given=given, group=group
+        )
+        if ranks.speaks():
+            _end(result, as_json)
+    if result["signal"]:
+        raise typer.Exit(128 + result["signal"])
+
+
+def _end(result: dict[str, Any], as_json: bool) -> None:
+    """Says what came of a run."""
     out = Path(result["run"])
     if as_json:
         emit(result)
@@ -103,7 +120,6 @@ def _train(
                 f"graphnet train {_again(result['model'])}--resume --out {shlex.quote(str(out))} "
                 "goes on", err=True,
             )  # fmt: skip
-        raise typer.Exit(128 + result["signal"])
 
 
 def _again(model: str) -> str:
