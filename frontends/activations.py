@@ -59,6 +59,11 @@ def gelu(x: Symbol, approximate: str = "none") -> Symbol:
     return _of("gelu", x, approximate=approximate)
 
 
+def hardsigmoid(x: Symbol) -> Symbol:
+    """min(max(x + 3, 0), 6) / 6, element by element."""
+    return clamp(x / 6.0 + 0.5, 0.0, 1.0)
+
+
 def neg(x: Symbol) -> Symbol:
     """-x, element by element."""
     return _of("neg", x)
@@ -144,6 +149,15 @@ class Hardswish(_Function):
     kind: ClassVar[str] = "hardswish"
 
 
+class Hardsigmoid(_Function):
+    """min(max(x + 3, 0), 6) / 6."""
+
+    kind: ClassVar[str] = "hardsigmoid"
+
+    def forward(self, x: Symbol) -> Symbol:
+        return hardsigmoid(x)
+
+
 class SiLU(_Function):
     """x / (1 + exp(-x))."""
 
@@ -186,6 +200,16 @@ class Softmax(_Normalised):
 
     kind: ClassVar[str] = "softmax"
     op: ClassVar[str] = "softmax"
+
+
+class Softmax2d(Softmax):
+    """`Softmax` over the channels of [N, C, H, W]."""
+
+    def __init__(self, *, name: str = "") -> None:
+        super().__init__(1, name=name)
+
+    def extra_repr(self) -> str:
+        return ""
 
 
 class LogSoftmax(_Normalised):

@@ -123,11 +123,15 @@ class Module:
         return (m for _, m in self.named_modules())
 
     def _keys(self) -> Iterator[tuple[str, Held]]:
-        """Every key of the state dict, as torch orders them: of each module the parameters, then
-        the buffers. What is shared stands under each of its paths."""
+        """Every key, as torch orders them: of each module the parameters, then the buffers. What is
+        shared stands under each of its paths."""
         for path, module in self._paths("", None):
             for key, p in (*module._own(Parameter), *module._own(Buffer)):
                 yield (f"{path}.{key}" if path else key), p
+
+    def _saved(self) -> Iterator[tuple[str, Held]]:
+        """The keys of the state dict: all but those of buffers that are not persistent."""
+        return ((k, p) for k, p in self._keys() if not isinstance(p, Buffer) or p.persistent)
 
     def _named(self, kind: type) -> Iterator[tuple[str, Any]]:
         seen: set[Held] = set()
@@ -148,10 +152,10 @@ class Module:
         """The buffers in state_dict order, a shared one once."""
         return (b for _, b in self.named_buffers())
 
-    def register_buffer(self, name: str, tensor: torch.Tensor) -> None:
-        """Keeps a tensor that no optimizer trains: it stands in `state_dict`, and `forward` may
-        read it and, in training, replace it (`self.name.update(value)`)."""
-        setattr(self, name, Buffer(tensor))
+    def register_buffer(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
+        """Keeps a tensor that no optimizer trains: `forward` may read it and, in training, replace
+        it (`self.name.update(value)`). It stands in `state_dict` where it is persistent."""
+        setattr(self, name, Buffer(tensor, persistent))
 
     def parameters(self) -> Iterator[Parameter]:
         """The parameters in state_dict order, a shared one once."""
@@ -217,7 +221,7 @@ class Module:
         """A snapshot of all parameters and buffers on the CPU: torch's keys, order and layout;
         parameters are fp32."""
         with lock_of(self):
-            return OrderedDict((key, p.snapshot()) for key, p in self._keys())
+            return OrderedDict((key, p.snapshot()) for key, p in self._saved())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
         """Copies tensors in, by key; compiled programs see them at their next call.
@@ -225,7 +229,7 @@ class Module:
         Nothing is copied unless everything fits: StateDictError lists all missing, unexpected and
         ill-shaped keys at once. `strict=False` allows missing and unexpected ones.
         """
-        mine = dict(self._keys())
+        mine = dict(self._saved())
         missing = [k for k in mine if k not in state]
         unexpected = [k for k in state if k not in mine]
         loaded = {k: torch.as_tensor(state[k]) for k in mine if k in state}

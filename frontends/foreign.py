@@ -12,12 +12,16 @@ from typing import Any
 # Functions and tensor methods, by name, that `forward` may look for on a symbolic value.
 _FUNCTIONS = {
     "concat": "gn.cat([x, y], 1)",
-    "sum": "x.mean((2, 3)) times the number of pixels",
     "matmul": "the layer gn.Linear, an attribute of the net",
     "dropout": "the layer gn.Dropout, an attribute of the net",
     "batch_norm": "the layer gn.BatchNorm2d, an attribute of the net",
     "permute": "no copy of the axes: layouts are the compiler's",
-    "pow": "x * x",
+    "transpose": "no copy of the axes: layouts are the compiler's",
+    "max": "x.amax((2, 3)), or the layer gn.MaxPool2d",
+    "interpolate": "no resampling inside a net: resize the images before it",
+    "stack": "gn.cat([x, y], 1)",
+    "group_norm": "the layer gn.BatchNorm2d, an attribute of the net",
+    "layer_norm": "the layer gn.BatchNorm1d, an attribute of the net",
 }
 _ON_SYMBOLS = (
     "+, -, *, /, slices, x.reshape, x.flatten(1), x.mean((2, 3)), gn.cat, gn.pad, gn.softmax and "
@@ -48,16 +52,25 @@ _ON_MODULES = {
 _FLAT = "images are 2-D: gn.Conv2d, gn.MaxPool2d, gn.AvgPool2d"
 _NORMS = "gn.BatchNorm2d or gn.LocalResponseNorm, or fold it away for inference"
 _LAYERS = {
-    "Softmax2d": "gn.Softmax(1)",
+    **dict.fromkeys(("Upsample", "ConvTranspose2d", "PixelShuffle"),
+                    "no upsampling inside a net: keep this part in torch"),
+    **dict.fromkeys(("ReflectionPad2d", "ReplicationPad2d", "CircularPad2d"), "gn.ZeroPad2d"),
+    "Unflatten": "x.unflatten(dim, sizes) in forward",
     **{f"{n}{d}d": _FLAT for n in ("Conv", "MaxPool", "AvgPool", "BatchNorm") for d in (1, 3)},
     **dict.fromkeys(("GroupNorm", "LayerNorm", "InstanceNorm2d", "SyncBatchNorm"), _NORMS),
-    **dict.fromkeys(("Dropout2d", "AlphaDropout", "FeatureAlphaDropout"), "gn.Dropout"),
+    **dict.fromkeys(("AlphaDropout", "FeatureAlphaDropout"), "gn.Dropout"),
     **dict.fromkeys(("AdaptiveMaxPool2d", "LPPool2d"), "gn.MaxPool2d of a size written out"),
     **dict.fromkeys(
         ("PReLU", "ELU", "CELU", "SELU", "RReLU", "Softplus", "Mish", "GLU", "Softsign"),
         "one of gn.ReLU, gn.Tanh, gn.Sigmoid",
     ),
 }  # fmt: skip
+
+
+def instead_of_call(name: str) -> str:
+    """"; instead: ..." for a function or a tensor's method that we do not have, or nothing."""
+    known = _FUNCTIONS.get(name.rstrip("_"))
+    return f"; instead: {known}" if known else instead_of_layer(name)
 
 
 def instead_of_layer(name: str) -> str:

@@ -17,9 +17,17 @@ import torch.nn.functional as F
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.frontends import layers
-from graphnet.frontends.activations import ROWS
+from graphnet.frontends.activations import ROWS, hardsigmoid
 from graphnet.frontends.dsl import Parameter
-from graphnet.frontends.symbolic import Symbol, cat, flatten, padded, softmax_along
+from graphnet.frontends.symbolic import (
+    Symbol,
+    cat,
+    expand,
+    flatten,
+    padded,
+    power,
+    softmax_along,
+)
 from graphnet.frontends.tracer import user_place
 
 Function = Callable[..., Any]
@@ -95,17 +103,80 @@ def _narrow(x: Any, dim: int, start: int, length: int) -> Any:
     return x[(slice(None),) * (dim % x.ndim) + (slice(start, start + length),)]
 
 
-def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """The mean over the pixels of [N, C, H, W]: dim=(2, 3)."""
+def _reduced(what: str, x: Any, dim: Any) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """The axes of a reduction, and the shape of its result with and without them.
+    UnsupportedOpError where they are not neighbours or the batch is one of them."""
     dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-    if x.ndim != 4 or sorted(d % 4 for d in dims) != [2, 3]:
+    axes = sorted({d % x.ndim for d in dims if -x.ndim <= d < x.ndim})
+    neighbours = axes and axes == list(range(axes[0], axes[-1] + 1))
+    if len(axes) != len(dims) or not neighbours or axes[0] == 0:
         raise UnsupportedOpError(
-            f"mean over dim={dim!r} of a value of shape {list(x.shape)}",
+            f"{what} over dim={dim!r} of a value of shape {list(x.shape)}",
             where=user_place() or None,
-            help="the mean over pixels: x.mean((2, 3)) of [N, C, H, W]",
+            help=f"over neighbouring axes behind the batch, as the pixels: x.{what}((2, 3))",
+        )
+    kept = tuple(1 if d in axes else s for d, s in enumerate(x.shape))
+    return axes, kept, tuple(s for d, s in enumerate(x.shape) if d not in axes)
+
+
+def _view(x: Any, shape: Sequence[int]) -> Any:
+    return x if tuple(shape) == x.shape else x.reshape(*shape)
+
+
+def mean(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """The mean over neighbouring axes, the batch's excluded: over the pixels of [N, C, H, W] with
+    dim=(2, 3)."""
+    axes, kept, left = _reduced("mean", x, dim)
+    n, first, last = x.shape[0], axes[0], axes[-1] + 1
+    if x.ndim == 4 and first >= 2:  # the sizes that stay
+        image, out = x.shape, tuple(kept[2:])
+    else:
+        image = (n, math.prod(x.shape[1:first]), math.prod(x.shape[first:last]),
+                 math.prod(x.shape[last:]))  # fmt: skip
+        out = (1, image[3])
+    made = _view(x, image).tracer.emit(
+        "adaptive_avgpool2d", [_view(x, image)], kind="mean", output_size=out
+    )
+    return _view(made, kept if keepdim else left)
+
+
+def total(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """The sum over neighbouring axes, as `mean`."""
+    axes, _, _ = _reduced("sum", x, dim)
+    return mean(x, dim, keepdim) * float(math.prod(x.shape[d] for d in axes))
+
+
+def amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+    """The maximum over the pixels of [N, C, H, W]: dim=(2, 3)."""
+    axes, kept, left = _reduced("amax", x, dim)
+    if x.ndim != 4 or axes != [2, 3]:
+        raise UnsupportedOpError(
+            f"amax over dim={dim!r} of a value of shape {list(x.shape)}",
+            where=user_place() or None, help="over the pixels: x.amax((2, 3))",
         )  # fmt: skip
-    out = x.tracer.emit("adaptive_avgpool2d", [x], kind="mean", output_size=(1, 1))
-    return out if keepdim else out.reshape(*x.shape[:2])
+    return _view(layers.AdaptiveMaxPool2d(1).forward(x), kept if keepdim else left)
+
+
+def squeeze(x: Any, dim: Any = None) -> Any:
+    """Without the axes of size 1 among `dim`, or among all but the batch's."""
+    dims = range(1, x.ndim) if dim is None else [d % x.ndim for d in _dims(dim)]
+    return _view(x, [s for d, s in enumerate(x.shape) if d not in dims or s != 1])
+
+
+def unsqueeze(x: Any, dim: int) -> Any:
+    """With one more axis, of size 1, which becomes axis `dim`."""
+    sizes = list(x.shape)
+    sizes.insert(dim % (x.ndim + 1), 1)
+    return _view(x, sizes)
+
+
+def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
+    at = dim % x.ndim
+    return x.reshape(*x.shape[:at], *sizes, *x.shape[at + 1 :])
+
+
+def _dims(dim: Any) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else tuple(dim)
 
 
 def softmax(input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
@@ -173,6 +244,19 @@ METHODS: dict[str, Function] = {
     "true_divide": _div,
     "negative": operator.neg,
     "mean": mean,
+    "sum": total,
+    "amax": amax,
+    "squeeze": squeeze,
+    "unsqueeze": unsqueeze,
+    "unflatten": _unflatten,
+    "expand": expand,
+    "expand_as": lambda x, other: expand(x, *other.shape),
+    "view_as": lambda x, other: x.reshape(*other.shape),
+    "reshape_as": lambda x, other: x.reshape(*other.shape),
+    "pow": power,
+    "square": lambda x: x * x,
+    "rsqrt": lambda x: power(x, -0.5),
+    "reciprocal": lambda x: power(x, -1),
     "softmax": softmax,
     "log_softmax": log_softmax,
     "split": _split,
@@ -193,6 +277,7 @@ FUNCTIONS: dict[Any, Function] = {
     torch.relu_: METHODS["relu"],
     F.softmax: softmax,
     F.log_softmax: log_softmax,
+    F.hardsigmoid: _unary(hardsigmoid),
     F.pad: pad,
     torch._assert: _ignored,
     torch.fx._symbolic_trace._assert_is_none: _ignored,

@@ -126,13 +126,14 @@ class Parameter(Held):
 class Buffer(Held):
     """A tensor that no optimizer trains, such as a running mean: fp32 or int64.
 
-    It stands in `state_dict`, in checkpoints, and is the same for all programs of its net. What
-    training does to it, `update` says.
+    It stands in `state_dict` and in checkpoints, unless it is not `persistent`, and is the same for
+    all programs of its net. What training does to it, `update` says.
     """
 
     title = "buffer"
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: torch.Tensor, persistent: bool = True) -> None:
+        self.persistent = persistent
         if not isinstance(data, torch.Tensor):
             raise ConfigError(f"a Buffer takes a torch tensor, not a {type(data).__name__}")
         if data.dtype not in BUFFERS:
@@ -155,7 +156,7 @@ class Buffer(Held):
         tracer.replace(self, tracer.value(value))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Buffer:
-        made = Buffer(self.live)
+        made = Buffer(self.live, self.persistent)
         memo[id(self)] = made
         return made
 

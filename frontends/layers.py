@@ -16,6 +16,7 @@ import torch
 from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError, number
 from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one room for all layers
     GELU,
+    Hardsigmoid,
     Hardswish,
     LeakyReLU,
     LogSoftmax,
@@ -24,6 +25,7 @@ from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one roo
     Sigmoid,
     SiLU,
     Softmax,
+    Softmax2d,
     Tanh,
 )
 from graphnet.frontends.dsl import Module, Parameter
@@ -407,6 +409,17 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (', mode="vanilla"' if self.mode == "vanilla" else "")
+
+
+class Dropout2d(Dropout):
+    """`Dropout` of whole channels of [N, C, H, W]."""
+
+    def forward(self, x: Symbol) -> Symbol:
+        images(type(self).__name__, x)
+        if not x.tracer.training or self.p == 0.0:
+            return super().forward(x)
+        ones: dict[str, Any] = {"value": 1.0, "shape": (*x.shape[:2], 1, 1), "dtype": "f32"}
+        return x * super().forward(x.tracer.emit("full", [], **ones))
 
 
 class ZeroPad2d(Module):

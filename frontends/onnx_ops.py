@@ -15,10 +15,10 @@ import numpy as np
 
 from graphnet.errors import UnsupportedOpError
 from graphnet.frontends import functions, layers
-from graphnet.frontends.activations import ROWS, absolute, clamp, gelu, leaky_relu, sqrt
+from graphnet.frontends.activations import ROWS, absolute, clamp, gelu, leaky_relu
 from graphnet.frontends.dsl import Parameter
 from graphnet.frontends.onnx_graph import Node
-from graphnet.frontends.symbolic import Symbol, cat, padded, softmax_along
+from graphnet.frontends.symbolic import Symbol, cat, expand, padded, power, softmax_along
 
 
 @dataclass
@@ -207,12 +207,10 @@ def _mean(call: Call, *xs: Any) -> Any:
 
 
 def _pow(call: Call, x: Any, exponent: Any) -> Any:
-    powers = {1.0: lambda: x, 2.0: lambda: x * x, 3.0: lambda: x * x * x, 0.5: lambda: sqrt(x)}
     n = number(exponent)
-    if not isinstance(n, float) or n not in powers:
-        raise call.refuse(f"a power of {n if isinstance(n, float) else 'many values'}",
-                          "1, 2, 3 or 0.5")  # fmt: skip
-    return powers[n]()
+    if not isinstance(n, float):
+        raise call.refuse("a power of many values", "one exponent")
+    return power(x, n)
 
 
 def _clip(call: Call, x: Any, low: Any = None, high: Any = None) -> Any:
@@ -339,11 +337,31 @@ def _pad(call: Call, x: Symbol, pads: Any = None, value: Any = None, axes: Any =
     return padded(x, flat, float(fill)) if any(flat) else x
 
 
-def _reduce_mean(call: Call, x: Symbol, axes: Any = None) -> Any:
-    over = _axes(call, axes, x.ndim)
-    if over is None:
-        raise call.refuse("a mean over all axes: axis 0 is the batch", "axes [2, 3]")
-    return functions.mean(x, tuple(over), keepdim=bool(call.get("keepdims", 1)))
+def _reduce(name: str) -> Operator:
+    """A mean, sum or maximum over axes."""
+
+    def call_(call: Call, x: Symbol, axes: Any = None) -> Any:
+        over = _axes(call, axes, x.ndim)
+        if not over:
+            if call.get("noop_with_empty_axes", 0):
+                return x
+            raise call.refuse("over all axes: axis 0 is the batch", "axes [2, 3]")
+        return functions.METHODS[name](x, tuple(over), keepdim=bool(call.get("keepdims", 1)))
+
+    return call_
+
+
+def _expand(call: Call, x: Symbol, target: Any) -> Any:
+    wanted = _ints(target, call, "its shape")
+    wanted = [1] * (x.ndim - len(wanted)) + wanted
+    if len(wanted) == x.ndim and wanted[0] in (1, call.batch):
+        wanted[0] = x.shape[0]  # of a file that was exported for one batch
+    sizes = x.shape if len(wanted) == x.ndim else (1,) * (len(wanted) - x.ndim) + x.shape
+    return expand(x, [s if w == 1 else w for w, s in zip(wanted, sizes, strict=True)])
+
+
+def _hard_sigmoid(call: Call, x: Symbol) -> Symbol:
+    return clamp(x * call.get("alpha", 0.2) + call.get("beta", 0.5), 0.0, 1.0)
 
 
 def _cast(call: Call, x: Symbol) -> Symbol:
@@ -367,7 +385,9 @@ TABLE: dict[str, Operator] = {
     "Softmax": _normalised("softmax"), "LogSoftmax": _normalised("log_softmax"),
     "Concat": _concat, "Flatten": _flatten, "Reshape": _reshape, "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze, "Transpose": _transpose, "Slice": _slice, "Split": _split,
-    "Pad": _pad, "ReduceMean": _reduce_mean, "Cast": _cast,
+    "Pad": _pad, "ReduceMean": _reduce("mean"), "ReduceSum": _reduce("sum"),
+    "ReduceMax": _reduce("amax"), "Expand": _expand, "HardSigmoid": _hard_sigmoid,
+    "Reciprocal": lambda call, x: 1.0 / x, "Cast": _cast,
     "Identity": lambda call, x: x,
 }  # fmt: skip
 

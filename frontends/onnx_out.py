@@ -49,7 +49,7 @@ class _Writer:
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
         self.taken = {"x", *(f"y{k}" for k in range(len(graph.returns)))}
-        self.state = net.state_dict()
+        self.state = {key: p.snapshot() for key, p in net._keys()}
         # What a mask would be drawn by in training.
         self.unread = {i.value for i in graph.inputs if i.role in ("hyper", "counter")}
         self.momentum = {
@@ -190,6 +190,8 @@ def _adaptive(w: _Writer, e: Eqn, ins: list[str]) -> str:
         return ins[0]
     if out == (1, 1):
         return w.node(e, "GlobalAveragePool", ins)
+    if size == (1, 1):  # every window holds the one pixel
+        return w.node(e, "Expand", [*ins, w.constant("shape", np.array([1, 1, *out], np.int64))])
     if any(s % o for s, o in zip(size, out, strict=True)):
         raise UnsupportedOpError(
             f"adaptive pooling of {size[0]}x{size[1]} to {out[0]}x{out[1]} has windows of several "

@@ -63,8 +63,13 @@ class Symbol:
     def _binary(self, op: str, other: Any, turned: bool = False) -> Symbol:
         if isinstance(other, (bool, complex)):
             raise mixed(other)
-        operands = [other, self] if turned else [self, other]
-        return self.tracer.emit(op, operands, kind=op)
+        mine = self._against(other)
+        other = other._against(self) if isinstance(other, Symbol) else other
+        return self.tracer.emit(op, [other, mine] if turned else [mine, other], kind=op)
+
+    def _against(self, other: Any) -> Symbol:
+        """This value as an operand of an elementwise op beside another one."""
+        return self
 
     def __add__(self, other: Any) -> Symbol:
         return self._binary("add", other)
@@ -95,7 +100,10 @@ class Symbol:
     def __pos__(self) -> Symbol:
         return self
 
-    __pow__, __rpow__ = _no("**"), _no("**")
+    def __pow__(self, exponent: Any) -> Symbol:
+        return power(self, exponent)
+
+    __rpow__ = _no("**")
     __matmul__, __rmatmul__ = _no("@"), _no("@")
     __mod__, __floordiv__ = _no("%"), _no("//")
 
@@ -198,6 +206,72 @@ class Symbol:
 
     def __repr__(self) -> str:
         return f"Symbol({self.value}: {self.value.type})"
+
+
+class Repeated(Symbol):
+    """[N, C, 1, 1] repeated over pixels. Elementwise code broadcasts the small value; what needs
+    the whole one, like a concatenation, has it made."""
+
+    __slots__ = ("pixels", "small", "whole")
+
+    def __init__(self, small: Symbol, pixels: Sequence[int]) -> None:
+        self.tracer, self.small, self.pixels = small.tracer, small, tuple(pixels)
+        self.whole: Value | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return (*self.small.shape[:2], *self.pixels)
+
+    @property
+    def value(self) -> Value:  # type: ignore[override]
+        """The whole value, written when it is first read."""
+        if self.whole is None:  # the mean of one pixel, in as many windows as there are pixels
+            self.whole = self.tracer.emit(
+                "adaptive_avgpool2d", [self.small], kind="expand", output_size=self.pixels
+            ).value
+        return self.whole
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self.whole = value
+
+    def _against(self, other: Any) -> Symbol:
+        fits = isinstance(other, Symbol) and other.shape == self.shape
+        alone = self.whole is None and not isinstance(other, Repeated)
+        return self.small if fits and alone else self
+
+
+def expand(x: Symbol, *sizes: Any) -> Symbol:
+    """torch's expand, over the pixels of [N, C, 1, 1]; -1 leaves a size as it is."""
+    wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    full = wanted
+    if len(wanted) == x.ndim:
+        full = tuple(s if w == -1 else w for w, s in zip(wanted, x.shape, strict=True))
+    if full == x.shape:
+        return x
+    if x.ndim != 4 or x.shape[2:] != (1, 1) or full[:2] != x.shape[:2] or len(full) != 4:
+        raise UnsupportedOpError(
+            f"expand of a value of shape {list(x.shape)} to {list(wanted)}",
+            where=user_place() or None,
+            help="+, -, * and / broadcast by themselves; else [N, C, 1, 1] over the pixels alone",
+        )
+    return Repeated(x, full[2:])
+
+
+def power(x: Any, exponent: Any) -> Any:
+    """x ** exponent for the exponents that products, quotients and roots give."""
+    if exponent in (1, 2, 3):
+        out = x
+        for _ in range(int(exponent) - 1):
+            out = out * x
+        return out
+    if exponent in (0.5, -0.5, -1):
+        root = x if exponent == -1 else x.tracer.emit("sqrt", [x], kind="sqrt")
+        return root if exponent > 0 else 1.0 / root
+    raise UnsupportedOpError(
+        f"** of {_told(x)} with {_told(exponent)} cannot be traced", where=user_place() or None,
+        help="exponents are 1, 2, 3, 0.5, -0.5 and -1",
+    )  # fmt: skip
 
 
 def cat(tensors: Sequence[Symbol], dim: int = 0) -> Symbol:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from graphnet.errors import ConfigError, GraphnetError, UnsupportedOpError
 from graphnet.frontends import layers
 from graphnet.frontends.dsl import Module, Parameter
-from graphnet.frontends.foreign import called, instead_of_layer
+from graphnet.frontends.foreign import called, instead_of_call, instead_of_layer
 from graphnet.frontends.functions import FUNCTIONS, PYTHON, method
 from graphnet.frontends.held import BUFFERS, Buffer
 from graphnet.frontends.imported import Part, put, refusal
@@ -126,7 +126,7 @@ class _Conversion:
         if n.op == "output":
             return Call("output", None, args)
         if n.op == "get_attr":
-            return Call(n.name, self._path_of(str(n.target)), place=place)
+            return Call(n.name, self._path_of(net, str(n.target), place), place=place)
         if n.op == "call_module":
             layer = self.module.get_submodule(str(n.target))
             over = n.args[0].name if getattr(layer, "inplace", False) else ""
@@ -168,15 +168,31 @@ class _Conversion:
         put(held, path, layer)
         return Call(n.name, f"_functions.{path}", (Ref(x),), over=over, place=place)
 
-    def _path_of(self, target: str) -> str:
-        """The key under which a tensor that forward reads is kept."""
-        kept = (self.module.named_parameters, self.module.named_buffers)
-        if not any(target in dict(named(remove_duplicate=False)) for named in kept):
-            self.reasons.append(f"net.{target}: a tensor that is no parameter, in forward")
+    def _path_of(self, net: TorchNet, target: str, place: str) -> str:
+        """The key under which a tensor that forward reads is kept. One that is neither a parameter
+        nor a buffer becomes a buffer that is not saved."""
+        if target in dict(net._keys()):
+            return target
+        *parts, last = target.split(".")
+        value: Any = self.module
+        for part in (*parts, last):
+            value = getattr(value, part)
+        if not value.is_floating_point():
+            at = f" ({place})" if place else ""
+            self.reasons.append(
+                f"net.{target}: a tensor of {value.dtype} in forward{at}; instead: one of float32"
+            )
+            return target
+        into: Module = net
+        for part in parts:
+            into = into.__dict__[part]
+        put(into, last, _constant(value, False), target)
         return target
 
     def _refuse(self, what: str, place: str) -> None:
-        self.reasons.append(f"{what}{f' ({place})' if place else ''}{instead_of_layer(what)}")
+        """what: as `forward` writes it: "x.sum()", "F.relu()"."""
+        name = what.rpartition(".")[2].removesuffix("()")
+        self.reasons.append(f"{what}{f' ({place})' if place else ''}{instead_of_call(name)}")
 
     # ---- the tree ---------------------------------------------------------------------------
 
@@ -189,13 +205,15 @@ class _Conversion:
         for key, b in module._buffers.items():
             if b is None:
                 continue
-            if key in module._non_persistent_buffers_set or b.dtype not in BUFFERS:
+            whole = f"{path}.{key}".strip(".")
+            kept = key not in module._non_persistent_buffers_set
+            if b.is_floating_point() or b.dtype in BUFFERS:
+                put(into, key, _constant(b, kept), whole)
+            elif kept:
                 self.reasons.append(
-                    f"net.{path}{'.' * bool(path)}{key}: a buffer of {type(module).__name__} that "
-                    f"is not kept or is {b.dtype}"
+                    f"net.{whole}: a buffer of {b.dtype}; instead: float32 or int64, or where "
+                    f"forward does not read it register_buffer({key!r}, ..., persistent=False)"
                 )
-                continue
-            put(into, key, Buffer(b.detach()), f"{path}.{key}".strip("."))
         for key, child in module._modules.items():
             if child is None:
                 continue
@@ -228,10 +246,18 @@ class _Conversion:
         kind = getattr(layers, type(layer).__name__, None)
         if kind is None and isinstance(layer, torch.nn.Identity):
             return Identity()
+        if hasattr(layer, "parametrizations"):
+            raise UnsupportedOpError(
+                "it has parametrizations",
+                help="torch.nn.utils.parametrize.remove_parametrizations(layer, \"weight\")",
+            )
         if kind is None or not issubclass(kind, Module):
             raise UnsupportedOpError(f"no such layer{instead_of_layer(type(layer).__name__)}")
         if layer._forward_pre_hooks or layer._forward_hooks:
-            raise UnsupportedOpError("it has hooks (weight_norm is one)", help="remove them")
+            raise UnsupportedOpError(
+                "it has hooks (weight_norm is one)",
+                help="torch.nn.utils.remove_weight_norm(layer), or the like",
+            )
         made = kind(**_arguments(layer, kind))
         for key, p in layer._parameters.items():
             if p is not None:
@@ -249,6 +275,11 @@ class _Conversion:
                 raise UnsupportedOpError(f"a parameter of dtype {p.dtype} on {p.device}")
             self.parameters[p] = Parameter(p.detach(), trainable=p.requires_grad)
         return self.parameters[p]
+
+
+def _constant(t: torch.Tensor, persistent: bool) -> Buffer:
+    t = t.detach()
+    return Buffer(t.float() if t.is_floating_point() else t, persistent)
 
 
 _IN_PLACE = {f"i{n}" for n in ("add", "sub", "mul", "truediv")}

@@ -92,7 +92,7 @@ def trace(
                 raise ConfigError(
                     f"forward of {net._title()} returned {called(out)}, not a value",
                     where=net.place,
-                    help="return the logits",
+                    help="return the logits, or a tuple of values",
                 )
     returns = tuple(out.value for out in outs)
     if loss is not None:

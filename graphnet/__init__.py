@@ -18,9 +18,10 @@ _NAMES = {
     "graphnet.frontends.dsl": ("Buffer", "Module", "Parameter", "Sequential"),
     "graphnet.frontends.layers": (
         "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d",
-        "Conv2d", "Dropout", "Flatten", "GELU", "Hardswish", "LeakyReLU", "Linear",
+        "Conv2d", "Dropout", "Dropout2d", "Flatten", "GELU", "Hardsigmoid", "Hardswish",
+        "LeakyReLU", "Linear",
         "LocalResponseNorm", "LogSoftmax", "MaxPool2d", "ReLU", "ReLU6", "Sigmoid", "SiLU",
-        "Softmax", "Tanh", "ZeroPad2d",
+        "Softmax", "Softmax2d", "Tanh", "ZeroPad2d",
     ),
     "graphnet.frontends.activations": (
         "clamp", "exp", "gelu", "hardswish", "leaky_relu", "relu", "relu6", "sigmoid", "silu",
@@ -83,7 +84,9 @@ if TYPE_CHECKING:
         BatchNorm2d,
         Conv2d,
         Dropout,
+        Dropout2d,
         Flatten,
+        Hardsigmoid,
         Hardswish,
         LeakyReLU,
         Linear,
@@ -95,6 +98,7 @@ if TYPE_CHECKING:
         Sigmoid,
         SiLU,
         Softmax,
+        Softmax2d,
         Tanh,
         ZeroPad2d,
     )

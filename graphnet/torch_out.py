@@ -90,7 +90,7 @@ class TorchModule(torch.nn.Module):
                     into.add_module(part, _Part())
                 into = into.get_submodule(part)
             if isinstance(p, Buffer):
-                into.register_buffer(last, p.data)
+                into.register_buffer(last, p.data, p.persistent)
                 continue
             assert isinstance(p, Parameter)
             if p not in made:

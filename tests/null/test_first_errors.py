@@ -55,7 +55,7 @@ TRACED = [
      ["[2, 3, 20]", "is the batch", "dim=1"]),
     (lambda x: nn.functional.pad(x, (1, 1), mode="reflect"), gn.UnsupportedOpError, ["reflect"]),
     (lambda x: x.einsum, gn.MissingError, ["has no 'einsum'", "x.reshape"]),
-    (lambda x: x**2, gn.UnsupportedOpError, ["** of", "with 2 cannot be traced"]),
+    (lambda x: x**2.5, gn.UnsupportedOpError, ["** of", "with 2.5 cannot be traced"]),
     (lambda x: x if x > 0 else -x, gn.UnsupportedOpError, ["cannot branch on data"]),
     (lambda x: x if x == 0 else -x, gn.UnsupportedOpError, ["cannot branch on data"]),
     (lambda x: x + torch.zeros(SHAPE), gn.ConfigError, ["with torch's Tensor", "gn.Parameter"]),

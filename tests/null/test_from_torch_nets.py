@@ -15,10 +15,16 @@ class Squeeze(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+        self.pool, self.drop = nn.AdaptiveAvgPool2d(1), nn.Dropout2d(0.0)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, 2, bias=False), nn.SiLU(), nn.Linear(2, channels), nn.Hardsigmoid()
+        )
+        self.register_buffer("keep", torch.tensor(0.9), persistent=False)
 
     def forward(self, x):
-        return x * torch.sigmoid(self.fc2(F.silu(self.fc1(F.adaptive_avg_pool2d(x, 1)))))
+        n, c, _, _ = x.size()
+        y = self.fc(self.pool(x).view(n, c)).view(n, c, 1, 1)
+        return self.drop(x) * y.expand_as(x) * self.keep
 
 
 class Inverted(nn.Module):
@@ -41,12 +47,13 @@ class Mobile(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6])[:, None, None])
+        self.deviation = torch.tensor([0.25, 0.2, 0.3])[:, None, None]  # neither one
         self.stem = nn.Conv2d(3, 4, 3, 2, padding=1)
         self.blocks = nn.ModuleList([Inverted(), Inverted()])
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
-        x = first = F.leaky_relu(self.stem((x - self.mean) / 0.25), 0.1)
+        x = first = F.leaky_relu(self.stem((x - self.mean) / self.deviation), 0.1)
         for block in self.blocks:
             x = block(x)
         return self.head(torch.cat([x, first], 1).mean((2, 3)))
@@ -69,6 +76,7 @@ def test_three_steps_statistics_and_evaluation(target):
     net = gn.from_torch(module, torch.zeros(SHAPE))
     assert list(net.state_dict()) == list(module.state_dict())
     twin = module.double().train()
+    twin.deviation = twin.deviation.double()
     sgd = torch.optim.SGD(twin.parameters(), 0.05, momentum=0.9)
     step = gn.compile(net, SHAPE, loss=nn.CrossEntropyLoss(), optimizer=sgd, target=target)
     for _ in range(3):
@@ -90,6 +98,7 @@ def test_bf16_is_as_near_as_torchs_autocast():
     module = Mobile().eval()
     run = gn.as_torch(gn.from_torch(module), SHAPE, target="cpu", precision="bf16").eval()
     exact = copy.deepcopy(module).double()
+    exact.deviation = exact.deviation.double()
     errors = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -107,3 +116,28 @@ def test_bf16_is_as_near_as_torchs_autocast():
         errors.append((relative(gradient(run), want), relative(theirs, want)))
     ours, theirs = (sum(e) for e in zip(*errors, strict=True))
     assert ours <= 1.5 * theirs, errors
+
+
+def test_whole_channels_are_dropped():
+    net = gn.from_torch(nn.Sequential(nn.Dropout2d(0.5), nn.Flatten()))
+    x = torch.ones(16, 8, 3, 3)
+    module = gn.as_torch(net, x.shape, target="cpu")
+    y = module(x.requires_grad_()).view(x.shape)
+    kept = y[:, :, 0, 0] > 0
+    assert torch.equal(y, 2.0 * kept[:, :, None, None].expand(x.shape))
+    assert 0.3 < kept.float().mean() < 0.7 and len(kept.unique(dim=0)) > 8
+    assert torch.equal(module.eval()(x).view(x.shape), x)
+
+
+def test_constants_are_no_keys():
+    """What torch does not save, we do not: it moves with copies and goes out to ONNX."""
+    module = Mobile().eval()
+    net = gn.from_torch(module)
+    assert not {"deviation", "blocks.0.gate.keep"} & set(net.state_dict())
+    assert {"deviation", "blocks.0.gate.keep"} <= {k for k, _ in net.named_buffers()}
+    x = torch.rand(SHAPE)
+    other = net.copy()
+    other.load_state_dict(net.state_dict())
+    again = gn.from_onnx(gn.to_onnx(other, None, SHAPE))
+    for n in (other, again, gn.as_torch(net, SHAPE, target="cpu").eval().net):
+        torch.testing.assert_close(gn.compile(n, SHAPE, target="cpu")(x), module(x).detach())

@@ -32,13 +32,19 @@ FUNCTIONS = [
     lambda x, s, r, w: torch.cat([F.relu6(x * 5), x.tanh()], 1)[:, 3:9] * x.sigmoid(),
     lambda x, s, r, w: F.conv2d(F.pad(x, (1, 1, 0, 2)), w, r, padding=(1, 0)).clamp(-1, 20),
     lambda x, s, r, w: x.mean((2, 3)) * r + torch.flatten(F.adaptive_avg_pool2d(x, 1), 1) - r,
-    lambda x, s, r, w: x * torch.sigmoid(x.mean((2, 3), keepdim=True) * s) + torch.softmax(x, 1),
+    lambda x, s, r, w: x * torch.sigmoid(x.mean((2, 3), keepdim=True) * s).expand_as(x)
+        + torch.cat([x, x.mean((2, 3), keepdim=True).expand(-1, -1, 5, 5)], 1)[:, 3:9].softmax(1),
     lambda x, s, r, w: F.log_softmax(F.max_pool2d(x, 2).view(x.size(0), 6, 2, 2), dim=1),
     lambda x, s, r, w: F.relu(x.mean(dim=[-1, -2]), inplace=True).reshape(4, -1).neg() / r,
     lambda x, s, r, w: s / (x * x + 1).sqrt() - (1 - x),
     lambda x, s, r, w: x.softmax(-1) * F.log_softmax(x.flatten(2), dim=2).view(x.shape) * s,
     lambda x, s, r, w: F.softmax(x.view(4, 2, 3, 5, 5), 2).view(x.shape) * F.softmax(x, 1) * s,
     lambda x, s, r, w: F.adaptive_max_pool2d(x * s, 1).flatten(1),
+    lambda x, s, r, w: x.mean(-1).mean(-1) + x.mean(1, keepdim=True).view(4, -1)[:, :6] * r,
+    lambda x, s, r, w: x.amax((2, 3)) ** 2 + torch.square(x).sum((-2, -1)) - x.mean(2).sum(2) ** 3,
+    lambda x, s, r, w: (x * x + 1).rsqrt() + (x * x + 2) ** -1 + (abs(x) + 1).pow(0.5) * s,
+    lambda x, s, r, w: F.hardsigmoid(x * 5).unflatten(1, (2, 3)).view_as(x) * s,
+    lambda x, s, r, w: x.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).squeeze(3).squeeze() * r,
     lambda x, s, r, w: F.adaptive_max_pool2d(torch.relu(F.pad(x, (9, 9, 9, 9), value=2.0)), 1) * s,
 ]  # fmt: skip
 
