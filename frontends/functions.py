@@ -24,6 +24,7 @@ from graphnet.frontends.symbolic import (
     cat,
     expand,
     flatten,
+    images,
     padded,
     power,
     softmax_along,
@@ -46,7 +47,7 @@ def _conv2d(
     x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Symbol:  # fmt: skip
-    layers.images("conv2d", x)
+    images("conv2d", x)
     stride, dilation = layers.pair(stride, "stride"), layers.pair(dilation, "dilation")
     sides = layers.four_sides(padding, weight.shape[2:], stride, dilation)
     operands = [x, weight] + ([] if bias is None else [bias])

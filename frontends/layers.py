@@ -7,13 +7,12 @@ Weights are drawn from torch's global generator with the same calls as torch.nn,
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError, number
+from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
 from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one room for all layers
     GELU,
     Hardsigmoid,
@@ -28,10 +27,10 @@ from graphnet.frontends.activations import (  # noqa: F401  torch.nn has one roo
     Softmax2d,
     Tanh,
 )
+from graphnet.frontends.dropout import Dropout, Dropout2d  # noqa: F401
 from graphnet.frontends.dsl import Module, Parameter
 from graphnet.frontends.norm import BatchNorm1d, BatchNorm2d  # noqa: F401
-from graphnet.frontends.symbolic import Symbol, flatten, padded
-from graphnet.frontends.tracer import active_tracer
+from graphnet.frontends.symbolic import Symbol, flatten, images, padded
 from graphnet.ops.lrn import LrnAttrs
 
 Pair = int | tuple[int, int]
@@ -83,15 +82,6 @@ def _default_init(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if bias is not None:
         bound = 1 / math.sqrt(weight[0].numel())
         torch.nn.init.uniform_(bias, -bound, bound)
-
-
-def images(what: str, x: Symbol) -> None:
-    """ShapeError for what is no batch of images."""
-    if x.ndim != 4:
-        raise ShapeError(
-            f"{what} takes [N, C, H, W], got {list(x.shape)}",
-            help=f"the batch comes first: {(32, *x.shape)}" if x.ndim == 3 else None,
-        )
 
 
 class Conv2d(Module):
@@ -369,57 +359,6 @@ class LocalResponseNorm(Module):
         mode = ', alpha_mode="sum"' if self.alpha_mode == "sum" else ""
         mode += f", groups={self.groups}" if self.groups > 1 else ""
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}{mode}"
-
-
-class Dropout(Module):
-    """Zeroes elements with probability p in training.
-
-    mode "inverted" divides what is kept by 1 - p and does nothing in inference; "vanilla" leaves
-    it alone in training and multiplies by 1 - p in inference.
-    """
-
-    kind: ClassVar[str] = "drop"
-
-    def __init__(
-        self, p: float = 0.5, inplace: bool = False, *, mode: str = "inverted", name: str = ""
-    ) -> None:
-        if number("Dropout", "p", p) >= 1:
-            raise ConfigError(
-                f"Dropout: p={p!r} is not in [0, 1)", help="it is the share that is dropped"
-            )
-        if mode not in ("inverted", "vanilla"):
-            raise ConfigError(f"unknown dropout mode {mode!r}", help='"inverted" or "vanilla"')
-        self.p = float(p)
-        self.mode = mode
-        self.name = name
-
-    def forward(self, x: Symbol) -> Symbol:
-        tracer = active_tracer("Dropout")
-        if self.p == 0.0 or (self.mode == "inverted" and not tracer.training):
-            return x
-        call = tracer.calls[self]
-        # Each further call of a shared layer draws from a stream of its own.
-        label = tracer.names[self] + (f"#{call}" if call > 1 else "")
-        counts = [v for k in ("seed", "step", "first_row") if (v := tracer.lazy.get(k)) is not None]
-        return tracer.emit(
-            "dropout", [x, *(Symbol(tracer, v) for v in counts)],
-            p=self.p, mode=self.mode, stream=zlib.crc32(label.encode()),
-            training=tracer.training, global_batch=tracer.global_batch,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}" + (', mode="vanilla"' if self.mode == "vanilla" else "")
-
-
-class Dropout2d(Dropout):
-    """`Dropout` of whole channels of [N, C, H, W]."""
-
-    def forward(self, x: Symbol) -> Symbol:
-        images(type(self).__name__, x)
-        if not x.tracer.training or self.p == 0.0:
-            return super().forward(x)
-        ones: dict[str, Any] = {"value": 1.0, "shape": (*x.shape[:2], 1, 1), "dtype": "f32"}
-        return x * super().forward(x.tracer.emit("full", [], **ones))
 
 
 class ZeroPad2d(Module):

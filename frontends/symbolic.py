@@ -338,3 +338,12 @@ def _axis(dim: int, ndim: int) -> int:
     if not -ndim <= dim < ndim:
         raise ShapeError(f"axis {dim} of a value with {ndim} dimensions", where=user_place())
     return dim % ndim
+
+
+def images(what: str, x: Symbol) -> None:
+    """ShapeError for what is no batch of images."""
+    if x.ndim != 4:
+        raise ShapeError(
+            f"{what} takes [N, C, H, W], got {list(x.shape)}",
+            help=f"the batch comes first: {(32, *x.shape)}" if x.ndim == 3 else None,
+        )
