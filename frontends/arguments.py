@@ -92,6 +92,19 @@ def check_share(rows: int, batch: int, ranks: int) -> None:
     )
 
 
+def check_reduce(reduce: Any, precision: str) -> None:
+    """ConfigError for what gradients cannot be summed as."""
+    if reduce not in (None, "bf16"):
+        raise ConfigError(
+            f"reduce is None (fp32) or 'bf16', not {reduce!r}", where=user_place() or None
+        )
+    if reduce and precision != "bf16":
+        raise ConfigError(
+            f"reduce='bf16' rounds gradients that precision {precision} keeps in fp32",
+            where=user_place() or None, help="precision='bf16', or reduce=None",
+        )  # fmt: skip
+
+
 def handling_of(
     optimizer: Any, accumulate: Any, clip_norm: Any, nonfinite: Any, apply: bool
 ) -> Handling:

@@ -23,6 +23,7 @@ from graphnet.frontends.arguments import (
     check_augment,
     check_net,
     check_ranks,
+    check_reduce,
     handling_of,
 )
 from graphnet.frontends.dsl import Module
@@ -84,6 +85,7 @@ def lower(
     ranks: int = 1,
     global_batch: int = 0,
     sync_bn: bool = False,
+    reduce: str | None = None,
     pass_: Pass | None = None,
     kernels: Kernels | None = None,
 ) -> Lowered:
@@ -106,6 +108,7 @@ def lower(
     handling = handling_of(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     precision = resolve(precision, target)
+    check_reduce(reduce, precision)
     training = pass_.training if pass_ else optimizer is not None or grads
     traced = trace(
         net, shape, loss=loss, training=training, augment=augment, ranks=ranks,
@@ -121,6 +124,7 @@ def lower(
             trainable=keys,
             multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
             handling=handling, wrt=pass_.wrt if pass_ else None, ranks=ranks,
+            reduce=reduce,
         )  # fmt: skip
         if pass_:
             stages.fused = halves(stages.fused, len(traced.returns))[pass_.half]
@@ -210,6 +214,7 @@ def compile(
     augment: Any = None,
     group: Any = None,
     sync_bn: bool = False,
+    reduce: str | None = None,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -246,12 +251,15 @@ def compile(
                 them, and its running statistics are the same on each. Otherwise each rank has its
                 own, as with torch's DDP: those of rank 0 are the ones to save. One process has one
                 kind
+    reduce      "bf16": over several ranks, gradients are rounded to bf16, travel and are summed so,
+                which halves what is sent; for precision bf16 alone. None sums them in fp32
     """
     joined = group_of(group)
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
         "augment": augment, "ranks": joined.ranks if joined else 1, "sync_bn": sync_bn,
+        "reduce": reduce,
     }  # fmt: skip
     (program,) = compile_together(net, shape, [how], seed=seed, group=joined)
     return program
@@ -365,13 +373,14 @@ def build(
     augment: Any = None,
     ranks: int = 1,
     sync_bn: bool = False,
+    reduce: str | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
 
     precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `ranks`
-    processes share a batch, of which `shape` is one's part, with `sync_bn` as `compile` has it.
-    `out` is a folder that receives the binaries and the generated files.
+    processes share a batch, of which `shape` is one's part, with `sync_bn` and `reduce` as
+    `compile` has them. `out` is a folder that receives the binaries and the generated files.
     """
     from graphnet.lowering.build.build import arch_number, build_plan
 
@@ -380,7 +389,7 @@ def build(
     how: dict[str, Any] = {
         "target": "cuda", "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
-        "augment": augment, "ranks": ranks, "sync_bn": sync_bn,
+        "augment": augment, "ranks": ranks, "sync_bn": sync_bn, "reduce": reduce,
         "kernels": kernels_of("cuda", BUILT_FOR if number == 90 else "", number),
     }  # fmt: skip
     low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)

@@ -212,6 +212,11 @@ def checks(two: Any) -> dict[str, Any]:
         "norm 3 accumulate": trained("norm", "world", 4, 13, sync_bn=True, accumulate=2),
         "norm 3 interpret": trained("one norm", "world", 3, 4, "interpret", sync_bn=True),
         "norm 3 of 2": without_rows("world"),
+        "bf16": trained("small", "world", 3, 7, precision="bf16"),
+        "bf16 reduced": trained("small", "world", 3, 7, precision="bf16", reduce="bf16"),
+        "bf16 reduced interpret": trained(
+            "tiny", "world", 1, 4, "interpret", precision="bf16", reduce="bf16"
+        ),
         "nan": poisoned_step("world"),
         "bound": bound("world"),
     }

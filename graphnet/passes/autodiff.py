@@ -13,7 +13,7 @@ from typing import Any
 from graphnet.errors import GraphError
 from graphnet.ir.graph import Builder, Eqn, Graph, Input, Value, Where
 from graphnet.ir.op import get_op
-from graphnet.ir.types import TensorType, f32, i64
+from graphnet.ir.types import DTYPES, TensorType, f32, i64
 from graphnet.ops.gradient import Handling
 from graphnet.passes.dce import dce
 
@@ -134,6 +134,7 @@ def autodiff(
     multipliers: Mapping[str, tuple[float, float]] | None = None,
     handling: Handling | None = None,
     ranks: int = 1,
+    reduce: str | None = None,
 ) -> Graph:
     """The joint graph of a traced graph whose first result is the loss.
 
@@ -144,6 +145,7 @@ def autodiff(
     handling     accumulation, clipping and the guard of the gradients
     multipliers  by name, what a parameter multiplies the learning rate and the penalties with
     ranks        with several, the loss and the gradients are summed over them
+    reduce       "bf16": gradients travel, and are summed, in bf16
     """
     b, env = _copy(traced, "joint")
     loss = env.get(traced.returns[0], traced.returns[0])
@@ -151,7 +153,7 @@ def autodiff(
     gradient = backward(b, loss, params)
     b.where = Where(by="autodiff")
     if grads:
-        loss = _reduced(b, loss, _in_order(b, params, gradient), gradient, ranks)
+        loss = _reduced(b, loss, _in_order(b, params, gradient), gradient, ranks, reduce)
         zeros = get_op("full")
         for p in params:
             if p not in gradient:  # the loss does not depend on it
@@ -163,7 +165,7 @@ def autodiff(
         ordered = _in_order(b, params, gradient)
         if how.accumulate:
             _accumulated(b, ordered, gradient, how.apply)
-        loss = _reduced(b, loss, ordered if how.apply else (), gradient, ranks)
+        loss = _reduced(b, loss, ordered if how.apply else (), gradient, ranks, reduce)
         norm = None
         if how.apply:
             if how.norm:
@@ -222,12 +224,14 @@ def _accumulated(
 
 
 def _reduced(
-    b: Builder, loss: Value, params: Sequence[Value], gradient: dict[Value, Value], ranks: int
-) -> Value:
+    b: Builder, loss: Value, params: Sequence[Value], gradient: dict[Value, Value], ranks: int,
+    reduce: str | None = None,
+) -> Value:  # fmt: skip
     """Sums the gradients over the ranks, in place of them in `gradient`, and gives the loss of all.
 
     They travel in buckets of about BUCKET bytes, in the order in which they arise, each as soon as
-    its last one is there, beside the rest of the backward pass. The loss goes with the first.
+    its last one is there, beside the rest of the backward pass. The loss goes with the first, or
+    alone where gradients travel in another type.
     """
     if ranks == 1:
         return loss
@@ -235,27 +239,36 @@ def _reduced(
     buckets: list[list[Value | None]] = [[None]]  # None: the loss
     size = 0
     for p in params:
-        if size and size + p.type.bytes > BUCKET:
+        own = p.type.bytes if reduce is None else p.type.with_dtype(DTYPES[reduce]).bytes
+        if size + own > BUCKET and size or reduce and len(buckets) == 1:
             buckets.append([])
             size = 0
         buckets[-1].append(p)
-        size += p.type.bytes
+        size += own
     attrs = get_op("all_reduce").attrs_type(ranks=ranks)  # type: ignore[call-arg]
     total = loss
-    written: list[tuple[int, Eqn]] = []
+    written: list[tuple[int, list[Eqn]]] = []
     for bucket in buckets:
         operands: list[Value] = [loss if q is None else gradient[q] for q in bucket]
-        sums = b.emit("all_reduce", operands, attrs)
-        written.append((1 + max(made[v] for v in operands), b.eqns.pop()))
+        at, start = 1 + max(made[v] for v in operands), len(b.eqns)
+        low = reduce if bucket != [None] else None
+        sent = [_cast(b, v, low) for v in operands] if low else operands
+        found = [v for v in b.emit("all_reduce", sent, attrs) if v is not None]
+        sums = [_cast(b, v, "f32") for v in found] if low else found
+        written.append((at, b.eqns[start:]))
+        del b.eqns[start:]
         for q, s in zip(bucket, sums, strict=True):
-            assert s is not None
             if q is None:
                 total = s
             else:
                 gradient[q] = s
-    for at, eqn in reversed(written):
-        b.eqns.insert(at, eqn)
+    for at, eqns in reversed(written):
+        b.eqns[at:at] = eqns
     return total
+
+
+def _cast(b: Builder, v: Value, dtype: str) -> Value:
+    return b.one("cast", v, attrs=get_op("cast").attrs_type(dtype=dtype))  # type: ignore[call-arg]
 
 
 def _kept(b: Builder, old: Value, new: Value, flags: Sequence[Value]) -> Value:

@@ -41,7 +41,10 @@ def _over_ranks(m: Match) -> str | None:
 # Each consumer of a gradient joins the kernel that makes it, or else the consumer before it.
 RULES = [
     *(_rule(u, g, f"anchor:{g}") for g in WGRADS for u in (*TAKERS, "chain")),
-    *(_rule(u, t, t) for t in ("clip", "accumulate") for u in (*TAKERS, "chain") if u != t),
+    *(_rule(u, t, t) for t in ("clip", "accumulate", "cast") for u in (*TAKERS, "chain") if u != t),
+    # A gradient that travels in bf16 is written so.
+    *(Rule(f"cast({g}(x, dy)) => fused", P(("cast",), P((f"anchor:{g}",))), build_merge, fits)
+      for g in WGRADS),
     *(
         Rule(f"{u}(w, all_reduce(g)) => fused", P((u,), P(("all_reduce",))), build_merge,
              _over_ranks)

@@ -48,12 +48,14 @@ def run(
     handling: Handling | None = None,
     wrt: Sequence[str] | None = None,
     ranks: int = 1,
+    reduce: str | None = None,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused.
 
     wrt       names of inputs: the graph of `pullback`, in the place of one with a loss
     ranks     how many processes take part in the step
+    reduce    "bf16": their gradients are summed as bf16
     kernels   whose layouts the graph gets; None for a target without kernels of ours
     disabled  names of passes or rules, as in GRAPHNET_DISABLE
     """
@@ -67,7 +69,7 @@ def run(
             return g
         return autodiff(
             g, trainable=trainable, optimizer=optimizer, grads=grads, multipliers=multipliers,
-            handling=handling, ranks=ranks,
+            handling=handling, ranks=ranks, reduce=reduce,
         )  # fmt: skip
 
     def rules(*tables: Sequence) -> Callable[[Graph], Graph]:

@@ -102,6 +102,27 @@ def test_the_update_is_refused_a_place_in_the_weight_gradient():
     assert len(why) == 8 and all("a sum over all ranks" in w for w in why)
 
 
+def test_gradients_that_travel_in_bf16():
+    """Kernels write them so, straight into the bucket, and updates read them so; the loss goes
+    alone."""
+    low = lowered("interpret", precision="bf16", reduce="bf16")
+    loss, *buckets = joined(low.stages.fused)
+    assert loss.inputs[0].type == TensorType(f32, ())
+    assert buckets and all(v.type.dtype.name == "bf16" for e in buckets for v in e.inputs)
+    assert not [e for e in low.stages.fused.eqns if e.op == "cast" and e.out.type.dtype == f32]
+    plain = lowered("interpret", precision="bf16")
+    moved = lambda n: sum(s.bytes for s in n.plan.launches)
+    size = sum(v.type.bytes for e in buckets for v in e.inputs)
+    assert moved(plain) - moved(low) == 2 * size  # written and read at half the size
+    for c in low.plan.collectives[1:]:
+        assert c.bucket and c.reads == c.writes
+    with pytest.raises(ConfigError, match="precision tf32 keeps in fp32"):
+        build(ranks.small(), (4, 3, 16, 16), ranks=2, reduce="bf16", loss=gn.CrossEntropyLoss(),
+              optimizer=gn.SGD(lr=0.1))  # fmt: skip
+    with pytest.raises(ConfigError, match="None .fp32. or 'bf16', not 'fp16'"):
+        lowered(precision="bf16", reduce="fp16")
+
+
 def test_a_plan_writes_gradients_straight_into_buckets(monkeypatch):
     monkeypatch.setattr(autodiff, "BUCKET", 4000)
     plan = lowered("interpret").plan
@@ -224,6 +245,16 @@ def test_gradients_and_loss_are_those_of_all(found):
     for f in found:
         assert f["grads"]["loss"] == pytest.approx(float(loss), rel=1e-6)
         assert apart(f["grads"]["grads"], want) < 2e-6
+
+
+def test_sums_in_bf16_are_near_those_in_fp32(found):
+    exact = found[0]["bf16"]["params"]
+    alone = ranks.trained("tiny", None, 1, 4, "interpret", precision="bf16")["params"]
+    for key, want in (("bf16 reduced", exact), ("bf16 reduced interpret", alone)):
+        got = found[0][key]["params"]
+        assert 1e-7 < apart(got, want) < 1e-3, key
+        for f in found[1:]:
+            assert all(torch.equal(v, f[key]["params"][k]) for k, v in got.items())
 
 
 def test_a_nan_of_one_rank_stops_all(found):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphnet.errors import CompileError
 from graphnet.ir.graph import NOWHERE, Where
-from graphnet.ir.types import TensorType
+from graphnet.ir.types import DType, TensorType
 from graphnet.lowering.launch.codegen import Epilogue, Ref
 from graphnet.lowering.launch.files import Source
 from graphnet.lowering.launch.signature import signature_of
@@ -200,6 +200,11 @@ class Collective:
     @property
     def writes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.outs)
+
+    @property
+    def dtype(self) -> DType:
+        """The element type of all that it moves."""
+        return self.outs[0][1].dtype
 
     @property
     def bytes(self) -> int:

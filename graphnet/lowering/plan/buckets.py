@@ -18,14 +18,14 @@ def bucketed(
     """(the steps with their buckets named; lives, in which a bucket stands for its members; of each
     bucket the places of its members in it).
 
-    A collective has a bucket where all that it writes is fp32 and lies in the arena. What lies
-    elsewhere is copied when it runs.
+    A collective has a bucket where all that it writes lies in the arena. What lies elsewhere is
+    copied when it runs.
     """
     out, left, buckets = list(steps), dict(lives), Buckets()
     for k, s in enumerate(steps):
         if not isinstance(s, Collective) or s.op != "all_reduce" or len(s.outs) < 2:
             continue
-        if not all(n in left and t.dtype.name == "f32" for n, t in s.outs):
+        if not all(n in left for n in s.writes):
             continue
         name, at = f".bucket{len(buckets)}", 0
         places: dict[str, Slot] = {}

@@ -311,5 +311,7 @@ def make_plan(graph: Graph, target: str, kernels: Kernels | None = None) -> Plan
     types = {
         n: (t.dtype.name, t.layout.numel(t.shape)) for n, t in planner.types.items()
     }  # fmt: skip
-    types |= {n: ("f32", arena[n].size // 4) for n in buckets}
+    for c in steps:
+        if isinstance(c, Collective) and c.bucket:
+            types[c.bucket] = c.dtype.name, arena[c.bucket].size // c.dtype.itemsize
     return Plan(graph, target, steps, ordered, storage, arena, size, types, streams, alone)

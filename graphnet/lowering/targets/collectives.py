@@ -35,7 +35,7 @@ def collective(
     outs = [tensor(Ref(n, t.dtype.name)) for n, t in step.outs]
     if step.op == "all_reduce":
         moved = [(i, o) for i, o in zip(ins, outs, strict=True) if i.data_ptr() != o.data_ptr()]
-        flat = tensor(Ref(step.bucket, "f32")) if step.bucket else None
+        flat = tensor(Ref(step.bucket, step.dtype.name)) if step.bucket else None
         return lambda: _sum(moved, outs, flat, group)
     (x,), (out,) = ins, outs
     (_, taken), (_, made) = step.ins[0], step.outs[0]
