@@ -212,6 +212,7 @@ def checks(two: Any) -> dict[str, Any]:
         "norm 3 accumulate": trained("norm", "world", 4, 13, sync_bn=True, accumulate=2),
         "norm 3 interpret": trained("one norm", "world", 3, 4, "interpret", sync_bn=True),
         "norm 3 of 2": without_rows("world"),
+        "fitted": fitted("world"),
         "bf16": trained("small", "world", 3, 7, precision="bf16"),
         "bf16 reduced": trained("small", "world", 3, 7, precision="bf16", reduce="bf16"),
         "bf16 reduced interpret": trained(
@@ -241,6 +242,24 @@ def checks(two: Any) -> dict[str, Any]:
         found["ddp norm interpret"] = ddp(two, "one norm", one_norm(torch.nn), "interpret", 2)
         found["norm 2"] = without_rows(two)
     return found
+
+
+def fitted(group: Any) -> dict[str, Any]:
+    """Two epochs of a Trainer with a net that normalizes, and what its evaluation says."""
+    from graphnet.train.callbacks import Together
+
+    g = torch.Generator().manual_seed(4)
+    data = torch.randn(20, 3, 6, 6, generator=g), torch.randint(0, 10, (20,), generator=g)
+    net = norm()
+    trainer = gn.Trainer(
+        net, gn.CrossEntropyLoss(), gn.SGD(lr=RATE), target="cpu", seed=3, group=group,
+        sync_bn=True,
+    )  # fmt: skip
+    trainer.callbacks = [Together(trainer.group, ())] if trainer.group else []
+    history = trainer.fit(data, data, epochs=2, batch=12)
+    kept = ("train_loss", "val_loss", "val_accuracy")
+    return {"history": [{k: m[k] for k in kept} for m in history],
+            "params": {k: v.clone() for k, v in net.state_dict().items()}}  # fmt: skip
 
 
 def without_rows(group: Any) -> dict[str, Any]:

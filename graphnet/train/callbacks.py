@@ -114,8 +114,9 @@ def restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
 
 
 class Together(Callback):
-    """Of several ranks, in front of all else after an epoch: their parameters and slots are the
-    same in every bit, and each knows which image files the others have left out."""
+    """Of several ranks, in front of all else after an epoch: their parameters and slots, and with
+    `sync_bn` their running statistics, are the same in every bit, and each knows which image files
+    the others have left out."""
 
     def __init__(self, group: Group, data: Sequence[Any]) -> None:
         self.group, self.data = group, [d for d in data if hasattr(d, "set_aside")]
@@ -123,8 +124,9 @@ class Together(Callback):
     def on_epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         program = trainer.program
         assert program is not None
+        roles = ("param", "slot", "buffer") if trainer.sync_bn else ("param", "slot")
         same = {e.name: e.cell.live for e in program._entries
-                if e.role in ("param", "slot") and not e.name.endswith(_SUM)}  # fmt: skip
+                if e.role in roles and not e.name.endswith(_SUM)}  # fmt: skip
         self.group.same(same)
         for found in self.group.collect([d.quarantined for d in self.data]):
             for d, failed in zip(self.data, found, strict=True):

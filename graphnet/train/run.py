@@ -243,6 +243,7 @@ def _build(settings: RunConfig, run: Path | None = None, group: Group | None = N
         target=settings.target, precision=settings.precision, seed=settings.seed,
         accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
         nonfinite=settings.nonfinite, augment=drawn, group=group,
+        sync_bn=settings.sync_bn,
     )  # fmt: skip
     return _Parts(trainer, loaded, train, test, batches, tests, shape)
 

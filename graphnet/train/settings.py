@@ -50,6 +50,9 @@ class RunConfig:
     accumulate: int = _setting(1, "batches whose gradients make one update", min=1)
     clip_norm: float = _setting(0.0, "largest global norm of the gradients, 0 for any", min=0.0)
     nonfinite: str = _setting("stop", "stop or skip a step that is not finite")
+    sync_bn: bool = _setting(
+        False, "under torchrun, batch normalization by the rows of all processes, not of each"
+    )
     init: str = _setting("", f"initial values: {', '.join(INITS)}; the model's own by default")
     freeze: str = _setting("", "layers that are not trained: conv1,conv2 or patterns (conv*)")
     augment: str = _setting(

@@ -87,6 +87,7 @@ class Trainer:
                the data are the same on each, in memory or as image files, and so is the net.
                Metrics are those of all. Each rank has callbacks of its own; all end at the same
                step, where one of them sets `stop`
+    sync_bn    as for gn.compile; without it the running statistics of rank 0 are evaluated and kept
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
 
@@ -106,10 +107,13 @@ class Trainer:
         clip_norm: float | None = None,
         nonfinite: str = "stop",
         group: Any = None,
+        sync_bn: bool = False,
     ) -> None:
         self.handling: dict[str, Any] = {
-            "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite
+            "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
+            "sync_bn": sync_bn,
         }  # fmt: skip
+        self.sync_bn = sync_bn
         self.nonfinite = nonfinite
         if schedule is not None and not callable(schedule):
             raise ConfigError(
@@ -296,7 +300,7 @@ class Trainer:
     def _evaluate(self, val: Any, *, interruptible: bool) -> tuple[float, float] | None:
         assert self.evaluation is not None
         rows, mean, group = 0, RunningMean(), self.group
-        if group is not None:
+        if group is not None and not self.sync_bn:
             share_buffers(group, self.net)
         wrong = torch.zeros((), dtype=torch.int64, device=self.evaluation.device)
         if hasattr(val, "set_epoch"):

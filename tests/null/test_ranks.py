@@ -288,6 +288,15 @@ def test_statistics_of_a_rank_are_those_of_ddp(found, key):
         assert max(own.values()) < 1e-5
 
 
+def test_a_trainer_joins_statistics(found):
+    """Each rank evaluates by the running statistics that it has, which are those of all."""
+    want = ranks.fitted(None)
+    for f in found:
+        assert apart(f["fitted"]["params"], want["params"]) < 1e-5
+        for got, one in zip(f["fitted"]["history"], want["history"], strict=True):
+            assert got == pytest.approx(one, rel=1e-5)
+
+
 def test_a_rank_without_rows_changes_nothing(found):
     """By the statistics of each rank: the others' step is theirs, its running ones stay."""
     want = found[0]["norm 2"]["params"]
