@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from graphnet.errors import BackendUnavailableError, DataError, UnsupportedOpError
+from graphnet.frontends.foreign import called
 
 _OLDEST = 6
 _ONE_IN_ONE_OUT = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Pad", "Cast")
@@ -74,13 +75,20 @@ def load(source: Any) -> tuple[Any, str]:
             return onnx.load_from_string(bytes(source)), "model"
         return onnx.load(os.fspath(source)), os.path.basename(os.fspath(source))
     except FileNotFoundError as error:
-        raise DataError(f"{error.filename or source} does not exist") from None
+        raise DataError(
+            f"{error.filename or source} does not exist",
+            help="an ONNX file; weights beside it, in a file of their own, stay in its folder",
+        ) from None
     except TypeError:
         raise DataError(
-            f"an ONNX model is a path, bytes or a ModelProto, not a {type(source).__name__}"
+            f"an ONNX model is a path, bytes or a ModelProto, not {called(source)}",
+            help="gn.from_torch(module) takes a torch module",
         ) from None
     except Exception as error:  # protobuf's and onnx's own errors have no common base
-        raise DataError(f"{source!r:.80} is no whole ONNX file: {error}") from error
+        raise DataError(
+            f"{source!r:.80} is no whole ONNX file: {error}",
+            help="write it again: torch.onnx.export(module, (x,), path), or gn.to_onnx",
+        ) from error
 
 
 def read(source: Any, bound: dict[str, np.ndarray] | None = None) -> OnnxGraph:
@@ -100,7 +108,9 @@ def read(source: Any, bound: dict[str, np.ndarray] | None = None) -> OnnxGraph:
         )  # fmt: skip
     g = model.graph
     if g.sparse_initializer:
-        raise UnsupportedOpError("sparse initializers", where=file)
+        raise UnsupportedOpError(
+            "sparse initializers", where=file, help="write them as dense initializers"
+        )
     held = {i.name: onnx.numpy_helper.to_array(i) for i in g.initializer}
     given = [i for i in g.input if i.name not in held and i.name not in (bound or {})]
     held |= bound or {}

@@ -54,7 +54,7 @@ def imported(graph: OnnxGraph) -> OnnxNet:
     """The net of a graph that was read; its refusals come here where the sizes are known."""
     net = OnnxNet(graph)
     sizes = graph.input[1]
-    net._refusals = {id(n): (n, "no such operator") for n in _unknown(graph)}
+    net._refusals = {id(n): (n, _no_such(n.op)) for n in _unknown(graph)}
     if sizes and None not in sizes[1:]:
         net.input_shape = tuple(s for s in sizes[1:] if s is not None)
         trace(net, (graph_batch(graph) or 2, *net.input_shape))
@@ -62,6 +62,25 @@ def imported(graph: OnnxGraph) -> OnnxNet:
         raise net._refused()
     net._refusals = None
     return net
+
+
+_RESAMPLED = "no resampling inside a net: resize the images before it"
+_FP32 = "export the model in fp32, before it is quantized"
+_NORM = "BatchNormalization or LRN"
+_OTHER = {
+    **dict.fromkeys(("Resize", "Upsample", "ConvTranspose", "DepthToSpace"), _RESAMPLED),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger"), _FP32),
+    **dict.fromkeys(
+        ("InstanceNormalization", "GroupNormalization", "LayerNormalization"), _NORM
+    ),
+    **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "Softplus", "Mish"), "Relu, Gelu or Swish"),
+    **dict.fromkeys(("ArgMax", "TopK"), "take it of the result: logits.argmax(1)"),
+}
+
+
+def _no_such(op: str) -> str:
+    """Why a node is refused whose operator we do not have, and what to use."""
+    return "no such operator" + (f"; instead: {_OTHER[op]}" if op in _OTHER else "")
 
 
 def _unknown(graph: OnnxGraph) -> list[Node]:
@@ -226,7 +245,7 @@ class OnnxNet(Module):
         if not any(isinstance(a, Symbol) for a in args):
             return evaluate(n, args, g.opset)
         if n.op not in TABLE:
-            raise UnsupportedOpError("no such operator")
+            raise UnsupportedOpError(_no_such(n.op))
         for at in WEIGHTS.get(n.op, ()):
             key = self._learned.get((n.inputs[at], _form(n, at))) if at < len(args) else None
             if key is not None:

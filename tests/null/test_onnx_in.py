@@ -162,6 +162,8 @@ def test_several_outputs_and_a_copy():
 REFUSED = [
     (([("Erf", "x", "a", {}), ("Softsign", "a", "b", {}), ("Erf", "b", "y", {})], (2, 3)),
      ["has 2 parts", "Erf ('a', 'y'): no such operator", "Softsign ('b'): no such"]),
+    (([("Resize", "x n s", "y", {})], (2, 3, 4, 4), {"n": V[:0, 0], "s": V[0]}),
+     ["Resize ('y'): no such operator; instead: no resampling"]),
     (([("Conv", "x w", "y", {})], (2, 3, 4, 4, 4), {"w": W[..., None]}),
      ["Conv ('y')", "3-D windows", "images are 2-D"]),
     (([("Transpose", "x", "y", {"perm": [0, 2, 3, 1]})], (2, 3, 4, 4)), ["perm [0, 2, 3, 1]"]),
@@ -186,7 +188,7 @@ def test_files_that_are_none(tmp_path, monkeypatch):
         gn.from_onnx(tmp_path / "no.onnx")
     with pytest.raises(gn.DataError, match="no whole ONNX file"):
         gn.from_onnx(b"\x08nonsense")
-    with pytest.raises(gn.DataError, match="not a int"):
+    with pytest.raises(gn.DataError, match="not an int"):
         gn.from_onnx(3)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(gn.BackendUnavailableError, match=r"pip install graphnet\[onnx\]"):
