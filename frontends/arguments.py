@@ -63,10 +63,21 @@ def check_augment(augment: Any, optimizer: Any) -> None:
         raise ConfigError("augment is for training steps", help="give an optimizer")
 
 
-def check_ranks(ranks: Any, optimizer: Any, grads: bool) -> None:
-    """ConfigError for what is no number of ranks, or is given without a training step."""
+def check_ranks(ranks: Any, optimizer: Any, grads: bool, towers: Any) -> None:
+    """ConfigError for what is no number of ranks, or is given without a training step; of two
+    towers for another number than two."""
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ConfigError(f"ranks is a positive int, not {ranks!r}")
+    if not isinstance(towers, bool):
+        raise ConfigError(f"towers is True or False, not {towers!r}")
+    if towers:
+        if ranks != 2:
+            raise ConfigError(
+                f"two towers run on two ranks, not on {ranks}",
+                help='start two processes and give them as group="world" (torchrun '
+                "--nproc-per-node 2), or leave towers out",
+            )
+        return
     if ranks > 1 and optimizer is None and not grads:
         raise ConfigError(
             "several processes share a training step: an optimizer or grads=True is missing",

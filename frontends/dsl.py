@@ -26,7 +26,7 @@ from graphnet.frontends.foreign import called, instead_on_module, ours
 from graphnet.frontends.held import Buffer, Held, Parameter
 from graphnet.frontends.symbolic import Symbol
 from graphnet.frontends.tracer import active_tracer, tracing, user_place
-from graphnet.runtime.state import lock_of, release_held
+from graphnet.runtime.state import lock_of, release_held, settle
 
 if TYPE_CHECKING:
     from graphnet.frontends.summary import Summary
@@ -221,6 +221,7 @@ class Module:
         """A snapshot of all parameters and buffers on the CPU: torch's keys, order and layout;
         parameters are fp32."""
         with lock_of(self):
+            settle(self)
             return OrderedDict((key, p.snapshot()) for key, p in self._saved())
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Incompatible:
@@ -261,6 +262,7 @@ class Module:
     def copy(self) -> Module:
         """An independent net with equal parameters; programs of this one do not touch it."""
         with lock_of(self):
+            settle(self)
             return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Module:

@@ -86,6 +86,7 @@ def lower(
     global_batch: int = 0,
     sync_bn: bool = False,
     reduce: str | None = None,
+    towers: bool = False,
     pass_: Pass | None = None,
     kernels: Kernels | None = None,
 ) -> Lowered:
@@ -94,8 +95,8 @@ def lower(
     Of the two programs that accumulate, `apply` chooses the one that ends in the update. `kernels`
     decide between variants, where those of the target and the GPU at hand are not meant. `shape`
     is that of one of `ranks` processes, which share a batch of `global_batch` rows (by default as
-    many as they have room for). `pass_`
-    is one half of a graph without a loss: see `graphnet.torch_out`.
+    many as they have room for); with `towers` they share the channels instead. `pass_` is one half
+    of a graph without a loss: see `graphnet.torch_out`.
     """
     from graphnet.lowering.plan.plan import make_plan
     from graphnet.lowering.watch import dump
@@ -104,14 +105,15 @@ def lower(
     loss, optimizer = loss_of(loss), optimizer_of(optimizer, net)
     check_arguments(loss, optimizer, grads)
     check_augment(augment, optimizer)
-    check_ranks(ranks, optimizer, grads)
+    check_ranks(ranks, optimizer, grads, towers)
+    rows, channels = (1, ranks) if towers else (ranks, 1)
     handling = handling_of(optimizer, accumulate, clip_norm, nonfinite, apply)
     target = _resolve(target)
     precision = resolve(precision, target)
     check_reduce(reduce, precision)
     training = pass_.training if pass_ else optimizer is not None or grads
     traced = trace(
-        net, shape, loss=loss, training=training, augment=augment, ranks=ranks,
+        net, shape, loss=loss, training=training, augment=augment, ranks=rows,
         global_batch=global_batch, sync_bn=sync_bn,
     )  # fmt: skip
     keys = tuple(k for k, p in net.named_parameters() if p.trainable)
@@ -123,8 +125,8 @@ def lower(
             traced, precision=precision, optimizer=optimizer, grads=grads, kernels=kernels,
             trainable=keys,
             multipliers={k: (p.lr_mult, p.decay_mult) for k, p in net.named_parameters()},
-            handling=handling, wrt=pass_.wrt if pass_ else None, ranks=ranks,
-            reduce=reduce,
+            handling=handling, wrt=pass_.wrt if pass_ else None, ranks=rows,
+            reduce=reduce, towers=channels,
         )  # fmt: skip
         if pass_:
             stages.fused = halves(stages.fused, len(traced.returns))[pass_.half]
@@ -215,6 +217,7 @@ def compile(
     group: Any = None,
     sync_bn: bool = False,
     reduce: str | None = None,
+    towers: bool = False,
 ) -> Program:
     """A program for inputs of `shape`, batch first: what it returns depends on what is given.
 
@@ -253,13 +256,19 @@ def compile(
                 kind
     reduce      "bf16": over several ranks, gradients are rounded to bf16, travel and are summed so,
                 which halves what is sent; for precision bf16 alone. None sums them in fp32
+    towers      the two processes of `group` share the channels instead of the rows: each holds half
+                of the feature maps and of the parameters (the AlexNet of 2012). They are called
+                with the same rows, and give the same loss, logits and gradients as one process.
+                Norms must stay within each half (`LocalResponseNorm(groups=2)`). What the net holds
+                as a whole, `state_dict()` or another program, brings the halves together: both
+                processes have to come to it
     """
     joined = group_of(group)
     how: dict[str, Any] = {
         "target": target, "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
         "augment": augment, "ranks": joined.ranks if joined else 1, "sync_bn": sync_bn,
-        "reduce": reduce,
+        "reduce": reduce, "towers": towers,
     }  # fmt: skip
     (program,) = compile_together(net, shape, [how], seed=seed, group=joined)
     return program
@@ -374,13 +383,15 @@ def build(
     ranks: int = 1,
     sync_bn: bool = False,
     reduce: str | None = None,
+    towers: bool = False,
     out: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Everything up to binaries for `arch`, with no device: a Report, one row per launch.
 
     precision "auto" is tf32: what is built here is for a GPU, whatever this machine has. `ranks`
     processes share a batch, of which `shape` is one's part, with `sync_bn` and `reduce` as
-    `compile` has them. `out` is a folder that receives the binaries and the generated files.
+    `compile` has them, or with `towers` the channels. `out` is a folder that receives the binaries
+    and the generated files.
     """
     from graphnet.lowering.build.build import arch_number, build_plan
 
@@ -390,6 +401,7 @@ def build(
         "target": "cuda", "precision": precision, "loss": loss, "optimizer": optimizer,
         "grads": grads, "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
         "augment": augment, "ranks": ranks, "sync_bn": sync_bn, "reduce": reduce,
+        "towers": towers,
         "kernels": kernels_of("cuda", BUILT_FOR if number == 90 else "", number),
     }  # fmt: skip
     low, fresh = settle(lower(net, shape, **how), False, net, shape, **how)

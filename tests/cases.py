@@ -405,6 +405,7 @@ def _collective_rows() -> list[Case]:
         Case("all_gather", (f(2, 3),), lambda a: a, attrs("all_gather", axis=1), exact=True),
         Case("reduce_scatter", (f(2, 3),), lambda a: a, attrs("reduce_scatter", axis=1),
              exact=True),
+        Case("own_part", (f(2, 3),), lambda a: a, attrs("own_part", axis=1), exact=True),
     ]  # fmt: skip
 
 

@@ -30,11 +30,12 @@ class Value:
 @dataclass(frozen=True)
 class Input:
     """A graph input and what it is for (`ROLES`). `of` names the param that a slot or derived
-    entry belongs to."""
+    entry belongs to. Of state in several `parts` each rank holds one, along axis 0."""
 
     value: Value
     role: str = "data"
     of: str = ""
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ class Builder:
                 self._taken.add(name)
                 return name
 
-    def input(self, name: str, type: TensorType, role: str = "data", of: str = "") -> Value:
+    def input(
+        self, name: str, type: TensorType, role: str = "data", of: str = "", parts: int = 1
+    ) -> Value:  # fmt: skip
         """Adds a graph input."""
         if role not in ROLES:
             raise GraphError(f"unknown role {role!r}", help=f"roles: {', '.join(ROLES)}")
@@ -205,7 +208,7 @@ class Builder:
             raise GraphError(f"input %{name} exists twice in graph {self.name}")
         self._taken.add(name)
         value = Value(name, type)
-        self.inputs.append(Input(value, role, of))
+        self.inputs.append(Input(value, role, of, parts))
         return value
 
     def emit(

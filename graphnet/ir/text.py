@@ -57,7 +57,8 @@ def eqn_text(eqn: Eqn) -> str:
 
 
 def _input(i: Input) -> str:
-    return f"{i.value}: {i.value.type} {i.role}" + (f"(%{i.of})" if i.of else "")
+    of = f"(%{i.of})" if i.of else ""
+    return f"{i.value}: {i.value.type} {i.role}{of}" + (f" parts={i.parts}" if i.parts > 1 else "")
 
 
 def to_text(graph: Graph) -> str:
@@ -265,7 +266,11 @@ class _Parser:
             if self.accept("("):
                 of = self.take("value")[1:]
                 self.take(")")
-            env[name] = b.input(name, type, role, of)
+            parts = 1
+            if self.accept("parts"):
+                self.take("=")
+                parts = int(self.take("number"))
+            env[name] = b.input(name, type, role, of, parts)
             self.accept(",")
         self.take("{")
         while not (self.peek("return") or self.peek("commit")):

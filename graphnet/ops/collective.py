@@ -1,4 +1,4 @@
-"""Collectives: what the ranks of a data-parallel step tell each other (torch.distributed's names).
+"""Collectives: what the ranks of a step tell each other (torch.distributed's names).
 
 Every rank runs the same graph, so every rank meets the same collectives in the same order: no pass
 reorders, shares or drops one. With one rank each is the identity.
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from graphnet.errors import ConfigError, ShapeError, UnsupportedOpError
+from graphnet.ir.graph import Builder, Eqn, Value
 from graphnet.ir.op import Attrs, Op, register
 from graphnet.ir.types import TensorType
 
@@ -69,6 +70,14 @@ class AxisAttrs(RanksAttrs):
     """axis: along which the parts of the ranks stand behind one another."""
 
     axis: int = 0
+
+
+@dataclass(frozen=True)
+class GatherAttrs(AxisAttrs):
+    """alike: what reads the result is the same on all ranks, so that each knows the whole gradient
+    and keeps its part of it. Otherwise the gradients of the ranks are summed."""
+
+    alike: bool = False
 
 
 class Collective(Op):
@@ -130,26 +139,41 @@ class AllGather(Collective):
     """The operands of all ranks behind one another along an axis."""
 
     name = "all_gather"
+    attrs_type = GatherAttrs
 
     def infer(self, attrs: AxisAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         t = _axis(self.name, attrs.axis, ins)
         return (_resized(t, attrs.axis, attrs.ranks * t.shape[attrs.axis]),)
 
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,), a = cotangents, eqn.attrs
+        assert isinstance(a, GatherAttrs)
+        if dy is None or not needs[0]:
+            return (None,)
+        op = "own_part" if a.alike else "reduce_scatter"
+        return (b.one(op, dy, attrs=AxisAttrs(a.ranks, a.axis)),)
+
     def reference(self, attrs: AxisAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.cat(list(of_all(self.name, attrs.ranks, args[0])), attrs.axis),)
 
 
-@register
-class ReduceScatter(Collective):
-    """The sum over the ranks, of which each keeps its part along an axis."""
-
-    name = "reduce_scatter"
+class _Part(Collective):
+    """Base of what gives a rank its part along an axis."""
 
     def infer(self, attrs: AxisAttrs, *ins: TensorType) -> tuple[TensorType, ...]:
         t = _axis(self.name, attrs.axis, ins)
         if t.shape[attrs.axis] % attrs.ranks:
             raise ShapeError(f"{t} has no {attrs.ranks} equal parts along axis {attrs.axis}")
         return (_resized(t, attrs.axis, t.shape[attrs.axis] // attrs.ranks),)
+
+
+@register
+class ReduceScatter(_Part):
+    """The sum over the ranks, of which each keeps its part along an axis."""
+
+    name = "reduce_scatter"
 
     def reference(self, attrs: AxisAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = of_all(self.name, attrs.ranks, args[0])
@@ -158,3 +182,23 @@ class ReduceScatter(Collective):
             total = total + other
         return (total.chunk(attrs.ranks, attrs.axis)[_rank()].clone(),)
 
+
+
+@register
+class OwnPart(_Part):
+    """This rank's part of what all ranks hold alike. Nobody sends anything: it is here because only
+    a group knows which rank this is."""
+
+    name = "own_part"
+
+    def vjp(
+        self, b: Builder, eqn: Eqn, cotangents: Sequence[Value | None], needs: Sequence[bool]
+    ) -> Sequence[Value | None]:
+        (dy,), a = cotangents, eqn.attrs
+        assert isinstance(a, AxisAttrs)
+        if dy is None or not needs[0]:
+            return (None,)
+        return (b.one("all_gather", dy, attrs=GatherAttrs(a.ranks, a.axis)),)
+
+    def reference(self, attrs: AxisAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (args[0].chunk(attrs.ranks, attrs.axis)[_rank()].clone(),)

@@ -18,13 +18,15 @@ from graphnet.ops.philox import dropout_mask, threshold
 @dataclass(frozen=True)
 class DropoutAttrs(Attrs):
     """p: share dropped; mode: "inverted" (scale by 1/(1-p) in training) or "vanilla" (scale by
-    1-p in inference); stream: CRC-32 of the layer's name; global_batch: rows of one step."""
+    1-p in inference); stream: CRC-32 of the layer's name; global_batch: rows of one step; parts:
+    x is one of so many equal parts of each sample, along axis 1."""
 
     p: float = 0.5
     mode: str = "inverted"
     stream: int = 0
     training: bool = True
     global_batch: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.p < 1.0:
@@ -43,7 +45,8 @@ class DropoutAttrs(Attrs):
 @register
 class Dropout(Op):
     """y = x mask scale from x, seed, step and, where the batch is a part of a larger one, the row
-    of that one at which it starts. Linear in x, so its gradient is itself."""
+    of that one at which it starts; where x is a part of each sample, which one (the rank) in its
+    place. Linear in x, so its gradient is itself."""
 
     name = "dropout"
     attrs_type = DropoutAttrs
@@ -69,9 +72,11 @@ class Dropout(Op):
         x, seed, step, *first = args
         if not attrs.training:
             return (x * attrs.scale,)
+        at = int(first[0]) if first else 0
+        row, element = (0, at * numel(x.shape[1:])) if attrs.parts > 1 else (at, 0)
         keep = dropout_mask(
-            int(seed), int(step), tuple(x.shape), attrs.p, attrs.stream, attrs.global_batch,
-            int(first[0]) if first else 0,
+            int(seed), int(step), tuple(x.shape), attrs.p, attrs.stream, attrs.global_batch, row,
+            element,
         )  # fmt: skip
         mask = torch.from_numpy(keep).to(x.device)
         return (torch.where(mask, x * attrs.scale, torch.zeros_like(x)),)
@@ -85,7 +90,11 @@ class Dropout(Op):
         _, *rest = (*ctx.shape, 1, 1, 1)[:4]
         element = f"({i1} * {numel(rest[1:])} + {i2} * {rest[2]} + {i3})"
         batch = attrs.global_batch or ctx.shape[0]
-        first = f"{expr[3]} + " if len(expr) > 3 else ""
+        first = ""
+        if attrs.parts > 1:
+            element = f"({expr[3]} * {numel(ctx.shape[1:])} + {element})"
+        elif len(expr) > 3:
+            first = f"{expr[3]} + "
         sample = f"({expr[2]} * {batch} + {first}{i0})"
         keep = f"dropout_keep({expr[1]}, {sample}, {element}, {attrs.stream}, {threshold(attrs.p)})"
         return [f"tl.where({keep}, {scaled}, 0.0)"]

@@ -42,20 +42,21 @@ def threshold(p: float) -> int:
 
 def dropout_mask(
     seed: int, step: int, shape: tuple[int, ...], p: float, stream: int | str,
-    global_batch: int = 0, first_row: int = 0,
+    global_batch: int = 0, first_row: int = 0, first_element: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Bool array, True where an element is kept.
 
     counter = (element within the sample in logical order, sample low, sample high, stream),
     sample = step * global_batch + first_row + row; kept iff word 0 >= floor(p 2^32). The rows are
-    those from `first_row` on of a global batch, 0 rows of which mean that it is this one.
+    those from `first_row` on of a global batch, 0 rows of which mean that it is this one; the
+    elements are those from `first_element` on of each sample.
     """
     if isinstance(stream, str):
         stream = stream_of(stream)
     batch = global_batch or shape[0]
     per_sample = int(np.prod(shape[1:], dtype=np.int64))
     sample = (step * batch + first_row + np.arange(shape[0], dtype=np.uint64))[:, None]
-    element = np.arange(per_sample, dtype=np.uint64)[None, :]
+    element = np.arange(first_element, first_element + per_sample, dtype=np.uint64)[None, :]
     word, *_ = philox4x32(
         element, sample & _LOW, sample >> np.uint64(32), np.asarray(stream, np.uint64), int(seed)
     )

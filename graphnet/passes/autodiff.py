@@ -146,6 +146,9 @@ def autodiff(
     multipliers  by name, what a parameter multiplies the learning rate and the penalties with
     ranks        with several, the loss and the gradients are summed over them
     reduce       "bf16": gradients travel, and are summed, in bf16
+
+    Of parameters that ranks hold in parts, the norm is that of all parts together, and the
+    gradients that are returned are whole.
     """
     b, env = _copy(traced, "joint")
     loss = env.get(traced.returns[0], traced.returns[0])
@@ -159,17 +162,20 @@ def autodiff(
             if p not in gradient:  # the loss does not depend on it
                 attrs = zeros.attrs_type(value=0.0, shape=p.type.shape, dtype="f32")  # type: ignore[call-arg]
                 gradient[p] = b.one("full", attrs=attrs)
+        for p, parts in _divided(traced, params).items():
+            attrs = get_op("all_gather").attrs_type(ranks=parts)  # type: ignore[call-arg]
+            gradient[p] = b.one("all_gather", gradient[p], attrs=attrs)
         return dce(b.build(loss, *(gradient[p] for p in params)))
     if optimizer is not None:
         how = handling or Handling()
         ordered = _in_order(b, params, gradient)
         if how.accumulate:
-            _accumulated(b, ordered, gradient, how.apply)
+            _accumulated(b, ordered, gradient, how.apply, _divided(traced, ordered))
         loss = _reduced(b, loss, ordered if how.apply else (), gradient, ranks, reduce)
         norm = None
         if how.apply:
             if how.norm:
-                norm = b.one("global_norm", *(gradient[p] for p in ordered))
+                norm = _norm(b, ordered, gradient, _divided(traced, ordered))
             if how.clip:
                 assert norm is not None
                 limit = b.input("clip_norm", TensorType(f32, ()), "hyper")
@@ -208,8 +214,9 @@ def _in_order(
 
 
 def _accumulated(
-    b: Builder, params: Sequence[Value], gradient: dict[Value, Value], last: bool
-) -> None:
+    b: Builder, params: Sequence[Value], gradient: dict[Value, Value], last: bool,
+    divided: Mapping[Value, int],
+) -> None:  # fmt: skip
     """Adds each gradient, times its live rows, to a sum in the state; `last` makes the mean over
     all rows of it and clears the sum."""
     given = {i.value.name: i.value for i in b.inputs}
@@ -217,7 +224,7 @@ def _accumulated(
     rows = [b.input("rows", TensorType(f32, ()), "hyper")] if last else []
     full = get_op("full").attrs_type
     for p in params:
-        total = b.input(f"{p.name}.grad_sum", p.type, "slot", p.name)
+        total = b.input(f"{p.name}.grad_sum", p.type, "slot", p.name, divided.get(p, 1))
         gradient[p] = b.one("accumulate", total, gradient[p], live, *rows)
         zero = full(value=0.0, shape=p.type.shape, dtype="f32")  # type: ignore[call-arg]
         b.commit(total, b.one("full", attrs=zero) if last else gradient[p])
@@ -271,6 +278,26 @@ def _cast(b: Builder, v: Value, dtype: str) -> Value:
     return b.one("cast", v, attrs=get_op("cast").attrs_type(dtype=dtype))  # type: ignore[call-arg]
 
 
+def _divided(traced: Graph, params: Sequence[Value]) -> dict[Value, int]:
+    """The parameters of which a rank holds one of several parts, and of how many."""
+    return {p: n for p in params if (n := traced.input(p.name).parts) > 1}
+
+
+def _norm(
+    b: Builder, params: Sequence[Value], gradient: Mapping[Value, Value],
+    divided: Mapping[Value, int],
+) -> Value:  # fmt: skip
+    """The norm of all gradients: of parts that of all ranks, of what all hold alike once."""
+    alike = [gradient[p] for p in params if p not in divided]
+    if divided:
+        own = b.one("global_norm", *(gradient[p] for p in divided))
+        vector = b.one("reshape", own, attrs=get_op("reshape").attrs_type(shape=(1,)))  # type: ignore[call-arg]
+        ranks = next(iter(divided.values()))
+        attrs = get_op("all_gather").attrs_type(ranks=ranks)  # type: ignore[call-arg]
+        alike.append(b.one("all_gather", vector, attrs=attrs))
+    return b.one("global_norm", *alike)
+
+
 def _kept(b: Builder, old: Value, new: Value, flags: Sequence[Value]) -> Value:
     """What becomes of state: the new value, or the old one where a flag is not finite."""
     return b.one("if_finite", new, old, *flags) if flags else new
@@ -293,7 +320,8 @@ def _update(
             layer.setdefault(v, Where(e.where.layers, e.where.place, "autodiff"))
     for p in params:
         b.where = layer.get(p, Where(by="autodiff"))
-        slots = [b.input(f"{p.name}.{s}", p.type, "slot", p.name) for s in spec.slots]
+        parts = traced.input(p.name).parts
+        slots = [b.input(f"{p.name}.{s}", p.type, "slot", p.name, parts) for s in spec.slots]
         attrs = spec.attrs(*multipliers.get(p.name, (1.0, 1.0)))
         outs = b.emit(spec.op, [p, gradient[p], *slots, *scalars], attrs)
         for old, new in zip((p, *slots), outs, strict=True):

@@ -52,7 +52,8 @@ def _pinned(graph: Graph) -> set[Value]:
     """Values whose layout is given: that of an input, else row-major."""
     out = {*graph.input_values, *graph.returns}
     for e in graph.eqns:
-        if e.op in ("reshape", "relayout", "concat", "slice", "slice_grad", "pad"):
+        moves = ("reshape", "relayout", "concat", "slice", "slice_grad", "pad")
+        if e.op in (*moves, "all_gather", "reduce_scatter", "own_part"):
             out.update((*e.inputs, *e.results))
     for e in reversed(graph.eqns):  # the sum over ranks takes the place of what it sums
         if e.op == "all_reduce":

@@ -21,6 +21,7 @@ from graphnet.passes.observe import Observer
 from graphnet.passes.precision import precision
 from graphnet.passes.regions import regions
 from graphnet.passes.rewrite import Log, rewrite
+from graphnet.passes.shard import shard
 
 
 @dataclass
@@ -49,13 +50,15 @@ def run(
     wrt: Sequence[str] | None = None,
     ranks: int = 1,
     reduce: str | None = None,
+    towers: int = 1,
     disabled: Sequence[str] = (),
 ) -> Stages:
     """traced -> joint -> fused.
 
     wrt       names of inputs: the graph of `pullback`, in the place of one with a loss
-    ranks     how many processes take part in the step
+    ranks     how many processes share the rows of the step
     reduce    "bf16": their gradients are summed as bf16
+    towers    how many share its channels
     kernels   whose layouts the graph gets; None for a target without kernels of ours
     disabled  names of passes or rules, as in GRAPHNET_DISABLE
     """
@@ -77,6 +80,7 @@ def run(
 
     # name, takes, gives, pass
     passes: list[tuple[str, str, str, Callable[[Graph], Graph]]] = [
+        ("shard", "traced", "traced", lambda g: shard(g, towers)),
         ("autodiff", "traced", "joint", differentiate),
         ("precision", "joint", "joint", lambda g: _precision(g, precision)),
         ("moves", "joint", "joint", rules(MOVES)),

@@ -82,13 +82,15 @@ class _Policy:
         self.b = Builder(graph.name)
         self.env: dict[Value, Value] = {}  # what a value has become
         self.copies: dict[Value, Value] = {}  # of parameters
-        self.params = {i.value for i in graph.inputs if i.role == "param"}
+        self.params = {i.value: i.parts for i in graph.inputs if i.role == "param"}
 
     def copy(self, param: Value, type: TensorType) -> Value:
         """The derived copy of a parameter, an input of this type."""
         if param not in self.copies:
             name = param.name + self.ending
-            self.copies[param] = self.b.input(name, type, "derived", param.name)
+            self.copies[param] = self.b.input(
+                name, type, "derived", param.name, self.params[param]
+            )  # fmt: skip
         return self.copies[param]
 
     def emit(self, eqn: Eqn, ins: Sequence[Value], attrs: Attrs) -> None:
@@ -117,7 +119,7 @@ class _Tf32(_Policy):
         self.rounded_of: dict[Value, Value] = {}
         self.made = g.producers
         for i in g.inputs:
-            b.input(i.value.name, i.value.type, i.role, i.of)
+            b.input(i.value.name, i.value.type, i.role, i.of, i.parts)
         for eqn in g.eqns:
             b.where = eqn.where
             ins, attrs = [self.env.get(v, v) for v in eqn.inputs], eqn.attrs
@@ -141,7 +143,8 @@ class _Tf32(_Policy):
         if eqn.op not in _WGRADS or eqn.outputs[0] is None or eqn.outputs[1] is None:
             return eqn
         made = self.made.get(eqn.inputs[1])
-        while made is not None and made.op == "mul":  # by the loss's own gradient
+        # By the loss's own gradient, or a rank's part of it.
+        while made is not None and made.op in ("mul", "own_part"):
             made = self.made.get(made.inputs[0])
         if made is not None and made.op not in _LOSSES:  # None: a cotangent from outside
             return eqn
@@ -182,7 +185,7 @@ class _Bf16(_Policy):
             type = i.value.type
             if i.role == "data" and type.dtype == f32 and self.low(i.value):
                 type = type.with_dtype(bf16)  # rounded when the batch is copied in
-            value = b.input(i.value.name, type, i.role, i.of)
+            value = b.input(i.value.name, type, i.role, i.of, i.parts)
             if value != i.value:
                 self.env[i.value] = value
         for eqn in g.eqns:
@@ -238,9 +241,11 @@ class _Bf16(_Policy):
 
     def result_dtype(self, eqn: Eqn) -> DType:
         """Logits stay fp32: a loss reads them, or the caller gets them."""
-        out = eqn.out
-        if out in self.escaping or any(
-            e.op in (*_LOSSES, *_EXACT) for e in self.readers.get(out, ())
-        ):
-            return f32
-        return bf16
+        return f32 if self.exact(eqn.out) else bf16
+
+    def exact(self, v: Value) -> bool:
+        """Whether a value stays fp32, on this rank or where all ranks' are gathered."""
+        return v in self.escaping or any(
+            e.op in (*_LOSSES, *_EXACT) or e.op == "all_gather" and self.exact(e.out)
+            for e in self.readers.get(v, ())
+        )

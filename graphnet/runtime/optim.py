@@ -124,6 +124,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Buffers by name (`0.weight.momentum_buffer`), knobs and `step`, on the CPU, row-major."""
         with self._state.lock:
+            self._state.settle()
             out = {n: e.cell.snapshot() for n, e in self._entries.items()}
             out |= {n: torch.tensor(v, dtype=torch.float64) for n, v in self._values.items()}
             for key, name in self._counts.items():
@@ -147,7 +148,7 @@ class Optimizer:
             self._numbers(key, state[key].tolist())
         with self._state.lock:
             for key, entry in self._entries.items():
-                entry.cell.live.copy_(state[key])
+                entry.cell.load(state[key])
             self._state.stepped.update(self._entries)
             for key in self._values:
                 setattr(self, key, state[key].tolist())

@@ -14,14 +14,16 @@ State, and so do calls of one program, since they share its buffers.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 
-from graphnet.errors import ConfigError
+from graphnet.errors import ConfigError, DataError
 from graphnet.ir.graph import Graph
 from graphnet.ir.types import f32
+from graphnet.passes.shard import RANK
 from graphnet.runtime.group import Group
 from graphnet.runtime.hypers import Hypers
 from graphnet.runtime.inputs import Inputs, classes_of, least_rows
@@ -70,7 +72,7 @@ class Program:
         self.target, self.precision, self.seed = target, precision, seed
         self.device, self.group = state.device, group
         self.global_batch = global_batch  # rows of a step on all ranks
-        self._told = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self._told = torch.zeros(3, dtype=torch.int32, device=self.device)
         with state.lock:
             self._attach(prepare if group is None else functools.partial(prepare, group=group))
 
@@ -78,6 +80,9 @@ class Program:
         """Makes what the program owns, and meets the state."""
         stages, plan, state = self.stages, self.plan, self.state
         graph: Graph = plan.graph
+        self.divided = any(i.parts > 1 for i in graph.inputs)  # ranks share the channels, not rows
+        if self.divided:
+            state.parts.group = self.group
         self._entries = state.attach(graph)
         self._storage = {**self._shared, **{e.name: e.tensor for e in self._entries}}
         inputs = [(i.value.name, i.value.type, i.role) for i in graph.inputs]
@@ -100,9 +105,14 @@ class Program:
         self._returns = tuple(v.name for v in graph.returns)
         takes = stages.traced.input("x").value.type.dtype.torch
         self._inputs = Inputs(
-            self._storage, takes, self.classes, least_rows(stages.traced), self.group is not None
+            self._storage, takes, self.classes, least_rows(stages.traced),
+            self.group is not None and not self.divided,
         )  # fmt: skip
         rank, ranks = (self.group.rank, self.group.ranks) if self.group else (0, 1)
+        if self.divided:
+            if RANK in self._storage:
+                self._storage[RANK].fill_(rank)
+            rank, ranks = 0, 1  # all have the same rows
         self._rows_before = rank * self.shape[0]
         self.global_batch = self.global_batch or ranks * self.shape[0]
         if "first_row" in self._storage:
@@ -114,7 +124,7 @@ class Program:
         self._keeps = {e.name for e in self._entries if e.role == "derived"} & targets
         if self.group is not None:
             self._join_group(self.group)
-        state.acquire(self._entries)  # a prepare that warms up reads current values
+        state.acquire(self._entries, self.divided)  # a prepare that warms up reads current values
         self._prepare = prepare
         self._run = prepare(plan, self._storage)
         if hasattr(self._run, "record"):
@@ -124,7 +134,8 @@ class Program:
 
     def _join_group(self, group: Group) -> None:
         """Takes over the state of rank 0, and how far it has come."""
-        cells = [e.cell for e in self._entries if e.role != "derived"]
+        self.state.settle()
+        cells = [e.whole for e in self._entries if e.role != "derived"]
         group.share(c.live for c in cells)
         for c in cells:
             c.touched()
@@ -159,12 +170,25 @@ class Program:
         rows = self._inputs.feed(x, y, index, epoch, first)
         if self.group is not None:
             self._told[0], self._told[1] = rows, int(self.group.stopping)
+            sample = _sample(x, y) if self.divided else 0
+            self._told[2] = sample
             self.group.sum(self._told)()
+            if self.divided and not self._told.is_cuda:
+                self._check_alike(rows, sample, self.group.ranks)
         return rows
+
+    def _check_alike(self, rows: int, sample: int, ranks: int) -> None:
+        """DataError on every rank where those of two towers were not given the same batch."""
+        told = self._told.tolist()
+        if told[0] != ranks * rows or told[2] != ranks * sample:
+            raise DataError(
+                "the ranks of two towers were given different batches",
+                help="give every rank the same rows, in the same order, and the same labels",
+            )
 
     def rows_of_all(self, rows: int) -> int:
         """The rows of the batch on all ranks, where this one has so many. Waits for the device."""
-        return rows if self.group is None else int(self._told[0])
+        return rows if self.group is None or self.divided else int(self._told[0])
 
     @property
     def stop_told(self) -> bool:
@@ -178,10 +202,12 @@ class Program:
         self._step_with(self._run)
 
     def _step_with(self, run: Callable[[], None]) -> None:
-        self.state.acquire(self._entries)
+        self.state.acquire(self._entries, self.divided)
         try:
             run()  # no target records gradients
         finally:
+            if self.divided and self._writes:
+                self.state.lead()
             others = len(self.state.derived) > len(self._keeps) or self.state.followers
             if self._writes and others:
                 self.state.stale = True  # copies that this program does not keep up
@@ -196,6 +222,16 @@ class Program:
         name = self.stages.traced.name.split(".")[0]
         shape = "x".join(map(str, self.shape))
         return f"{type(self).__name__}({name}, {shape}, {self.target}, {self.precision})"
+
+
+def _sample(x: torch.Tensor, y: torch.Tensor | None) -> int:
+    """A number by which batches that differ are told apart: of the labels, and of some values of
+    the images. 0 where they lie on a GPU, which would have to be waited for."""
+    if x.is_cuda or y is not None and y.is_cuda:
+        return 0
+    some = x.detach().flatten()[:: max(1, x.numel() // 64)].contiguous()
+    found = zlib.crc32(some.numpy().tobytes())
+    return (found if y is None else zlib.crc32(y.contiguous().numpy().tobytes(), found)) >> 2
 
 
 def _signed64(seed: int) -> int:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from graphnet.errors import GraphError
-from graphnet.ir.graph import Graph, Input
-from graphnet.ir.types import ROW, Layout
+from graphnet.ir.graph import Graph, Input, Value
+from graphnet.ir.types import ROW, Layout, TensorType
 from graphnet.passes.precision import derived
 from graphnet.runtime.held import Held
+from graphnet.runtime.parts import Parts
 
 
 class Cell:
@@ -33,10 +34,40 @@ class Cell:
         """A copy as torch would keep it: row-major, on the CPU."""
         return torch.empty(self.live.shape, dtype=self.live.dtype).copy_(self.live.detach())
 
+    def load(self, value: torch.Tensor) -> None:
+        """Takes over values of the shape of `snapshot`."""
+        self.live.copy_(value)
+
+    def clear(self) -> None:
+        """Sets all values to zero."""
+        self.live.zero_()
+
     def touched(self) -> None:
-        """Says that the values changed outside a program: derived copies are rebuilt."""
+        """Says that the values changed outside a program: parts and derived copies follow."""
         for state in self._watchers:
+            state.parts.changed(self)
             state.stale = True
+
+
+class Part(Cell):
+    """The part of a cell that a rank holds, along axis 0. Seen from outside it is the whole."""
+
+    def __init__(self, whole: Cell, at: slice, device: torch.device) -> None:
+        own = device.type != "cpu"
+        super().__init__(whole.live.detach()[at].to(device, copy=own))
+        self.whole = whole
+
+    def snapshot(self) -> torch.Tensor:
+        """All of it, as it was when the parts were last gathered."""
+        return self.whole.snapshot()
+
+    def load(self, value: torch.Tensor) -> None:
+        self.whole.load(value)
+        self.whole.touched()
+
+    def clear(self) -> None:
+        self.whole.clear()
+        self.whole.touched()
 
 
 @dataclass
@@ -45,7 +76,8 @@ class Entry:
 
     tensor        fixed storage on the device, of the logical shape; flat where the layout is packed
     role, of      as in the graph; `of` is the parameter that a slot or copy belongs to
-    global_shape  the logical shape over all ranks; `shard` is None where a rank holds all of it
+    global_shape  the logical shape over all ranks; `shard` is what a rank holds of axis 0, None
+                  where it holds all
     """
 
     name: str
@@ -55,9 +87,14 @@ class Entry:
     tensor: torch.Tensor
     trainable: bool
     global_shape: tuple[int, ...]
-    shard: tuple[slice, ...] | None = None
+    shard: slice | None = None
     source: Cell | None = None  # what a derived entry is a copy of
     layout: Layout = ROW
+
+    @property
+    def whole(self) -> Cell:
+        """The cell of all ranks."""
+        return self.cell.whole if isinstance(self.cell, Part) else self.cell
 
 
 class _Bank:
@@ -71,6 +108,26 @@ class _Bank:
         self.pending = 0  # steps summed up since the last update, and their rows
         self.pending_rows = 0
         self.stepped: set[str] = set()
+        self.ahead: Parts | None = None  # those that are newer than the whole cells
+
+    def settle(self) -> None:
+        """Makes current what is whole."""
+        if self.ahead is not None:
+            self.ahead.gather()
+            self.ahead = None
+
+    def divide(self, parts: Parts) -> bool:
+        """Makes the parts of one device current; whether they were not."""
+        if self.ahead is parts:
+            return False
+        self.settle()
+        return parts.spread()
+
+    def join(self) -> None:
+        """Makes current what is whole, for a program that may write it."""
+        self.settle()
+        for state in self.states.values():
+            state.parts.current = False
 
     @property
     def done(self) -> int:
@@ -94,10 +151,11 @@ _making = threading.Lock()
 
 
 def _key(i: Input) -> str:
-    """Programs may keep a derived copy in layouts of their own."""
+    """Programs may keep a derived copy in layouts of their own, and a part beside the whole."""
     layout = i.value.type.layout
     own = i.role == "derived" and not layout.is_default
-    return f"{i.value.name}{{{layout}}}" if own else i.value.name
+    name = f"{i.value.name}/{i.parts}" if i.parts > 1 else i.value.name
+    return f"{name}{{{layout}}}" if own else name
 
 
 def _bank_of(net: Any) -> _Bank:
@@ -108,6 +166,12 @@ def _bank_of(net: Any) -> _Bank:
 def lock_of(net: Any) -> threading.RLock:
     """The lock that a thread holds while it reads or changes the state of a net, on any device."""
     return _bank_of(net).lock
+
+
+def settle(net: Any) -> None:
+    """Brings the parts of a net that ranks hold together. All ranks come here, or none has stepped
+    with parts since the last time."""
+    _bank_of(net).settle()
 
 
 def release_held(net: Any) -> None:
@@ -137,6 +201,7 @@ class State:
         self.buffers: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self.stale = False
+        self.parts = Parts(Part)
         self._derived: list[Entry] | None = None  # those of `entries`, while they are known
         # Steps that keep what they have made of parameters; `forget` makes them do it again.
         self.followers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -205,7 +270,7 @@ class State:
         """What `attach` would have to allocate for a graph."""
         kept = [i for i in graph.inputs if i.role not in ("data", "hyper")]
         there = {_key(i) for i in kept if _key(i) in self.entries}
-        there |= {_key(i) for i in kept if self._shared(i)}
+        there |= {_key(i) for i in kept if i.parts == 1 and self._shared(i)}
         return sum(i.value.type.bytes for i in kept if _key(i) not in there)
 
     def _own(self, role: str) -> dict[str, Any]:
@@ -219,23 +284,32 @@ class State:
 
     def _entry(self, i: Input) -> Entry:
         name, shape, layout = i.value.name, tuple(i.value.type.shape), i.value.type.layout
-        cell, key = self._cell(i), _key(i)
-        have = self.entries.get(key)
-        if have is not None and have.cell is cell and have.global_shape == shape:
-            return have
+        key, parts, shard = _key(i), i.parts, None
+        if parts > 1 and i.role != "derived":
+            shape = (parts * shape[0], *shape[1:])
+            i = replace(i, value=Value(name, TensorType(i.value.type.dtype, shape, layout)))
+        cell = self._cell(i)
         if not layout.packed and tuple(cell.live.shape) != shape:
             raise GraphError(
                 f"state {name} has shape {list(cell.live.shape)}, the graph wants {list(shape)}"
             )
+        if parts > 1 and i.role != "derived":
+            cell._watchers.add(self)
+            cell, shard = self.parts.of(name, cell, parts, self.device)
+        have = self.entries.get(key)
+        if have is not None and have.cell is cell and have.global_shape == shape:
+            return have
         # On the cell's own device the storage is shared: a net inside another net, for example.
         tensor = cell.live.to(self.device)
         param = self.params.get(i.of or name)
         trainable = bool(getattr(param, "trainable", False))
-        made = Entry(name, i.role, i.of, cell, tensor, trainable, shape, layout=layout)
+        made = Entry(name, i.role, i.of, cell, tensor, trainable, shape, shard, layout=layout)
         self.entries[key], self._derived = made, None
         if i.role == "derived":
-            made.source = self.params[i.of]
-            made.source._watchers.add(self)
+            whole = made.source = self.params[i.of]
+            whole._watchers.add(self)
+            if parts > 1:
+                made.source, _ = self.parts.of(i.of, whole, parts, self.device)
             self.stale = True
         return made
 
@@ -245,18 +319,34 @@ class State:
             if name not in self._own(i.role):
                 raise GraphError(f"the net has no {i.role} {name}")
             return self._own(i.role)[name]
-        zeros = lambda: type.layout.zeros(type.shape, type.dtype.torch, self.device)
         if i.role == "derived":  # belongs to the device: rebuilt there, never moved
             have = self.entries.get(_key(i))
             same = have is not None and have.global_shape == tuple(type.shape)
-            return have.cell if have is not None and same else Cell(zeros())
+            if have is not None and same:
+                return have.cell
+            return Cell(type.layout.zeros(type.shape, type.dtype.torch, self.device))
         cell = self._bank.cells.get(name)
         if cell is None or tuple(cell.live.shape) != tuple(type.shape):
-            cell = self._bank.cells[name] = Cell(zeros())
+            device = self.device if i.parts == 1 else torch.device("cpu")  # parts lie on the device
+            zeros = type.layout.zeros(type.shape, type.dtype.torch, device)
+            cell = self._bank.cells[name] = Cell(zeros)
         return cell
 
-    def acquire(self, entries: Iterable[Entry]) -> None:
-        """Makes the entries current: fetches what another device wrote, rebuilds copies."""
+    def settle(self) -> None:
+        """Brings the parts of all ranks together, where they are ahead of what is whole."""
+        self._bank.settle()
+
+    def lead(self) -> None:
+        """Says that a program has written the parts."""
+        self._bank.ahead = self.parts
+
+    def acquire(self, entries: Iterable[Entry], divided: bool = False) -> None:
+        """Makes the entries current: fetches what another device or rank wrote, rebuilds copies.
+        `divided`: some of them are parts."""
+        if divided:
+            self.stale |= self._bank.divide(self.parts)
+        else:
+            self._bank.join()
         for e in entries:
             if e.cell.live is not e.tensor:
                 e.tensor.copy_(e.cell.live)

@@ -110,7 +110,7 @@ class TrainStep(Program):
         new = [e for e in slots if e.name not in stepped]
         if new and any(e.name in stepped for e in counters):
             for e in (*counters, *slots):
-                e.cell.live.zero_()
+                e.cell.clear()
         stepped.update(e.name for e in (*counters, *slots))
         self._unmet = ()
 

@@ -41,18 +41,25 @@ def collective(
     (_, taken), (_, made) = step.ins[0], step.outs[0]
 
     def run() -> None:
-        mine = x.view(taken.shape)
-        parts = [mine] if group is None else group.gather(mine)
-        if step.op == "all_gather":
-            out.view(made.shape).copy_(torch.cat(list(parts), step.attrs.axis))
-            return
-        own = 0 if group is None else group.rank
-        chunks = [p.chunk(step.attrs.ranks, step.attrs.axis)[own] for p in parts]
-        total = out.view(made.shape).copy_(chunks[0])
-        for c in chunks[1:]:
-            total.add_(c)
+        out.view(made.shape).copy_(exchanged(step.op, step.attrs, x.view(taken.shape), group))
 
     return run
+
+
+def exchanged(op: str, attrs: Any, mine: torch.Tensor, group: Group | None) -> torch.Tensor:
+    """The result of a gather, a scatter or a part of a contiguous tensor; a scatter adds in the
+    order of the ranks."""
+    own = 0 if group is None else group.rank
+    if op == "own_part":
+        return mine.chunk(attrs.ranks, attrs.axis)[own]
+    parts = [mine] if group is None else list(group.gather(mine))
+    if op == "all_gather":
+        return torch.cat(parts, attrs.axis)
+    first, *rest = (p.chunk(attrs.ranks, attrs.axis)[own] for p in parts)
+    total = first.clone()
+    for part in rest:
+        total += part
+    return total
 
 
 def _sum(

@@ -10,7 +10,7 @@ import torch
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
 from graphnet.ir.types import TensorType, f32
-from graphnet.lowering.targets.collectives import Group
+from graphnet.lowering.targets.collectives import Group, exchanged
 from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
 
 
@@ -83,24 +83,14 @@ def _laid(flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _moved(
     e: Eqn, begun: Value, before: tuple[Value, ...], group: Group | None
 ) -> tuple[Task, Task]:
-    """A gather or a scatter, which ends before the next task."""
+    """A gather, a scatter or a part, which ends before the next task."""
     a: Any = e.attrs
 
     def start(slot: Slot) -> Call:
         i, at = slot(e.inputs[0]), slot(begun)
 
         def call(env: Env) -> None:
-            x = env[i].contiguous()
-            parts = [x] if group is None else list(group.gather(x))
-            if e.op == "all_gather":
-                env[at] = torch.cat(parts, a.axis)
-                return
-            own = 0 if group is None else group.rank
-            chunks = [p.chunk(a.ranks, a.axis)[own] for p in parts]
-            total = chunks[0].clone()
-            for c in chunks[1:]:
-                total += c
-            env[at] = total
+            env[at] = exchanged(e.op, a, env[i].contiguous(), group)
 
         return call
 
