@@ -17,6 +17,7 @@ from graphnet.api import compile_together
 from graphnet.errors import GraphnetError
 from graphnet.runtime.group import group_of
 from graphnet.runtime.program import Program
+from tests import towers
 
 RATE = 0.05
 
@@ -236,6 +237,8 @@ def checks(two: Any) -> dict[str, Any]:
     other = gn.Sequential(gn.Flatten(), gn.Linear(784, 10 + rank))
     found["nets"] = said(lambda: gn.compile(other, (2, 1, 28, 28), **common))
     if rank < 2:
+        found["towers"] = towers.results(two, clip_norm=0.5, accumulate=2)
+        found["towers interpret"] = towers.results(two, towers.tiny, (2, 6, 6), target="interpret")
         found["lenet 2"] = trained("lenet", two, 6, 7)
         found["ddp"] = ddp(two, "lenet", _torch_lenet())
         found["ddp norm"] = ddp(two, "two norms", two_norms(torch.nn), steps=2)

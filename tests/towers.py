@@ -3,15 +3,19 @@ in place of gloo. Each has a net and programs of its own, as processes have."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import graphnet as gn
 from graphnet.errors import ConfigError
-from graphnet.runtime.group import Group
+from graphnet.runtime.group import Group, group_of
 
 
 class _Meeting:
@@ -101,6 +105,15 @@ def small(num_classes: int = 10, dropout: float = 0.5) -> Any:
     )  # fmt: skip
 
 
+def tiny() -> Any:
+    """A net that the interpreter runs in a moment."""
+    return gn.Sequential(
+        gn.Conv2d(2, 8, 3, padding=1), gn.ReLU(), gn.LocalResponseNorm(3, k=2.0, groups=2),
+        gn.MaxPool2d(2), gn.Conv2d(8, 8, 3, padding=1), gn.ReLU(), gn.Flatten(),
+        gn.Dropout(0.5), gn.Linear(72, 10),
+    )  # fmt: skip
+
+
 IMAGE = (3, 67, 67)
 _drawing = threading.Lock()
 
@@ -127,3 +140,68 @@ def far(got: Any, want: Any) -> float:
     assert got.keys() == want.keys()
     norm = lambda t: float(t.double().norm())
     return max(norm(got[k] - want[k]) / max(norm(want[k]), 1e-12) for k in want)
+
+
+HOW = {"target": "cpu", "loss": gn.CrossEntropyLoss(), "seed": 3}
+ROWS, STEPS = 4, 3
+
+
+def sgd() -> Any:
+    return gn.SGD(lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def parts(group: Any) -> dict[str, Any]:
+    return {} if group is None else {"group": group, "towers": True}
+
+
+def kept(net: Any, step: Any) -> tuple[Any, Any]:
+    """The net and the optimizer's state as a checkpoint holds them."""
+    return net.state_dict(), step.optimizer.state_dict()
+
+
+def results(
+    group: Any, make: Callable[[], Any] = small, image: tuple[int, ...] = IMAGE,
+    steps: int = STEPS, **how: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Logits, loss, gradients and what some steps make of a net, on one process or a rank."""
+    net, shape, how = made(make), (ROWS, *image), {**HOW, **how}
+    joined = group_of(group)
+    if joined is not None and joined.rank:  # what rank 0 has wins
+        for p in net.parameters():
+            p.data = p.data + 1
+    x, y = batches(1, ROWS, image)[0]
+    found = {"logits": {"": gn.compile(net, shape, target="cpu", **parts(group))(x)}}
+    plain = gn.compile(net, shape, grads=True, **HOW, **parts(group))
+    loss, found["gradients"] = plain(x, y)
+    step = gn.compile(net, shape, optimizer=sgd(), **how, **parts(group))
+    losses = [step(x, y).clone() for x, y in batches(steps, ROWS, image)]
+    found["losses"] = {"": torch.stack([loss, *losses])}
+    found["params"], found["slots"] = kept(net, step)
+    return found
+
+
+def worst(got: Any, want: Any) -> dict[str, float]:
+    """For each kind of result, how far its tensors are from what is wanted."""
+    return {k: far(got[k], want[k]) for k in want}
+
+
+def _alexnet(group: Any) -> dict[str, Any]:
+    net = lambda: gn.models.alexnet_2012(norm_groups=2)
+    return results(group, net, (3, 227, 227), steps=2)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    try:
+        torch.save(_alexnet("world"), f"{folder}/{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def full_size() -> list[dict[str, float]]:
+    """How far alexnet_2012 on each of two gloo processes is from one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (folder,), nprocs=2)
+        want = _alexnet(None)
+        return [worst(torch.load(os.path.join(folder, str(r))), want) for r in range(2)]

@@ -16,7 +16,7 @@ from graphnet.ops.collective import exchanging
 from graphnet.passes import autodiff
 from graphnet.passes.dce import cse, dce
 from graphnet.passes.rewrite import order
-from tests import ranks
+from tests import ranks, towers
 
 TEXT = """graph g.joint(%x: f32[4] data, %y: f32[4] data) {
   %0: f32[4] = all_reduce(%x) {ranks=2}
@@ -228,6 +228,17 @@ def test_several_ranks_are_one_process(found, key, name, steps, rows, how):
     for other in got[1:]:
         assert other["losses"] == got[0]["losses"]
         assert all(torch.equal(v, other["params"][k]) for k, v in got[0]["params"].items())
+
+
+def test_two_towers_are_one_process(found):
+    """With the gradients of two calls in a step, clipped; and in the interpreter."""
+    for key, want in [
+        ("towers", towers.results(None, clip_norm=0.5, accumulate=2)),
+        ("towers interpret", towers.results(None, towers.tiny, (2, 6, 6))),
+    ]:
+        for f in found[:2]:
+            distance = towers.worst(f[key], want)
+            assert all(d < 1e-5 for d in distance.values()), (key, distance)
 
 
 @pytest.mark.parametrize("fault", ranks.FAULTS)

@@ -8,44 +8,22 @@ from graphnet.api import lower
 from graphnet.errors import ConfigError, DataError
 from graphnet.ir.text import parse
 from graphnet.ops import collective
-from tests.towers import IMAGE, batches, both, far, made, small
-
-HOW = {"target": "cpu", "loss": gn.CrossEntropyLoss(), "seed": 3}
-ROWS, STEPS = 4, 3
-
-
-def sgd():
-    return gn.SGD(lr=0.05, momentum=0.9, weight_decay=5e-4)
-
-
-def parts(group):
-    return {} if group is None else {"group": group, "towers": True}
-
-
-def kept(net, step):
-    """The net and the optimizer's state as a checkpoint holds them."""
-    return net.state_dict(), step.optimizer.state_dict()
-
-
-def results(group, make=small, image=IMAGE, **how):
-    """Logits, loss, gradients and what some steps make of a net, on one process or a rank."""
-    net, shape, how = made(make), (ROWS, *image), {**HOW, **how}
-    if group is not None and group.rank:  # what rank 0 has wins
-        for p in net.parameters():
-            p.data = p.data + 1
-    x, y = batches(1, ROWS, image)[0]
-    found = {"logits": {"": gn.compile(net, shape, target="cpu", **parts(group))(x)}}
-    plain = gn.compile(net, shape, grads=True, **HOW, **parts(group))
-    loss, found["gradients"] = plain(x, y)
-    step = gn.compile(net, shape, optimizer=sgd(), **how, **parts(group))
-    losses = [step(x, y).clone() for x, y in batches(STEPS, ROWS, image)]
-    found["losses"] = {"": torch.stack([loss, *losses])}
-    found["params"], found["slots"] = kept(net, step)
-    return found
-
-
-def worst(got, want):
-    return {k: far(got[k], want[k]) for k in want}
+from tests.towers import (
+    HOW,
+    IMAGE,
+    ROWS,
+    batches,
+    both,
+    far,
+    full_size,
+    kept,
+    made,
+    parts,
+    results,
+    sgd,
+    small,
+    worst,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +34,13 @@ def one():
 def test_two_ranks_are_one_process(one):
     for got in both(lambda group: results(group, clip_norm=0.5)):
         apart = worst(got, one)
+        assert all(d < 1e-5 for d in apart.values()), apart
+
+
+@pytest.mark.slow
+def test_alexnet_2012_on_two_processes():
+    """At full size, over gloo."""
+    for apart in full_size():
         assert all(d < 1e-5 for d in apart.values()), apart
 
 
