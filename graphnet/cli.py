@@ -53,21 +53,20 @@ def main(argv: list[str] | None = None) -> None:
             code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
         _exit(code if isinstance(code, int) else 0)
     except Stopped as stop:
-        if (front := ranks.spoken(stop)) is not None:
-            typer.echo(f"graphnet: {front}stopped by {signal.Signals(stop.number).name}", err=True)
+        if line := ranks.line(stop, f"stopped by {signal.Signals(stop.number).name}"):
+            typer.echo(f"graphnet: {line}", err=True)
         _exit(128 + stop.number)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
         sys.exit(1)
     except Exception as error:
-        front = ranks.spoken(error)
         if _debugging():
             raise
         # What typer says of a wrong option, without its panel.
         usage = getattr(error, "format_message", None)
         text = " ".join(usage().split()) if usage else _one_line(error)
-        if text and front is not None:  # a group without a command has shown its help
-            typer.echo(f"graphnet: {front}{printable(text)}", err=True)
+        if text and (line := ranks.line(error, text)):  # a group without a command shows its help
+            typer.echo(f"graphnet: {printable(line)}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         _exit(2 if bad_input else 1)
 

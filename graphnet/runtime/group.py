@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from graphnet.errors import BackendUnavailableError, ConfigError, NumericsError, RankError
+
+_PLACE = re.compile(r"\[\S*\.(?:cc|cpp|hpp):\d+\]")  # in torch's own sources
 
 
 class Group:
@@ -41,10 +44,12 @@ class Group:
         try:
             yield
         except RuntimeError as error:  # gloo's errors have no class of their own
-            text = " ".join(str(error).split())
+            text = " ".join(_PLACE.sub("", str(error)).split())
+            late = "timed out" in text.lower()
             raise RankError(
                 f"rank {self.rank} of {self.ranks} got no answer from the others: {text}",
-                help="what the rank that failed raised says why",
+                help="one of them hangs, or needs longer than the timeout of the process group"
+                if late else "one of them has failed or is gone; see what it said last",
             ) from error
 
     # ---- what a step asks -------------------------------------------------------------------

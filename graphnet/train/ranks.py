@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 600  # seconds that a rank waits for the others
 _SOON = 1.0  # seconds in which a rank that failed has said so, and a process that ended is gone
+_GONE = "has ended without a word, killed or out of memory; --resume goes on from the checkpoint"
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -50,22 +51,22 @@ class _Run:
         self.store, self.group = store, group
         store.set(f"process.{group.rank}", f"{os.getpid()} {socket.gethostname()}")
 
-    def spoken(self, error: BaseException) -> str | None:
-        """What stands in front of the line about an error; None where another rank says it."""
+    def line(self, error: BaseException, text: str) -> str | None:
+        """The line about an error; None where another rank says it."""
+        said = f"rank {self.group.rank}: {text}"
         try:
-            front = f"rank {self.group.rank}: "
             if isinstance(error, RankError):
                 until = time.monotonic() + _SOON
                 while not self.store.check(["failed"]) and time.monotonic() < until:
                     if gone := self._gone():
-                        front = f"rank {gone[0]} of {self.group.ranks} has ended without a word: "
+                        said = f"rank {gone[0]} of {self.group.ranks} {_GONE}"
                         break
                     time.sleep(0.05)
             else:
                 self.store.set("failed", "")
-            return front if self.store.add("spoken", 1) == 1 else None
+            return said if self.store.add("spoken", 1) == 1 else None
         except RuntimeError:  # the store went with another process
-            return front
+            return said
 
     def _gone(self) -> list[int]:
         """Ranks of this machine whose process has ended."""
@@ -160,16 +161,16 @@ def _killable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def spoken(error: BaseException) -> str | None:
-    """What stands in front of the line about an error that ends this process: nothing for a single
-    one. None where the line is another rank's to say."""
+def line(error: BaseException, text: str) -> str | None:
+    """The line about an error that ends this process; None where it is another rank's to say."""
     if _run is not None:
-        return _run.spoken(error)
+        return _run.line(error, text)
     if not under_torchrun():
-        return ""
+        return text
     # Nobody has met yet. What is wrong with the command line is wrong on each rank.
-    usage = hasattr(error, "format_message")
-    return None if usage and not speaks() else "" if usage else f"rank {os.environ['RANK']}: "
+    if hasattr(error, "format_message"):
+        return text if speaks() else None
+    return f"rank {os.environ['RANK']}: {text}"
 
 
 def speaks() -> bool:

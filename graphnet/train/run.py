@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from graphnet import __version__
 from graphnet.api import _resolve
 from graphnet.errors import ConfigError
+from graphnet.frontends.arguments import check_share
 from graphnet.frontends.loading import input_shape, load_model, runs_code
 from graphnet.passes.precision import resolve, told
 from graphnet.runtime.group import Group, digest
@@ -160,7 +162,10 @@ def run_training(
         trainer.fit(batches, tests, settings.epochs, settings.batch)
         stopped = 0 if trainer.epoch >= settings.epochs else signals.received
         if group is not None:
-            stopped = max(group.collect(stopped))
+            asked_by = group.collect(stopped)
+            stopped = max(asked_by)
+            if stopped and not signals.received and not quiet:
+                say(f"rank {asked_by.index(stopped)} was sent {Signals(stopped).name}")
         _pictures(out, settings, parts)
         return _result(settings, out, trainer.history, trainer.step, stopped)
 
@@ -237,6 +242,7 @@ def _build(settings: RunConfig, run: Path | None = None, group: Group | None = N
         asked = drawn
         drawn = _told(group, lambda: augment.known(asked, train))
     if group is not None:
+        check_share(min(settings.batch, len(train)), settings.batch, group.ranks)
         group.agree(_of_data(train, "training") | _of_data(test, "test"), help=_DATA)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
