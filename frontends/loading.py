@@ -12,11 +12,12 @@ from typing import Any
 from graphnet.errors import ConfigError, GraphnetError
 
 
-def load_model(spec: str, classes: int = 0) -> Any:
+def load_model(spec: str, classes: int = 0, towers: bool = False) -> Any:
     """The net of a model's name, of `FILE.py:ATTRIBUTE` (a net of ours or of torch's, or a function
     that makes one) or of `FILE.onnx`.
 
     classes  outputs of a named model, or of a function with a parameter num_classes; 0 for its own
+    towers   a named model in the form that two ranks can divide, where it has one
     """
     import torch
 
@@ -33,7 +34,10 @@ def load_model(spec: str, classes: int = 0) -> Any:
 
         return from_onnx(spec)
     if not runs_code(spec):
-        return models.get(spec, **({"num_classes": classes} if classes else {}))
+        how: dict[str, int] = {"num_classes": classes} if classes else {}
+        if towers and _takes(models.MODELS.get(spec), "norm_groups"):
+            how["norm_groups"] = 2
+        return models.get(spec, **how)
     module = _run_file(Path(path))
     if not hasattr(module, attribute):
         raise ConfigError(f"{path} has no attribute {attribute!r}")

@@ -38,7 +38,7 @@ class Thread(Group):
 
     def __init__(self, meeting: _Meeting, rank: int) -> None:
         self.meeting, self.rank, self.ranks = meeting, rank, len(meeting.held)
-        self.first, self.stopping = rank == 0, False
+        self.first, self.stopping, self._host = rank == 0, False, None
 
     def gather(self, t: torch.Tensor) -> list[torch.Tensor]:
         return self.meeting.exchange(self.rank, t.contiguous().clone())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graphnet.runtime.group import Group
+from graphnet.runtime.state import settle
 from graphnet.train import checkpoint, rundir
 from graphnet.train.rundir import MetricsLog
 from graphnet.train.trainer import Callback, Trainer
@@ -57,8 +58,9 @@ class Checkpoints(Callback):
         self.run, self.keep = run, keep
 
     def save(self, trainer: Trainer, *, best: bool = False) -> None:
-        group = trainer.group
-        others = {} if group is None else sums_of_others(trainer, group)
+        group, sharing = trainer.group, trainer.sharing
+        others = {} if sharing is None else sums_of_others(trainer, sharing)
+        settle(trainer.net)  # what ranks hold in parts, all of them bring together
         if group is None or group.first:
             # The net's tensors keep torch's names; the optimizer's carry their own prefix.
             tensors = {**trainer.net.state_dict(), **trainer.state_dict(), **others}
@@ -95,7 +97,7 @@ def restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     """Puts a compiled trainer where the checkpoint was taken; every rank is given all of it."""
     others = {k: t for k, t in found.tensors.items() if k.startswith("optimizer.") and _OF in k}
     tensors = {k: t for k, t in found.tensors.items() if k not in others}
-    group = trainer.group
+    group = trainer.sharing
     rank, ranks = (0, 1) if group is None else (group.rank, group.ranks)
     if ranks > 1 or others:
         same = found.state.get("ranks", 1) == ranks
@@ -126,7 +128,7 @@ class Together(Callback):
         assert program is not None
         roles = ("param", "slot", "buffer") if trainer.sync_bn else ("param", "slot")
         same = {e.name: e.cell.live for e in program._entries
-                if e.role in roles and not e.name.endswith(_SUM)}  # fmt: skip
+                if e.role in roles and not e.shard and not e.name.endswith(_SUM)}  # fmt: skip
         self.group.same(same)
         for found in self.group.collect([d.quarantined for d in self.data]):
             for d, failed in zip(self.data, found, strict=True):

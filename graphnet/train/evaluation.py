@@ -61,7 +61,8 @@ def load_trained(
             f"{path} names the model {name}, a file that would be run",
             help=f"if you trust it: --model {shlex.quote(name)}",
         )
-    net = load_model(name, settings.classes if settings and name == settings.model else 0)
+    mine = settings if settings and name == settings.model else None
+    net = load_model(name, mine.classes, mine.towers) if mine else load_model(name)
     if settings is None and not runs_code(name):
         net = load_model(name, _outputs(net, tensors))
     own = set(net.state_dict())

@@ -225,7 +225,7 @@ def _build(settings: RunConfig, run: Path | None = None, group: Group | None = N
     drawn = before if kept else drawn
     own = drawn is not None and (bool(drawn.seen) if kept else _resizes(settings))
     torch.manual_seed(settings.seed)  # of the initial parameters
-    net = prepare(load_model(settings.model, settings.classes), settings)
+    net = prepare(load_model(settings.model, settings.classes, settings.towers), settings)
     shape = input_shape(net, settings.batch)
     train, test = loaded = (
         _load(settings, "train", shape, own), _load(settings, "test", shape)
@@ -244,12 +244,14 @@ def _build(settings: RunConfig, run: Path | None = None, group: Group | None = N
     if group is not None:
         check_share(min(settings.batch, len(train)), settings.batch, group.ranks)
         group.agree(_of_data(train, "training") | _of_data(test, "test"), help=_DATA)
+    # What two towers have begun, one process goes on with: the net is the same.
+    towers = settings.towers and (group is not None or run is None)
     trainer = Trainer(
         net, make_loss(settings), make_optimizer(settings), make_schedule(settings, len(batches)),
         target=settings.target, precision=settings.precision, seed=settings.seed,
         accumulate=settings.accumulate, clip_norm=settings.clip_norm or None,
         nonfinite=settings.nonfinite, augment=drawn, group=group,
-        sync_bn=settings.sync_bn,
+        sync_bn=settings.sync_bn, towers=towers,
     )  # fmt: skip
     return _Parts(trainer, loaded, train, test, batches, tests, shape)
 
@@ -283,9 +285,9 @@ def dry_run(settings: RunConfig, group: Group | None = None) -> dict[str, Any]:
     settings = _resolved(settings)
     parts = _build(replace(settings, uncached=True), group=group)
     step = parts.trainer.compile(parts.shape)
-    if group is not None:
-        divided(parts.batches, group)
-        divided(parts.tests, group)
+    if (sharing := parts.trainer.sharing) is not None:
+        divided(parts.batches, sharing)
+        divided(parts.tests, sharing)
     x, y = next(iter(parts.batches))
     first = float(step(x, y))
     start = time.perf_counter()
@@ -370,8 +372,8 @@ def _pictures(out: Path, settings: RunConfig, parts: _Parts) -> None:
         if len(x):  # of several ranks, one may have none
             _, logits = trainer.evaluation(x, y)
             tally.add(torch.softmax(logits.float(), 1), y, x)
-    if group is not None:
-        tally = Tally.of_all(group.collect(tally))
+    if trainer.sharing is not None:
+        tally = Tally.of_all(trainer.sharing.collect(tally))
     if not first:
         return
     found = rundir.finite(tally.as_dict())

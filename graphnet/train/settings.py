@@ -53,6 +53,9 @@ class RunConfig:
     sync_bn: bool = _setting(
         False, "under torchrun, batch normalization by the rows of all processes, not of each"
     )
+    towers: bool = _setting(
+        False, "under torchrun with two processes, each holds half of the channels (alexnet_2012)"
+    )
     init: str = _setting("", f"initial values: {', '.join(INITS)}; the model's own by default")
     freeze: str = _setting("", "layers that are not trained: conv1,conv2 or patterns (conv*)")
     augment: str = _setting(

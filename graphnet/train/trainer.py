@@ -12,12 +12,12 @@ import torch
 
 from graphnet.api import _resolve, compile_together
 from graphnet.errors import ConfigError, DataError, NumericsError, StateDictError
-from graphnet.frontends.arguments import check_share
+from graphnet.frontends.arguments import check_ranks, check_share
 from graphnet.frontends.dsl import Module
 from graphnet.ops.augment import Augment
 from graphnet.passes.precision import resolve
 from graphnet.runtime.diagnose import Finding
-from graphnet.runtime.group import group_of, share_buffers
+from graphnet.runtime.group import Group, group_of, share_buffers
 from graphnet.runtime.program import Evaluate
 from graphnet.runtime.training import TrainStep
 from graphnet.train.feeding import Batched, batches_of, divided, feeding, pair, sample_shape
@@ -88,6 +88,7 @@ class Trainer:
                Metrics are those of all. Each rank has callbacks of its own; all end at the same
                step, where one of them sets `stop`
     sync_bn    as for gn.compile; without it the running statistics of rank 0 are evaluated and kept
+    towers     as for gn.compile: two ranks, each of which reads all rows and holds half of the net
     epoch, step, history: epochs and steps done, and one metrics dict per epoch
     """
 
@@ -108,12 +109,13 @@ class Trainer:
         nonfinite: str = "stop",
         group: Any = None,
         sync_bn: bool = False,
+        towers: bool = False,
     ) -> None:
         self.handling: dict[str, Any] = {
             "accumulate": accumulate, "clip_norm": clip_norm, "nonfinite": nonfinite,
             "sync_bn": sync_bn,
         }  # fmt: skip
-        self.sync_bn = sync_bn
+        self.sync_bn, self.towers = sync_bn, towers
         self.nonfinite = nonfinite
         if schedule is not None and not callable(schedule):
             raise ConfigError(
@@ -125,6 +127,8 @@ class Trainer:
         self.target, self.seed = target, seed
         self.precision = resolve(precision, _resolve(target))
         self.group = group_of(group)
+        if towers:
+            check_ranks(1 if self.group is None else self.group.ranks, optimizer, False, True)
         self.epoch, self.step, self.stop = 0, 0, False
         self._told = False  # that a rank stops, as all ranks have heard it at the same step
         self.waited: str | None = None  # what the steps of the epoch waited for, if they did
@@ -144,7 +148,9 @@ class Trainer:
             common = {"target": self.target, "precision": self.precision, "loss": self.loss}
             training = {"optimizer": self.optimizer, "augment": self.augment, **self.handling}
             own = tuple(shape)
-            if self.group is not None:
+            if self.towers and self.group is not None:
+                common |= {"ranks": self.group.ranks, "towers": True}
+            elif self.group is not None:
                 own = (-(-shape[0] // self.group.ranks), *shape[1:])
                 training |= {"ranks": self.group.ranks, "global_batch": shape[0]}
             ways = [common | training, common]
@@ -170,8 +176,8 @@ class Trainer:
         if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch is a positive int, not {batch!r}")
         train = self._batches(train, batch)
-        if self.group is not None:
-            check_share(min(batch, len(train.dataset)), batch, self.group.ranks)
+        if self.sharing is not None:
+            check_share(min(batch, len(train.dataset)), batch, self.sharing.ranks)
         val = None if val is None else self._batches(val, batch, shuffle=False)
         self._prepare_augment(train)
         step = self.compile((batch, *sample_shape(self.net, train)))
@@ -205,9 +211,14 @@ class Trainer:
         have heard that one of them has set it."""
         return self.stop if self.group is None else self._told
 
+    @property
+    def sharing(self) -> Group | None:
+        """The ranks that share the rows of a batch; None where each has all of them."""
+        return None if self.towers else self.group
+
     def _batches(self, data: Any, batch: int, *, shuffle: bool = True) -> Any:
         made = batches_of(data, batch, seed=self.seed, shuffle=shuffle)
-        return made if self.group is None else divided(made, self.group)
+        return made if self.sharing is None else divided(made, self.sharing)
 
     def _prepare_augment(self, train: Any) -> None:
         """Tells the augmentation about the data, and the data to come as they are stored."""
@@ -299,7 +310,7 @@ class Trainer:
 
     def _evaluate(self, val: Any, *, interruptible: bool) -> tuple[float, float] | None:
         assert self.evaluation is not None
-        rows, mean, group = 0, RunningMean(), self.group
+        rows, mean, group = 0, RunningMean(), self.sharing
         if group is not None and not self.sync_bn:
             share_buffers(group, self.net)
         wrong = torch.zeros((), dtype=torch.int64, device=self.evaluation.device)

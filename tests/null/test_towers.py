@@ -135,6 +135,23 @@ def test_parameters_that_both_ranks_hold_count_once():
         assert all(d < 1e-5 for d in apart.values()), apart
 
 
+def test_a_trainer_of_two_towers():
+    """Its metrics, and what it would save in the middle of a group of batches."""
+    x, y = torch.cat([x for x, _ in batches(4, 5)]), torch.cat([y for _, y in batches(4, 5)])
+
+    def trained(group):
+        how = {k: HOW[k] for k in ("target", "seed")} | {"accumulate": 2, **parts(group)}
+        trainer = gn.Trainer(made(), HOW["loss"], sgd(), **how)
+        history = trainer.fit((x, y), (x[:7], y[:7]), epochs=1, batch=7)
+        names = ("train_loss", "val_loss", "val_accuracy")
+        metrics = {k: torch.tensor(history[0][k]) for k in names}
+        return metrics | trainer.state_dict() | trainer.net.state_dict()
+
+    want = trained(None)
+    for got in both(trained):
+        assert far(got, want) < 1e-5
+
+
 def test_the_graph_of_a_rank():
     low = lower(small(), (ROWS, *IMAGE), target="cpu", ranks=2, towers=True, optimizer=sgd(),
                 loss=HOW["loss"])  # fmt: skip
