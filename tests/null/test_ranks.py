@@ -153,6 +153,23 @@ def test_what_reads_a_gradient_reads_it_before_it_is_summed():
     assert len(own) == 2 and all((k, at) in plan.edges and k < at for k in own)
 
 
+def test_messages_travel_beside_the_rest_of_backward(monkeypatch):
+    """A wide gradient is made before the convolutions behind it; updates wait until the end."""
+    monkeypatch.setattr(autodiff, "BUCKET", 4000)
+    plan = lowered("cuda").plan
+    at = {k: s for k, s in enumerate(plan.steps)}
+    sums = [k for k, s in at.items() if isinstance(s, Collective)]
+    wgrad = [k for k, s in at.items() if isinstance(s, Launch)
+             and any(m.kernel == "linear_wgrad" for m in s.parts)]  # fmt: skip
+    conv = [k for k, s in at.items() if isinstance(s, Launch)
+            and any("wgrad" in m.kernel and "conv" in m.kernel for m in s.parts)]  # fmt: skip
+    assert wgrad and conv and max(wgrad) < min(conv) and sums[0] < min(conv)
+    updates = [k for k, s in at.items() if isinstance(s, Launch)
+               and any(w in plan.storage for w in s.writes) and k > sums[0]]  # fmt: skip
+    assert updates and min(updates) > max(sums)
+    assert all(plan.streams[k] == 0 for k in updates)
+
+
 def test_segments_between_collectives(monkeypatch):
     from graphnet.lowering.targets.cuda_ranks import segments_of
 

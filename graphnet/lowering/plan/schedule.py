@@ -4,6 +4,9 @@ One stream by default: a total order lets buffers share memory by launch order. 
 for memory: of the steps that can run, the one that leaves least behind. A weight gradient so runs
 as soon as its operands are complete, and they die there.
 
+Over several ranks time comes first: steps run in the order of the collectives that wait for them,
+so that messages travel beside the rest of backward, and what no collective waits for runs last.
+
 A second stream holds what the budget says overlaps: long memory-bound steps that end in the state
 (the update of a fully connected layer, bound by traffic) beside the rest, which is bound by
 arithmetic. They wait for what they need, and the end of the step waits for them. GRAPHNET_STREAMS=0
@@ -47,8 +50,30 @@ def program_order(count: int, edges: Edges) -> list[int] | None:
     return out if len(out) == count else None
 
 
+def _turns(steps: Sequence[Step], edges: Edges) -> list[int]:
+    """When each step should run, small ones first; all are alike without a collective. A step runs
+    in the turn of the first collective that waits for it; those that none waits for come last, in
+    the order of the collectives before them."""
+    sums = [k for k, s in enumerate(steps) if isinstance(s, Collective)]
+    number = {k: n for n, k in enumerate(sums)}
+    order = program_order(len(steps), edges) if sums else None
+    if order is None:
+        return [0] * len(steps)
+    after, _ = _links(len(steps), edges)
+    none = len(sums)
+    first = [number.get(k, none) for k in range(len(steps))]
+    behind = [number.get(k, -1) for k in range(len(steps))]
+    for k in reversed(order):
+        first[k] = min([first[k], *(first[b] for b in after[k])])
+    for k in order:
+        for b in after[k]:
+            behind[b] = max(behind[b], behind[k])
+    return [f if f < none else none + 1 + b for f, b in zip(first, behind, strict=True)]
+
+
 def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) -> list[int]:
-    """A legal order: always the ready step that adds least to the live bytes of `sizes`.
+    """A legal order: always the ready step that adds least to the live bytes of `sizes`, of those
+    whose turn it is (`_turns`).
 
     `sizes` are the buffers that die: name to bytes. Ties keep the program's order.
     """
@@ -57,12 +82,13 @@ def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) 
     live: set[str] = set()
     ready = {k for k in range(len(steps)) if not missing[k]}
     out: list[int] = []
+    turns = _turns(steps, edges)
 
-    def added(k: int) -> tuple[int, int]:
+    def added(k: int) -> tuple[int, int, int]:
         touched = {n for n in (*steps[k].reads, *steps[k].writes) if n in sizes}
         born = sum(sizes[n] for n in touched if n not in live)
         dead = sum(sizes[n] for n in touched if uses[n] == 1)
-        return born - dead, k
+        return turns[k], born - dead, k
 
     while ready:
         k = min(ready, key=added)
@@ -79,11 +105,13 @@ def memory_order(steps: Sequence[Step], edges: Edges, sizes: Mapping[str, int]) 
 
 
 def streams_of(steps: Sequence[Step], edges: Edges) -> tuple[int, ...]:
-    """The stream of each step: 1 for collectives and for long memory-bound steps that nothing waits
-    for, else 0."""
+    """The stream of each step: 1 for collectives or, where there are none, for long memory-bound
+    steps that nothing waits for, else 0."""
     if config.streams() == 0:
         return (0,) * len(steps)
     waited = {a for a, _ in edges}
+    if any(isinstance(s, Collective) for s in steps):
+        waited |= set(range(len(steps)))  # a message must not wait for an update before it
     return tuple(
         int(
             isinstance(s, Collective)
