@@ -65,10 +65,20 @@ def main(argv: list[str] | None = None) -> None:
         # What typer says of a wrong option, without its panel.
         usage = getattr(error, "format_message", None)
         text = " ".join(usage().split()) if usage else _one_line(error)
+        text += _what_is_missing(error)
         if text and (line := ranks.line(error, text)):  # a group without a command shows its help
             typer.echo(f"graphnet: {printable(line)}", err=True)
         bad_input = usage or (isinstance(error, GraphnetError) and not isinstance(error, _FAILED))
         _exit(2 if bad_input else 1)
+
+
+def _what_is_missing(error: Exception) -> str:
+    """What the argument or option is that typer misses, and where there is more to read."""
+    param, context = getattr(error, "param", None), getattr(error, "ctx", None)
+    if param is None or context is None or type(error).__name__ != "MissingParameter":
+        return ""
+    said = getattr(param, "help", None)
+    return f"{f' It is {said}.' if said else ''} See {context.command_path} --help"
 
 
 def _exit(code: int) -> NoReturn:

@@ -29,7 +29,8 @@ class BadImage(Exception):
 
 def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list[bytes]:
     """The planes of an image, H x W bytes each: cropped to the aspect ratio in its middle, then
-    resized.
+    resized. A larger one is made smaller by Pillow's bicubic filter, a smaller one larger
+    bilinearly, as `augment` does.
 
     CMYK, palette, 16-bit and grey images are converted, alpha is dropped, the content decides
     about the format and not the name. An image is turned as its EXIF says, so it is what a viewer
@@ -51,7 +52,7 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
                 _turn(image)
                 ready = converted(image, c)
                 if ready.size != (w, h):
-                    ready = ImageOps.fit(ready, (w, h))
+                    ready = ImageOps.fit(ready, (w, h), _filter(ready.size, (w, h)))
                 return [ready.tobytes("raw", band) for band in ready.getbands()]
     except BadImage:
         raise
@@ -60,6 +61,19 @@ def decode(source: str | os.PathLike[str] | bytes, shape: Sequence[int]) -> list
         said = getattr(error, "strerror", None) or str(error)  # an OSError's own repeats the path
         text = " ".join(said.split()) or type(error).__name__
         raise BadImage(_REASONS.get(type(error).__name__, text)) from None
+
+
+def _filter(size: tuple[int, int], wanted: tuple[int, int]) -> Any:
+    """Pillow's filter that makes an image of `size` (W, H) one of the size wanted."""
+    from PIL import Image
+
+    larger = _scale(size, wanted) < 1
+    return Image.Resampling.BILINEAR if larger else Image.Resampling.BICUBIC
+
+
+def _scale(size: tuple[int, int], wanted: tuple[int, int]) -> float:
+    """By what the part of an image that is used is divided when it gets the size wanted."""
+    return min(size[0] / wanted[0], size[1] / wanted[1])
 
 
 def own_size(paths: Sequence[str], frame: Sequence[int]) -> tuple[int, int] | None:
@@ -74,7 +88,7 @@ def own_size(paths: Sequence[str], frame: Sequence[int]) -> tuple[int, int] | No
     if len(sizes) != 1:
         return None
     ((w, h),) = sizes
-    scale = min(h / frame[0], w / frame[1])
+    scale = _scale((w, h), (frame[1], frame[0]))
     own = max(2, round(scale * frame[0])), max(2, round(scale * frame[1]))
     return own if scale < 1 else None
 

@@ -151,7 +151,7 @@ class Folder:
         import PIL
 
         digest = hashlib.sha256()
-        version = 2  # of what `decode` makes of a file
+        version = 3  # of what `decode` makes of a file
         about = [version, PIL.__version__, self.stored, str(self.root)]
         digest.update(json.dumps(about).encode())
         for f in self.files:

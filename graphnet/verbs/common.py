@@ -31,7 +31,8 @@ def _graphnet(
     """Compile CNNs from a Python DSL into fused Triton training steps."""
 
 
-Model = Annotated[str, typer.Argument(help="a model's name, FILE.py:ATTRIBUTE or FILE.onnx")]
+_MODEL = "a model's name (lenet5), FILE.py:ATTRIBUTE or FILE.onnx"
+Model = Annotated[str, typer.Argument(help=_MODEL)]
 Batch = Annotated[int, typer.Option(min=1, help="images in a batch")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Precision = Annotated[

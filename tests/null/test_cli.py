@@ -256,7 +256,7 @@ def test_compile_cold_and_filled(run, net_file, tmp_path, monkeypatch):
         ("inspect lenet5 --gpu abacus", "one of h200, h100"),
         ("inspect lenet5 --target tpu", "one of auto, cuda, interpret, cpu"),
         ("inspect lenet5 --batch 0", "--batch"),
-        ("inspect", "Missing argument"),
+        ("inspect", "Missing argument 'model'. It is a model's name (lenet5), FILE.py:"),
         ("inspct lenet5", "Did you mean 'inspect'"),
         ("compile lenet5 --arch sm_9", "unknown architecture 'sm_9'"),
         ("compile lenet5 --out /dev/null", "cannot write to /dev/null"),

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import graphnet as gn
 from graphnet import config
 from graphnet.errors import ConfigError, DataError
+from graphnet.ir.op import get_op
 from graphnet.train.data import Batches, check_classes, load, permutation
 from graphnet.train.decode import BadImage, decode
 from graphnet.train.folder import Reading
@@ -105,6 +107,23 @@ def test_read_image_gives_what_training_reads(tmp_path):
         with pytest.raises(DataError, match=r"cannot read image .*cat: a directory"):
             read_image(path.parent, (3, 8, 8))
     assert len(os.listdir("/proc/self/fd")) == held
+
+
+@pytest.mark.parametrize("size", [(12, 9), (9, 12)])
+def test_images_are_made_larger_as_the_augmenting_kernel_does(size):
+    """Evaluation and training resize by one rule: at most one level apart, which Pillow rounds."""
+    w, h = size
+    shape = (3, 4 * h, 4 * w)
+    data = encoded(picture(w, h), "PNG")
+    as_tensor = lambda s: torch.stack([
+        torch.frombuffer(bytearray(p), dtype=torch.uint8).view(s[1:]) for p in decode(data, s)
+    ])  # fmt: skip
+    augment = gn.Augment(stored=(3, h, w), seen=shape[1:]).sized((1, *shape))
+    zero = torch.zeros(1, dtype=torch.int64)
+    (kernels,) = get_op("augment").reference(
+        augment, as_tensor((3, h, w))[None], zero, zero[0], zero[0]
+    )
+    assert float((kernels[0] * 255 - as_tensor(shape)).abs().max()) < 1.01
 
 
 # ---- bad files -------------------------------------------------------------------------------
