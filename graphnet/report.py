@@ -104,6 +104,11 @@ def _kernels(low: Lowered, gpu: str) -> Iterator[tuple[Kernel, str]]:
         yield row(s.kernel, family, s.where.layers, binary, s.flops, s.bytes, s.math, choices)
 
 
+def launch_times(low: Lowered, gpu: str) -> list[float]:
+    """Microseconds that each launch of the plan is expected to take, in order."""
+    return [k.expected_us for k, _ in _kernels(low, gpu)]
+
+
 def _each(names: Iterable[str]) -> str:
     """Every name once: those of the members of a group, else the one there is."""
     return "+".join(dict.fromkeys(names))

@@ -24,6 +24,8 @@ from graphnet.verbs.common import (
     training,
 )
 
+RANKS = "processes with a GPU and --batch images each: what their messages cost, by a model"
+
 
 @app.command()
 def summary(model: Model, batch: Batch = 1, as_json: Json = False) -> None:
@@ -50,32 +52,47 @@ def inspect(
     clip_norm: ClipNorm = None,
     nonfinite: Nonfinite = "auto",
     why: Annotated[bool, typer.Option("--why", help="what was not fused, and why")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help=RANKS)] = 1,
+    link: Annotated[str, typer.Option(help="between ranks: nvlink, ib or eth")] = "nvlink",
+    reduce: Annotated[str, typer.Option(help="bf16: gradients travel so; else fp32")] = "",
     as_json: Json = False,
 ) -> None:
     """The graph or the plan: one line per kernel with FLOPs, bytes, floor and bound."""
+    import graphnet as gn
     from graphnet.api import kernels_of, lower
     from graphnet.passes.precision import told
     from graphnet.report import check_choices, inspect_data, inspect_text, why_text
+    from graphnet.scaling import link_of, scaling, scaling_text
 
     check_choices(stage, gpu)
+    link_of(link)
+    if ranks > 1 and (not train or target != "cuda"):
+        raise gn.ConfigError(
+            "--ranks is about a training step on GPUs", help="add --train, and leave --target out"
+        )
     net = load_model(model)
     shape = input_shape(net, batch)
     wanted = training(
         train, optimizer, accumulate=accumulate, clip_norm=clip_norm, nonfinite=nonfinite
     )
     kernels = None if target == "cpu" else kernels_of(target, gpu if target == "cuda" else None)
-    low = lower(net, shape, target=target, precision=precision, kernels=kernels, **wanted)
+    how = {"target": target, "precision": precision, "kernels": kernels, **wanted}
+    low = lower(net, shape, **how, ranks=ranks, reduce=reduce or None)
+    told_of = scaling(lower(net, shape, **how), low, ranks, link, gpu) if ranks > 1 else None
     facts = {
         "model": model, "batch": batch, "train": train, "precision": low.precision,
         "target": target, "gpu": gpu, "stage": stage,
     }  # fmt: skip
     if as_json:
-        emit(inspect_data(net, low, facts))
+        more = {"scaling": told_of.as_dict()} if told_of else {}
+        emit(inspect_data(net, low, facts) | more)
         if why:
             typer.echo(why_text(low), err=True)
     else:
         facts["precision"] = told(precision, low.target)
         typer.echo(inspect_text(net, low, facts, why=why))
+        if told_of:
+            typer.echo(f"\n{scaling_text(told_of, gpu, batch)}")
 
 
 @app.command("compile")
