@@ -210,7 +210,9 @@ def children(pid):
 def test_it_ends_well_at_any_moment(runs, how, tmp_path):
     """20 times each, under torchrun's command: a rank, or all of them by way of torchrun."""
     draw = random.Random(how)
-    want = checkpoint.load_latest(runs[0] / "plain").tensors
+    whole = f"whole-{how}"
+    assert torchrun.plain(tmp_path / whole, [torchrun.train(runs[0], whole)]) == [0]
+    want = checkpoint.load_latest(runs[0] / whole).tensors
     for k in range(20):
         name = f"{how}{k}"
         argv = torchrun.train(runs[0], name)
