@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.lowering.launch.codegen import Index
@@ -16,7 +16,15 @@ from graphnet.passes.templates import anchors_of
 CHANNELS = 64  # of either side; more fill a matrix product
 PIXELS = 9  # of a pool's window, whose sums one lane holds
 SUMS = 32  # of a lane
-ROW = 4  # pixels of a lane where no pool follows
+RUN = 8  # pixels of a row at most that a lane holds where no pool follows
+
+
+class Tile(NamedTuple):
+    """Of one image."""
+
+    tiles: int
+    pixels: int
+    across: int  # pixels of the image that a lane loads for a row of the filter
 
 
 def not_small(e: Eqn, channels: int) -> str | None:
@@ -30,25 +38,29 @@ def not_small(e: Eqn, channels: int) -> str | None:
     return None
 
 
-def channels_of_a_lane(filters: int, tiles: int, pixels: int, across: int, taps: int) -> int:
-    """How many output channels a lane holds: the fewest clocks for a filter row.
-
-    tiles   of an image
-    pixels  of a tile; `across` of those of the image that a lane loads for them
-    taps    of a filter row
+def clocks(filters: int, kb: int, tile: Tile, taps: int, block: int) -> float:
+    """What a filter row of an image takes where a lane holds `kb` output channels of a tile.
 
     A warp's load of pixels touches about 4 lines and one of a weight 1, and a processor serves a
-    line a clock. A warp alone issues an instruction a clock and waits about 100 for its loads.
+    line a clock. Its four schedulers issue an instruction a clock each, for all warps of the
+    program, those without a live lane, too; 40 and half of one for a load were counted besides
+    products and loads. A warp alone waits about 100 for its loads.
     """
+    lanes = tile.tiles * cdiv(filters, kb)
+    live, turns = cdiv(lanes, 32), cdiv(lanes, block)
+    loads, products = tile.across + taps * kb, tile.pixels * taps * kb
+    one = products + 1.5 * loads + 40
+    lines = live * (4 * tile.across + 1.5 * taps * kb)
+    return max(lines, turns * block / 32 / 4 * one, turns * (100 + loads + products))
 
-    def clocks(kb: int) -> float:
-        warps = cdiv(tiles * cdiv(filters, kb), 32)
-        lines = warps * (4 * across + 1.5 * taps * kb)
-        alone = cdiv(warps, 8) * (100 + across + (1 + pixels) * taps * kb)
-        return max(lines, alone)
 
-    most = max(1, min(next_power(filters), SUMS // pixels))
-    return min((1 << k for k in range(most.bit_length())), key=clocks)
+def channels_of_a_lane(filters: int, tile: Tile, taps: int, block: int) -> int:
+    """How many output channels a lane holds: the fewest clocks."""
+    most = max(1, min(next_power(filters), SUMS // tile.pixels))
+    return min(
+        (1 << k for k in range(most.bit_length())),
+        key=lambda kb: clocks(filters, kb, tile, taps, block),
+    )
 
 
 class Convolution(Stage):
@@ -75,10 +87,18 @@ class Convolution(Stage):
         conv, *pools = (w.anchor for w in works)
         x, k = conv.inputs[0], conv.out.type.shape[1]
         about = _forward(works[0]) if conv.op == "conv2d" else _gradient(works[0])
-        tile = _tile(pools[0] if pools else None, *conv.out.type.shape[2:])
-        across = (tile["TW"] - 1) * about["SW"] + (about["S"] - 1) * about["DW"] + 1
-        lanes, rows = tile["OH"] * tile["OW"], tile["TH"]
-        kb = channels_of_a_lane(k, lanes, rows * tile["TW"], rows * across, about["S"])
+        block, pool = body.config.BLOCK, pools[0] if pools else None
+
+        def best(tile: dict[str, Any]) -> tuple[float, int]:
+            """The fewest clocks, and for how many channels."""
+            across = (tile["TW"] - 1) * about["SW"] + (about["S"] - 1) * about["DW"] + 1
+            rows = tile["TH"]
+            measures = Tile(tile["OH"] * tile["OW"], rows * tile["TW"], rows * across)
+            kb = channels_of_a_lane(k, measures, about["S"], block)
+            return clocks(k, kb, measures, about["S"], block), kb
+
+        tile = min(_tiles(pool, *conv.out.type.shape[2:]), key=best)
+        kb = best(tile)[1]
         pooled = "None"
         if pools:
             roots = {pools[0].out: "acc"}
@@ -94,7 +114,7 @@ class Convolution(Stage):
             "N": x.type.shape[0], "IMAGES": body.config.BM, "C": x.type.shape[1],
             "H": x.type.shape[2], "W": x.type.shape[3], "K": k, "CH": conv.out.type.shape[2],
             "CW": conv.out.type.shape[3], **about, **strides("X", works[0].type(x)),
-            "HAS_BIAS": len(operands) > 2, **tile, "KB": kb, "BLOCK": body.config.BLOCK,
+            "HAS_BIAS": len(operands) > 2, **tile, "KB": kb, "BLOCK": block,
             "EPILOGUE": behind, "POOLED": pooled,
         }  # fmt: skip
         body.call("conv", [*operands, "None"][:3], constants)
@@ -143,24 +163,28 @@ def _not_pooled(member: Eqn, pool: Eqn, kept: set[Value]) -> str | None:
     return None
 
 
-def _tile(pool: Eqn | None, height: int, width: int) -> dict[str, Any]:
-    """The constants of the tiles: a pool's windows, or runs of a row's pixels."""
+def _tiles(pool: Eqn | None, height: int, width: int) -> list[dict[str, Any]]:
+    """The constants of tiles that fit: a pool's windows, or runs of a row's pixels."""
     if pool is None:
-        return {
-            "OH": height, "OW": cdiv(width, ROW), "POOL": repr("none"), "TH": 1, "TW": ROW,
-            "TSH": 1, "TSW": ROW, "TPT": 0, "TPL": 0, "TPB": 0, "TPR": 0, "COUNT_PAD": True,
-            "DIVISOR": 0,
-        }  # fmt: skip
+        return [
+            {
+                "OH": height, "OW": cdiv(width, run), "POOL": repr("none"), "TH": 1, "TW": run,
+                "TSH": 1, "TSW": run, "TPT": 0, "TPL": 0, "TPB": 0, "TPR": 0, "COUNT_PAD": True,
+                "DIVISOR": 0,
+            }
+            for run in range(1, min(RUN, width) + 1)
+        ]  # fmt: skip
     a: Any = pool.attrs
     known = window(a, dilated=False)
     oh, ow = pool.out.type.shape[2:]
-    return {
+    windows = {
         "OH": oh, "OW": ow, "POOL": repr(pool.op.removesuffix("pool2d")),
         "TH": known["KH"], "TW": known["KW"], "TSH": known["SH"], "TSW": known["SW"],
         "TPT": known["PT"], "TPL": known["PL"], "TPB": a.padding[1], "TPR": a.padding[3],
         "COUNT_PAD": getattr(a, "count_include_pad", True),
         "DIVISOR": getattr(a, "divisor_override", 0),
     }  # fmt: skip
+    return [windows]
 
 
 STAGES: tuple[Stage, ...] = (
