@@ -80,7 +80,7 @@ def run(
 
     # name, takes, gives, pass
     passes: list[tuple[str, str, str, Callable[[Graph], Graph]]] = [
-        ("shard", "traced", "traced", lambda g: shard(g, towers)),
+        *([("shard", "traced", "traced", lambda g: shard(g, towers))] if towers > 1 else []),
         ("autodiff", "traced", "joint", differentiate),
         ("precision", "joint", "joint", lambda g: _precision(g, precision)),
         ("moves", "joint", "joint", rules(MOVES)),
