@@ -62,9 +62,10 @@ class _Run:
                         said = f"rank {gone[0]} of {self.group.ranks} {_GONE}"
                         break
                     time.sleep(0.05)
-            else:
-                self.store.set("failed", "")
-            return said if self.store.add("spoken", 1) == 1 else None
+            first = self.store.add("spoken", 1) == 1
+            # Only now: who waits for this key must not speak before the one that failed.
+            self.store.set("failed", "")
+            return said if first else None
         except RuntimeError:  # the store went with another process
             return said
 

@@ -1,7 +1,7 @@
 """AlexNet at full size, batch 2, fp32: interpreted kernels and the cpu target against torch in
 float64, with dropout's own masks. Gradients, then two steps with a strong weight decay.
 
-One case runs in every test run, `make soak` runs all. Production tiles run on a cut-down net.
+All belong to the soak. Every test run has a cut-down net with production tiles.
 """
 
 from contextlib import ExitStack
@@ -147,8 +147,9 @@ def test_full_size_in_the_interpreter(large_tiles):
     check("alexnet", True, "interpret")
 
 
+@pytest.mark.slow
 def test_full_size_on_the_cpu():
-    check("alexnet", True, "cpu", steps=1)
+    check("alexnet", True, "cpu")
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from tests.twin import Twins, hold
 STEPS = 50
 ROWS = {"cpu": 64, "interpret": 8}
 large = pytest.mark.usefixtures("large_tiles")
-targets = pytest.mark.parametrize("target", ["cpu", "interpret"])
 # What takes the interpreter half a minute, or minutes, belongs to the soak.
 soaked = pytest.mark.parametrize(
     "target", ["cpu", pytest.param("interpret", marks=pytest.mark.slow)]
@@ -63,7 +62,7 @@ def test_a_planted_error_of_one_percent_in_one_gradient_is_seen(target, monkeypa
         hold(rows)
 
 
-@targets
+@soaked
 @large
 def test_a_dropped_weight_decay_is_seen(target):
     with pytest.raises(AssertionError):
@@ -91,7 +90,7 @@ def _batch(rows):
     return torch.randn(rows, 1, 28, 28, generator=g), torch.randint(0, 10, (rows,), generator=g)
 
 
-@targets
+@soaked
 @large
 def test_same_seed_same_bits_and_a_schedule_compiles_nothing(target, monkeypatch):
     runs = []

@@ -20,6 +20,10 @@ from tests import torchrun
 
 STOPPED = torchrun.STEPS + 5  # where the run that is sent SIGTERM ends
 
+# Seconds to the end beside other tests, where 17 were seen; alone it takes 3 to 4. The soak
+# holds 10. Without our doing it would be the group's timeout, 600.
+BUSY = 60
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -82,7 +86,7 @@ def test_two_processes_train_as_one_does(runs):
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(runs):
-    assert runs[1]["term"] < 10 and last(runs, "term").step == STOPPED
+    assert runs[1]["term"] < BUSY and last(runs, "term").step == STOPPED
     text = (runs[0] / "term.log").read_text()
     assert f"stopped at step {STOPPED}, 1 epochs done, and saved" in text
     assert text.count("stopped at") == 1 and "rank 1 was sent SIGTERM" in text
@@ -108,7 +112,7 @@ def test_a_run_goes_on_with_any_number_of_processes(runs, ranks):
     ],
 )
 def test_a_rank_that_fails_ends_all(runs, name, line):
-    assert runs[1][name] < 10
+    assert runs[1][name] < BUSY
     (only,) = said(runs, name)
     assert only.startswith(line)
     assert last(runs, name).step == torchrun.STEPS  # whole, and from before
