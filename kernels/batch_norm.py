@@ -5,13 +5,15 @@ A program takes tiles of BP pixels by BC channels, PARTS tiles apart. The pixels
 come first, so that they are p < live H W. Sums of squares cancel where a channel's mean is large
 beside its deviation. So values are taken relative to the channel's first one, squares relative to
 the mean of their tile, and both are joined by Chan, Golub and LeVeque's formula (1979). All orders
-are fixed: no atomics.
+are fixed: no atomics. Where a convolution's kernel has kept moments of its tiles (moments.py), they
+take the place of the statistics' pass.
 """
 
 import triton
 import triton.language as tl
 
 from .common import INT32_MAX
+from .moments import get_moments, put_moments
 
 
 @triton.jit
@@ -130,6 +132,35 @@ def join_statistics(
     put_statistics(
         count, m, about, c, mean, var, old_mean, old_var, old_batches, new_mean, new_var,
         new_batches, C, TRACK, MOMENTUM, CUMULATIVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def join_parts(
+    work, fewer,
+    C: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, FEWER: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The kept moments of many parts in FEWER: COUNT neighbours become one."""
+    part = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    number, mean, squares = get_moments(work, c, c < C, part * COUNT, C, PARTS, COUNT, BR, BC)
+    put_moments(number, mean, squares, c, c < C, part, fewer, C, FEWER)
+
+
+@triton.jit
+def join_moments(
+    work, mean, var, old_mean, old_var, old_batches, new_mean, new_var, new_batches,
+    C: tl.constexpr, PARTS: tl.constexpr, TRACK: tl.constexpr,
+    MOMENTUM: tl.constexpr, CUMULATIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """`join_statistics` of moments that a convolution's kernel has kept."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    number, m, about = get_moments(work, c, c < C, 0, C, PARTS, PARTS, BR, BC)
+    count = number.to(tl.float32) + tl.zeros((BC,), tl.float32)
+    put_statistics(
+        count, m.to(tl.float32), about.to(tl.float32), c, mean, var, old_mean, old_var,
+        old_batches, new_mean, new_var, new_batches, C, TRACK, MOMENTUM, CUMULATIVE,
     )  # fmt: skip
 
 

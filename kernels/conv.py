@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from .common import INTERPRET, dot
+from .leave import in_pieces
 from .reduce import finish_tile
 
 
 @triton.jit
 def conv2d_forward(
-    x, w, args,
+    x, w, moments, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
@@ -24,9 +25,11 @@ def conv2d_forward(
     XS0: tl.constexpr, XS1: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr,
     WS0: tl.constexpr, WS1: tl.constexpr, WS2: tl.constexpr, WS3: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Rows are output pixels (n, oh, ow), columns the output channels of one group."""
+    """Rows are output pixels (n, oh, ow), columns the output channels of one group. AT_ONCE,
+    PARTS and STORED: see leave.py."""
     CG: tl.constexpr = C // G
     KG: tl.constexpr = K // G
     CRS: tl.constexpr = CG * R * S
@@ -57,8 +60,11 @@ def conv2d_forward(
             other=0.0,
         )
         acc = dot(a, b, acc, PRECISION)
-    mask = live[:, None] & (k < KG)[None, :]
-    EPILOGUE(acc, 0, n[:, None], (g * KG + k)[None, :], oh[:, None], ow[:, None], mask, args)
+    at = n[:, None], oh[:, None], ow[:, None], live[:, None], tl.program_id(0)
+    in_pieces(
+        acc, g * KG, tl.program_id(1) * BN, at, moments, args,
+        KG, K, BM, BN, AT_ONCE, PARTS, STORED, EPILOGUE,
+    )  # fmt: skip
 
 
 @triton.jit

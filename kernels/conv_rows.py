@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, inside
+from .leave import in_pieces
 
 
 @triton.jit
@@ -103,14 +104,15 @@ def filter_box(
 
 @triton.jit
 def conv2d_rows(
-    x, w, w2, order, args,
+    x, w, w2, order, moments, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, OFFH: tl.constexpr, OFFW: tl.constexpr,
     STEPH: tl.constexpr, STEPW: tl.constexpr, G: tl.constexpr,
     SPAN: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """A program makes PIXELS neighbours of BM / PIXELS images, K channels of a group as columns.
 
@@ -118,7 +120,8 @@ def conv2d_rows(
     G groups are summed up. x is a descriptor of [H, N, W G C], of [H, W, N, C] for two pixels. w
     holds the filters, and w2 those of the second accumulator's boxes: "forward" [rows of taps, G K,
     S C] if SPAN, else [taps, G K, C]; "gradient" [G, C, taps K], "turned" [taps, G, K, C]. order
-    has a number of each pixel (of each pair), None for the order of storage.
+    has a number of each pixel (of each pair), None for the order of storage. A tile is one of
+    the PARTS of the moments of what is STORED (moments.py).
     Grid: (column tiles, pixels, images; groups).
     """
     BI: tl.constexpr = BM // PIXELS
@@ -144,30 +147,17 @@ def conv2d_rows(
     row = tl.arange(0, BM)[:, None]
     n = n0 + row
     live = n < N
+    part = (n0 // BI * OH + oh) * ((OW + PIXELS - 1) // PIXELS) + ow // PIXELS
     if PIXELS > 1:
         n = n0 + row % BI
         ow += row // BI
         live = (n < N) & (ow < OW)
-    in_pieces(acc, n, g * K, k0, oh, ow, live, args, K, BM, BN, AT_ONCE, EPILOGUE)
+    at = n, oh, ow, live, part
+    in_pieces(
+        acc, g * K, k0, at, moments, args, K, G * K, BM, BN, AT_ONCE, PARTS, STORED, EPILOGUE
+    )  # fmt: skip
     if BT > 0:
-        k0 += BN
-        in_pieces(acc2, n, g * K, k0, oh, ow, live, args, K, BM, BT, AT_ONCE, EPILOGUE)
-
-
-@triton.jit
-def in_pieces(
-    acc, n, group, k0, oh, ow, live, args,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of BN columns from k0 of a group, which begins at channel `group`, AT_ONCE
-    elements after the other; 0 for all at once. On its way out a tile is held once more, by places
-    that it is stored at, and once more for each further order that it is stored in."""
-    if AT_ONCE == 0 or BM * BN <= AT_ONCE:
-        k = k0 + tl.arange(0, BN)[None, :]
-        EPILOGUE(acc, 0, n, group + k, oh, ow, live & (k < K), args)
-    else:
-        low, high = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        in_pieces(low, n, group, k0, oh, ow, live, args, K, BM, BN // 2, AT_ONCE, EPILOGUE)
-        k0 += BN // 2
-        in_pieces(high, n, group, k0, oh, ow, live, args, K, BM, BN // 2, AT_ONCE, EPILOGUE)
+        in_pieces(
+            acc2, g * K, k0 + BN, at, moments, args,
+            K, G * K, BM, BT, AT_ONCE, PARTS, STORED, EPILOGUE,
+        )  # fmt: skip

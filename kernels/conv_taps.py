@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 
 from .common import INT32_MAX, dot
+from .leave import in_pieces
 from .reduce import finish_bias, finish_tile
 
 
 @triton.jit
 def conv2d_taps(
-    x, w, args,
+    x, w, moments, args,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, OFFH: tl.constexpr, OFFW: tl.constexpr,
@@ -31,13 +32,15 @@ def conv2d_taps(
     XS0: tl.constexpr, XS2: tl.constexpr, XS3: tl.constexpr, XG: tl.constexpr,
     WO: tl.constexpr, WI: tl.constexpr, WR: tl.constexpr, WS: tl.constexpr, WG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """Rows are the pixels (n, oh, ow) of the result, columns the K channels of one group.
 
     Tap (r, s) of result pixel (oh, ow) is pixel (oh SH + OFFH + r STEPH, ...) of x; C channels of
     a group are summed up. w is addressed by its strides of result channel (WO), summed channel
-    (WI), tap row (WR) and column (WS) and group (WG).
+    (WI), tap row (WR) and column (WS) and group (WG). AT_ONCE, PARTS
+    and STORED: see leave.py.
     """
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
     g = tl.program_id(2)
@@ -78,10 +81,16 @@ def conv2d_taps(
             if C % BK != 0:
                 there = there & (i < C - c0)[:, None]
             acc2 = dot(a, tl.load(cols2 + at, mask=there, other=0.0), acc2, PRECISION)
-    n, oh, ow, live = n[:, None], oh[:, None], ow[:, None], live[:, None]
-    EPILOGUE(acc, 0, n, (g * K + k)[None, :], oh, ow, live & (k < K)[None, :], args)
+    at = n[:, None], oh[:, None], ow[:, None], live[:, None], tl.program_id(0)
+    k0 = tl.program_id(1) * (BN + BT)
+    in_pieces(
+        acc, g * K, k0, at, moments, args, K, G * K, BM, BN, AT_ONCE, PARTS, STORED, EPILOGUE
+    )  # fmt: skip
     if BT > 0:
-        EPILOGUE(acc2, 0, n, (g * K + k2)[None, :], oh, ow, live & (k2 < K)[None, :], args)
+        in_pieces(
+            acc2, g * K, k0 + BN, at, moments, args,
+            K, G * K, BM, BT, AT_ONCE, PARTS, STORED, EPILOGUE,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -47,6 +47,9 @@ class Kernels(Protocol):
     def joins(self, whole: Eqn, parts: Sequence[Eqn]) -> str | None:
         """Why equations should not become one region; None where that pays."""
 
+    def keeps(self, eqn: Eqn) -> str | None:
+        """Why the kernel of a convolution keeps no moments of its result; None where it does."""
+
 
 def _pinned(graph: Graph) -> set[Value]:
     """Values whose layout is given: that of an input, else row-major."""

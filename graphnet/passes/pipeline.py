@@ -15,6 +15,7 @@ from graphnet.passes.dce import cse, dce
 from graphnet.passes.fuse_epilogue import CHAINS, EPILOGUES, MOVES
 from graphnet.passes.fuse_loss import fuse_pairs
 from graphnet.passes.fuse_lrn import RULES as NORMS
+from graphnet.passes.fuse_statistics import fuse_statistics
 from graphnet.passes.fuse_update import COPIES, RULES
 from graphnet.passes.layout import Kernels, layout
 from graphnet.passes.observe import Observer
@@ -93,6 +94,7 @@ def run(
         ("regions", "fused", "fused", lambda g: regions(g, kernels, log, off)),
         ("layout", "fused", "fused", lambda g: layout(g, kernels)),
         ("dce", "fused", "fused", dce),
+        ("fuse_statistics", "fused", "fused", lambda g: fuse_statistics(g, kernels, log, off)),
     ]
     # Missed fusions are an error only of the full pipeline.
     strict = not off

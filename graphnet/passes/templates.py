@@ -8,7 +8,8 @@ several such equations in one body: its members.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 from graphnet.ir.graph import Eqn, Graph, Input, Value
 from graphnet.ir.op import get_op
@@ -123,6 +124,23 @@ def members_of(eqn: Eqn) -> tuple[Eqn, ...]:
         groups[at].append(e)
         made.update((v, at) for v in e.results)
     return tuple(_member(group, body, made, k) for k, group in enumerate(groups))
+
+
+def normalised(eqn: Eqn) -> tuple[Eqn, Eqn] | None:
+    """A convolution and the batch normalization of its result as the two equations that
+    fuse_statistics.py joined; None for any other equation."""
+    if [e.op for e in anchors_of(eqn)] != ["conv2d", "batch_norm"] or eqn.body is None:
+        return None
+    outer = dict(zip(eqn.body.input_values, eqn.inputs, strict=True))
+    outer |= dict(zip(eqn.body.returns, eqn.results, strict=True))
+
+    def outside(m: Eqn) -> Eqn:
+        where = reduce(lambda a, b: a.merged(b), (e.where for e in m.plain))
+        outputs = tuple(v and outer[v] for v in m.outputs)
+        return replace(m, inputs=tuple(outer[v] for v in m.inputs), outputs=outputs, where=where)
+
+    first, second = members_of(eqn)
+    return outside(first), outside(second)
 
 
 def _member(group: Sequence[Eqn], body: Graph, made: dict[Value, int], at: int) -> Eqn:

@@ -76,9 +76,9 @@ def test_a_wrong_configuration_is_rejected_and_reported(monkeypatch):
     low = only(monkeypatch)
     made = search._launches
 
-    def broken(work, variant, config):
+    def broken(work, variant, config, kernels):
         return [
-            changed(s, K=16) if config == OTHER else s for s in made(work, variant, config)
+            changed(s, K=16) if config == OTHER else s for s in made(work, variant, config, kernels)
         ]
 
     monkeypatch.setattr(search, "_launches", broken)

@@ -1,4 +1,7 @@
-"""Launches of batch normalization: sums in parts, a launch that joins them, one that uses them."""
+"""Launches of batch normalization: sums in parts, a launch that joins them, one that uses them.
+
+The parts of the statistics may have been kept by a convolution's kernel (moments.py).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any
 from graphnet.ir.graph import Value
 from graphnet.lowering.launch.codegen import Index, Ref
 from graphnet.lowering.launch.config import PROCESSORS, Config, cdiv, distinct, next_power
+from graphnet.lowering.launch.moments import size
 from graphnet.lowering.launch.steps import Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
 
 CHANNELS = 64  # of a tile, where they lie innermost
 JOINED = (64, 32)  # parts by channels that a joining program takes at once
+MOST_PARTS = 1024  # that few programs join; more become FEWER first
+FEWER = 128
 
 
 class BatchNorms(Variant):
@@ -56,9 +62,7 @@ class Parts:
         self.image = {"C": channels, "H": h, "W": w, "PIXELS": self.pixels}
         self.tile = {"BP": self.bp, "BC": self.bc}
         self.blocks = blocks
-        br, bc = JOINED
-        self.join = {"BR": min(br, next_power(self.parts)), "BC": min(bc, next_power(channels))}
-        self.joins = cdiv(channels, self.join["BC"])
+        self.join, self.joins = self.joining(self.parts)
         self.outside = dict(work.stores)
 
     def strides(self, prefix: str, v: Value) -> dict[str, int]:
@@ -76,6 +80,12 @@ class Parts:
 
     def vectors(self, values: tuple[Value, ...]) -> tuple[Ref | None, ...]:
         return tuple(self.work.ref(v) for v in values)
+
+    def joining(self, parts: int) -> tuple[dict[str, int], int]:
+        """(tile of a program that joins so many parts, programs for all channels)."""
+        br, bc = JOINED
+        tile = {"BR": min(br, next_power(parts)), "BC": min(bc, next_power(self.channels))}
+        return tile, cdiv(self.channels, tile["BC"])
 
     def partial(self, each: int) -> tuple[Ref, tuple[tuple[str, int], ...]]:
         ref = Ref(f".parts{self.work.eqn.results[0]}", "f32")
@@ -102,7 +112,6 @@ def _forward(s: Parts) -> list[Launch]:
     rest = s.vectors(e.inputs[2:])
     weight, bias = rest[:2] if a.affine else (None, None)
     old = rest[2 * a.affine :] if a.track else (None,) * 3
-    parts, scratch = s.partial(3)
     (mean, more), (var, most) = s.result(1), s.result(2)
     track = a.track and any(v is not None for v in e.outputs[3:])
     new: tuple[Ref | None, ...] = (None,) * 3
@@ -110,24 +119,54 @@ def _forward(s: Parts) -> list[Launch]:
         made = [s.result(k) for k in (3, 4)]
         new = (*(ref for ref, _ in made), _batches(s))
         more += tuple(t for _, extra in made for t in extra)
-    image = s.strides("X", s.x)
-    first = statistics(s, x, live, parts, scratch)
     old = old if track else (None,) * 3
-    joined = s.launch(
-        "join_statistics", (x, parts, mean, var, *old, *new),
-        {"C": s.channels, "XS1": image["XS1"], "PARTS": s.parts, "TRACK": track,
-         "MOMENTUM": a.momentum, "CUMULATIVE": a.cumulative, **s.join},
-        (s.joins,), (parts, *old), (mean, var, *new),
-        bytes=4 * s.channels * (3 * s.parts + 2 + 4 * track), scratch=more + most,
-    )  # fmt: skip
+    vectors = mean, var, *old, *new
+    how = {"TRACK": track, "MOMENTUM": a.momentum, "CUMULATIVE": a.cumulative}
+    costs: dict[str, Any] = {"scratch": more + most, "bytes": 4 * s.channels * (2 + 4 * track)}
+    if s.work.kept is not None:
+        steps, parts, count = _few(s, *s.work.kept)
+        tile, programs = s.joining(count)
+        costs["bytes"] += size(count, s.channels)
+        joined = s.launch(
+            "join_moments", (parts, *vectors), {"C": s.channels, "PARTS": count, **how, **tile},
+            (programs,), (parts, *old), (mean, var, *new), **costs,
+        )  # fmt: skip
+    else:
+        parts, scratch = s.partial(3)
+        steps = [statistics(s, x, live, parts, scratch)]
+        costs["bytes"] += 12 * s.channels * s.parts
+        constants = {
+            "C": s.channels, "XS1": s.strides("X", s.x)["XS1"], "PARTS": s.parts, **how, **s.join
+        }  # fmt: skip
+        joined = s.launch(
+            "join_statistics", (x, parts, *vectors), constants, (s.joins,), (parts, x, *old),
+            (mean, var, *new), **costs,
+        )  # fmt: skip
     # Where every program reads the number of batches, one must not count it on meanwhile.
     safe = 2 if a.cumulative else 3
     pairs = tuple(
         (o.name, n.name) for o, n in zip(old[:safe], new[:safe], strict=True)
         if o is not None and n is not None
     )  # fmt: skip
-    joined = replace(joined, reads=(*joined.reads, x.name), inplace=pairs)
-    return [first, joined, *normalised(s, (x, mean, var, weight, bias))]
+    joined = replace(joined, inplace=pairs)
+    return [*steps, joined, *normalised(s, (x, mean, var, weight, bias))]
+
+
+def _few(s: Parts, work: Ref, parts: int) -> tuple[list[Launch], Ref, int]:
+    """(launches, workspace, parts): moments in no more parts than few programs join."""
+    if parts <= MOST_PARTS:
+        return [], work, parts
+    each = cdiv(parts, FEWER)
+    count = cdiv(parts, each)
+    tile, programs = s.joining(each)
+    fewer = Ref(f".fewer{s.work.eqn.results[0]}", "f32")
+    bytes = size(count, s.channels)
+    constants = {"C": s.channels, "PARTS": parts, "COUNT": each, "FEWER": count, **tile}
+    step = s.launch(
+        "join_parts", (work, fewer), constants, (count, programs), (work,), (fewer,),
+        scratch=((fewer.name, bytes),), bytes=size(parts, s.channels) + bytes,
+    )  # fmt: skip
+    return [step], fewer, count
 
 
 def statistics(

@@ -149,6 +149,11 @@ class Kernels:
         able, refused = self.able(work)
         return bool(able) and self._picked(work, able, refused).variant.writes(eqn, layout)
 
+    def keeps(self, eqn: Eqn) -> str | None:
+        """Why the kernel of a convolution keeps no moments of its result; None where it does."""
+        variant = self.choose(take_apart(eqn, lambda v: v.name)).variant
+        return None if variant.moments else f"{variant.name} keeps no moments of its result"
+
     def joins(self, whole: Eqn, parts: Sequence[Eqn]) -> str | None:
         """Why equations should not become one region; None where that pays."""
         work = take_apart(whole, lambda v: v.name)

@@ -10,6 +10,7 @@ from graphnet.ir.types import Layout
 from graphnet.lowering.launch.codegen import Index
 from graphnet.lowering.launch.config import Config, cdiv
 from graphnet.lowering.launch.conv import geometry, outputs
+from graphnet.lowering.launch.moments import moments
 from graphnet.lowering.launch.products import (
     Product,
     Size,
@@ -37,6 +38,7 @@ class Flat(Product):
     """Forward and input gradient."""
 
     name, ops = "flat", ("conv2d", "conv2d_dgrad")
+    moments = True
 
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
@@ -59,7 +61,8 @@ class Flat(Product):
         first, w, out = (v.type.shape for v in (*e.inputs[:2], e.out))
         x, y = (first, out) if forward else (out, first)
         m, n, k, g = self.size(work.problem)
-        epi = work.epilogue(e.out, Index(out), bias=work.bias)
+        keep = moments(work, cdiv(m, c.BM)) if forward else None
+        epi = work.epilogue(e.out, Index(out), bias=work.bias, returns=keep and keep.value)
         constants = {
             **geometry(x, w, y, e.attrs),
             **strides("X" if forward else "D", work.type(e.inputs[0])),
@@ -68,7 +71,10 @@ class Flat(Product):
         }  # fmt: skip
         kernel = "conv2d_forward" if forward else "conv2d_dgrad"
         return [
-            product(work, kernel, "conv", c, constants, (m, n, g), epi, length=blocks(k, c.BK))
+            product(
+                work, kernel, "conv", c, constants, (m, n, g), epi, length=blocks(k, c.BK),
+                keep=keep,
+            )
         ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from graphnet.lowering.launch.conv import (
     not_in_blocks,
     outputs,
 )
+from graphnet.lowering.launch.moments import moments
 from graphnet.lowering.launch.steps import Box, Launch, Table, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant, no_descriptors
 from graphnet.lowering.launch.work import Work
@@ -172,6 +173,7 @@ class _Images(Variant):
     """What both variants share. pixels: neighbours that a program makes."""
 
     ops: tuple[str, ...] = ("conv2d", "conv2d_dgrad")
+    moments = True
     pixels: int
 
     def accepts(
@@ -212,21 +214,24 @@ class _Images(Variant):
     def launch(self, work: Work, config: Config) -> list[Launch]:
         e, c, g = work.anchor, config, of_work(work, self.pixels)
         x, w = (work.ref(v) for v in e.inputs[:2])
-        epi = work.epilogue(e.out, Index(e.out.type.shape), bias=work.bias)
+        across = cdiv(g.OW, g.PIXELS)
+        keep = moments(work, cdiv(g.N, c.BM // g.PIXELS) * g.OH * across)
+        shape = e.out.type.shape
+        epi = work.epilogue(e.out, Index(shape), bias=work.bias, returns=keep.value)
         operands = (
             _image(x, g, c), filters_box(w, g, c.BN, c.BK),
             filters_box(w, g, c.BT, c.BK) if c.BT else None, order(g) if c.LPT else None,
         )  # fmt: skip
         constants = {
             **g.constants(), "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK,
-            "AT_ONCE": 32 * c.num_warps * at_once(work.problem.dtype, work.held),
-            "PRECISION": work.problem.dtype, "EPILOGUE": source(epi),
+            **keep.at_once(c.num_warps, at_once(work.problem.dtype, work.held)),
+            "PRECISION": work.problem.dtype, **keep.constants, "EPILOGUE": source(epi),
         }  # fmt: skip
         tiles = cdiv(g.K, c.BN + c.BT) * cdiv(g.N, c.BM // g.PIXELS)
         return [
             make(
-                "conv2d_rows", "conv_rows", (*operands, arguments(epi)), constants,
-                (tiles * g.OH * cdiv(g.OW, g.PIXELS), g.G), reads=(x.name, w.name),
+                "conv2d_rows", "conv_rows", (*operands, keep.args, arguments(epi)), constants,
+                (tiles * g.OH * across, g.G), reads=(x.name, w.name, *keep.reads), **keep.rest,
                 epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
                 padded=2 * tiles * g.G * c.BM * (c.BN + c.BT) * g.depth(c.BK),
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.types import Layout, TensorType
-from graphnet.lowering.launch.codegen import Epilogue, Index
+from graphnet.lowering.launch.codegen import Index
 from graphnet.lowering.launch.config import (
     LEAST_PART,
     PROCESSORS,
@@ -30,6 +30,7 @@ from graphnet.lowering.launch.conv import (
     outputs,
     pixels,
 )
+from graphnet.lowering.launch.moments import moments
 from graphnet.lowering.launch.products import (
     Product,
     Size,
@@ -61,6 +62,7 @@ class Taps(ByTap):
     """Forward and input gradient."""
 
     name, ops = "taps", ("conv2d", "conv2d_dgrad")
+    moments = True
 
     def size(self, p: Problem) -> Size:
         """The reduction is that of one tap."""
@@ -83,33 +85,37 @@ class Taps(ByTap):
         return Config(bm, bn, bk, BT=bt, num_stages=3 if bk >= 64 else 4)
 
     def launch(self, work: Work, config: Config) -> list[Launch]:
-        constants, m, epi = _walk(work)
-        n, k, g = (constants[key] for key in "KCG")
         c = config
+        constants, m = _walk(work)
+        n, k, g = (constants[key] for key in "KCG")
+        keep, out = moments(work, cdiv(m, c.BM)), work.anchor.out
+        epi = work.epilogue(out, Index(out.type.shape), bias=work.bias, returns=keep.value)
         constants |= {
             "BM": c.BM, "BN": c.BN, "BT": c.BT, "BK": c.BK, "PRECISION": work.problem.dtype,
             "EPILOGUE": source(epi),
         }  # fmt: skip
         length = constants["R"] * constants["S"] * blocks(k, c.BK)
         return [
-            product(work, "conv2d_taps", "conv_taps", c, constants, (m, n, g), epi, length=length)
+            product(
+                work, "conv2d_taps", "conv_taps", c, constants, (m, n, g), epi, length=length,
+                keep=keep,
+            )
         ]  # fmt: skip
 
 
-def _walk(work: Work) -> tuple[dict[str, Any], int, Epilogue | None]:
-    """(constexprs of a walk over the taps, pixels of the result, epilogue) of a forward pass or an
-    input gradient."""
+def _walk(work: Work) -> tuple[dict[str, Any], int]:
+    """(constexprs of a walk over the taps, pixels of the result) of a forward pass or an input
+    gradient."""
     e, a = work.anchor, work.anchor.attrs
     out = e.out.type.shape
     first, w = (work.type(v) for v in e.inputs[:2])
-    epi = work.epilogue(e.out, Index(out), bias=work.bias)
     if e.op == "conv2d_dgrad":
         constants = _dgrad(first, w, out, a)
     elif first.layout.s2d:
         constants = _blocks(first, w, out)
     else:
         constants = _forward(first, w, out, a)
-    return constants, out[0] * out[2] * out[3], epi
+    return constants, out[0] * out[2] * out[3]
 
 
 def _forward(x: TensorType, w: TensorType, y: tuple[int, ...], a: Any) -> dict[str, Any]:

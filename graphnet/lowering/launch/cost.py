@@ -64,16 +64,17 @@ def with_costs(work: Work, steps: list[Launch]) -> Iterator[Launch]:
     The anchor's arithmetic is the first launch's, elementwise code that of the launch which holds
     it, and a second pass adds up what the first one left in the workspace.
     """
-    e = work.eqn
-    sizes = {work.name[v]: v.type.bytes for v in (*e.inputs, *e.results)}
+    e, names = work.whole, {**(work.then.name if work.then else {}), **work.name}
+    sizes = {names[v]: v.type.bytes for v in (*e.inputs, *e.results)}
     sizes |= {name: size for s in steps for name, size in s.scratch}
     math = getattr(work.anchors[0].attrs, "math", "ieee") if work.anchors else "ieee"
     holder = next((k for k, s in enumerate(steps) if s.epilogues), 0)
+    first = holder if work.kept else 0  # statistics that were kept leave the rest to the last one
     for k, s in enumerate(steps):
         flops = sum(size // 4 for n, size in steps[0].scratch if n in s.reads) if k else 0
-        flops += sum(eqn_cost(a).flops for a in work.anchors) if k == 0 else 0
+        flops += sum(eqn_cost(a).flops for a in work.anchors) if k == first else 0
         flops += sum(eqn_cost(r).flops for r in work.rest) if k == holder else 0
         moved = s.bytes or sum(sizes[b] for b in {*s.reads, *s.writes})
         yield replace(
-            s, where=e.where, flops=flops, bytes=moved, math="ieee" if k else math
+            s, where=work.eqn.where, flops=flops, bytes=moved, math="ieee" if k else math
         )  # fmt: skip

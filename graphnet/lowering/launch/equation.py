@@ -15,9 +15,10 @@ from graphnet.errors import UnsupportedOpError
 from graphnet.ir.graph import Eqn, Value
 from graphnet.ir.op import get_op
 from graphnet.lowering.launch.aside import confined
-from graphnet.lowering.launch.choice import Kernels
+from graphnet.lowering.launch.choice import Choice, Kernels
 from graphnet.lowering.launch.codegen import Index, Ref, write_epilogue
 from graphnet.lowering.launch.cost import with_costs
+from graphnet.lowering.launch.moments import kept
 from graphnet.lowering.launch.moves import MOVES, pack, pointwise_launch, run_move
 from graphnet.lowering.launch.steps import Collective, Launch, Step, make
 from graphnet.lowering.launch.sums import SUMS
@@ -39,13 +40,21 @@ def launches(eqn: Eqn, name: Callable[[Value], str], kernels: Kernels) -> list[S
         return [take(eqn, name)]
     work = take_apart(eqn, name)
     if work.anchors:
-        choice = kernels.choose(work)
-        steps = with_costs(work, choice.variant.launch(work, choice.config))
-        return [replace(confined(s), choice=choice) for s in steps]
+        return [confined(s) for s in computed(work, kernels.choose(work), kernels)]
     if eqn.op == "record_step":
         return list(with_costs(work, [_record(work)]))
     packs = any(e.op == "relayout" and e.out.type.layout.s2d for e in work.rest)
     return list(with_costs(work, [_packed(work) if packs else _pointwise(work)]))
+
+
+def computed(work: Work, choice: Choice, kernels: Kernels) -> list[Launch]:
+    """The launches of an equation with an anchor, and of the batch normalization joined with it."""
+    steps = with_costs(work, choice.variant.launch(work, choice.config))
+    made = [replace(s, choice=choice) for s in steps]
+    if work.then is None:
+        return made
+    norm = replace(work.then, kept=kept(work.then, made))
+    return [*made, *computed(norm, kernels.choose(norm), kernels)]
 
 
 def _check_layouts(eqn: Eqn) -> None:

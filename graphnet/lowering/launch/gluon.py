@@ -48,7 +48,7 @@ class Specialised(Variant):
     """A variant whose kernel has a loading warp and two consumers. The class behind it computes the
     same equation in Triton's language, says what the shape has to be, and is the fallback."""
 
-    interpreted = False
+    interpreted = moments = False
 
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int

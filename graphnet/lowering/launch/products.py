@@ -25,7 +25,8 @@ from graphnet.lowering.launch.config import (
     next_power,
     tile,
 )
-from graphnet.lowering.launch.steps import Launch, arguments, make, source
+from graphnet.lowering.launch.moments import Moments
+from graphnet.lowering.launch.steps import Arg, Launch, arguments, make, source
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work
 
@@ -141,17 +142,23 @@ def blocks(n: int, size: int) -> int:
 
 def product(
     work: Work, kernel: str, module: str, c: Config, constants: dict[str, Any],
-    size: tuple[int, int, int], epi: Epilogue | None, *, length: int,
+    size: tuple[int, int, int], epi: Epilogue | None, *, length: int, keep: Moments | None = None,
 ) -> Launch:  # fmt: skip
     """A launch over tiles of `size`: rows, columns, groups.
 
     length  of the reduction, its blocks filled up
+    keep    what a kernel is told of a batch normalization; None where it does not ask
     """
     a, b = (work.ref(v) for v in work.anchor.inputs[:2])
     grid = (cdiv(size[0], c.BM), cdiv(size[1], c.BN + c.BT), size[2])
+    args: tuple[Arg, ...] = (a, b, arguments(epi))
+    kept = keep or Moments()
+    if keep is not None:
+        args = (a, b, keep.args, arguments(epi))
+        constants = {**constants, **keep.constants, **keep.at_once(c.num_warps)}
     return make(
-        kernel, module, (a, b, arguments(epi)), constants, grid,
-        reads=(a.name, b.name), epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
+        kernel, module, args, constants, grid, reads=(a.name, b.name, *kept.reads), **kept.rest,
+        epilogues=(epi,), num_warps=c.num_warps, num_stages=c.num_stages,
         padded=2 * prod(grid) * c.BM * (c.BN + c.BT) * length,
     )  # fmt: skip
 

@@ -99,11 +99,13 @@ class Variant(ABC):
     name         as tables, flags and reports call it; distinct among the variants of an op
     ops          the anchors that it computes; a pair in one region is "first+second"
     interpreted  whether Triton's interpreter can run it
+    moments      whether its kernel can keep the statistics of a batch normalization that follows
     """
 
     name: str
     ops: tuple[str, ...]
     interpreted: bool = True
+    moments: bool = False
 
     def accepts(
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int

@@ -12,7 +12,7 @@ from graphnet.ir.types import Layout, TensorType
 from graphnet.lowering.launch.codegen import Epilogue, Index, Ref, write_epilogue
 from graphnet.lowering.launch.problems import ANCHORS, problem_of, problem_of_region
 from graphnet.lowering.launch.variants import Problem
-from graphnet.passes.templates import anchors_of, members_of
+from graphnet.passes.templates import anchors_of, members_of, normalised
 
 
 def strides(prefix: str, type: TensorType) -> dict[str, int]:
@@ -26,6 +26,9 @@ class Work:
 
     name    buffer of every operand and result, inner or outer
     stores  (inner value, outer value) of each result
+    then    the batch normalization of a result, joined with this convolution: its kernel may keep
+            the statistics. `whole` is the equation of both
+    kept    of a batch normalization: (workspace, parts) of the statistics, where they were kept
     """
 
     eqn: Eqn
@@ -34,6 +37,14 @@ class Work:
     name: Mapping[Value, str]
     outer: Mapping[Value, Value]
     stores: tuple[tuple[Value, Value], ...]
+    then: Work | None = None
+    joined: Eqn | None = None
+    kept: tuple[Ref, int] | None = None
+
+    @property
+    def whole(self) -> Eqn:
+        """The equation, with what was joined with it."""
+        return self.joined or self.eqn
 
     @property
     def anchor(self) -> Eqn:
@@ -134,6 +145,9 @@ class Work:
 
 def take_apart(eqn: Eqn, name: Callable[[Value], str]) -> Work:
     """`name` gives each value outside its buffer."""
+    if (both := normalised(eqn)) is not None:
+        first, second = (take_apart(e, name) for e in both)
+        return replace(first, then=second, joined=eqn)
     eqns: tuple[Eqn, ...]
     outer: dict[Value, Value]
     if eqn.body is None:

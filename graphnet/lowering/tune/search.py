@@ -20,9 +20,10 @@ import torch
 
 from graphnet.errors import GraphnetError
 from graphnet.lowering.build.build import try_launches
-from graphnet.lowering.launch.choice import Kernels
+from graphnet.lowering.launch.choice import Choice, Kernels
 from graphnet.lowering.launch.config import Config
-from graphnet.lowering.launch.cost import CEILINGS, floor_us, with_costs
+from graphnet.lowering.launch.cost import CEILINGS, floor_us
+from graphnet.lowering.launch.equation import computed
 from graphnet.lowering.launch.steps import Launch
 from graphnet.lowering.launch.variants import Problem, Variant
 from graphnet.lowering.launch.work import Work, take_apart
@@ -103,8 +104,8 @@ class Found:
 # ---- the search ------------------------------------------------------------------------------
 
 
-def _launches(work: Work, variant: Variant, config: Config) -> list[Launch]:
-    return list(with_costs(work, variant.launch(work, config)))
+def _launches(work: Work, variant: Variant, config: Config, kernels: Kernels) -> list[Launch]:
+    return computed(work, Choice(work.problem, variant, config, "tried"), kernels)
 
 
 def _jobs(plan: Plan) -> dict[Problem, list[Work]]:
@@ -175,7 +176,7 @@ def _to_gain_us(work: Work, kernels: Kernels, model: str) -> float:
     """What today's choice takes, as measured or else predicted, beyond the least that is possible.
     At least a little, so that nothing is left out."""
     now = kernels.choose(work)
-    steps = _launches(work, now.variant, now.config)
+    steps = _launches(work, now.variant, now.config, kernels)
     least = sum(floor_us(s.flops, s.bytes, s.math, model) for s in steps)
     return max((now.us or predict_us(steps, model)) - least, 0.1)
 
@@ -225,7 +226,7 @@ class _Job:
         seen: set[tuple] = set()
         for variant, config in candidates(p, self.works, kernels):
             try:
-                steps = [_launches(w, variant, config) for w in self.works]
+                steps = [_launches(w, variant, config, kernels) for w in self.works]
             except GraphnetError as error:
                 self.trial(Candidate(variant, config, float("inf"), []), "failed", str(error))
                 continue
@@ -244,7 +245,7 @@ class _Job:
     def run(self, plan: Plan, seconds: float) -> None:
         """Holds each candidate against the reference, and times those that are right."""
         began = time.perf_counter()
-        alone = [Alone(plan.graph, w.eqn, plan.target) for w in self.works]
+        alone = [Alone(plan.graph, w.whole, plan.target) for w in self.works]
         right: list[tuple[Candidate, list[Callable[[], None]]]] = []
         with torch.no_grad(), mode(plan.target):
             for k, c in enumerate(self.made):
