@@ -15,7 +15,7 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.lowering import watch
-from graphnet.lowering.targets import cpu_conv, cpu_dense, cpu_ranks, cpu_update
+from graphnet.lowering.targets import cpu_conv, cpu_dense, cpu_ranks, cpu_thin, cpu_update
 from graphnet.lowering.targets.collectives import Group
 from graphnet.lowering.targets.cpu_fold import Folded, folds
 from graphnet.lowering.targets.cpu_over import over
@@ -248,9 +248,9 @@ class _Schedule:
         return self.twins[v, form]
 
     def _conv(self, e: Eqn) -> list[Task]:
-        phase = cpu_conv.phase_conv(e, self.read_by)
-        if phase is not None:
-            return [phase.forward(), *(phase.backward(g, w) for g, w in phase.grads)]
+        pooled = cpu_thin.pooled_conv(e, self.read_by)
+        if pooled is not None:
+            return [pooled.forward(), *(pooled.backward(g, w) for g, w in pooled.grads)]
         norm = self._alone_behind(e, "normalize")
         folded = Folded(e, norm) if norm is not None and folds(e, norm, self.graph) else None
         self.folded += [folded] if folded else []
@@ -274,10 +274,12 @@ class _Schedule:
             wgrad, dgrad = e, self._partner(e, e.inputs[1], "conv2d_dgrad", 0)
         if dgrad is not None and wgrad is not None:
             fits = dgrad.out.type.shape == wgrad.inputs[0].type.shape
-            if not fits or cpu_conv.splits(dgrad):
+            if not fits or cpu_conv.splits(dgrad) or cpu_thin.runs_input_gradient(dgrad):
                 wgrad, dgrad = (wgrad, None) if e is wgrad else (None, dgrad)
         if wgrad is None:
             assert dgrad is not None
+            if cpu_thin.runs_input_gradient(dgrad):
+                return [cpu_thin.input_gradient(dgrad)]
             return [cpu_conv.conv_dgrad(dgrad) if cpu_conv.splits(dgrad) else generic(dgrad)]
         tasks: list[Task] = []
         x, dy = (self._twin(v, tasks, wgrad) for v in wgrad.inputs)
