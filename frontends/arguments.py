@@ -74,8 +74,8 @@ def check_ranks(ranks: Any, optimizer: Any, grads: bool, towers: Any) -> None:
         if ranks != 2:
             raise ConfigError(
                 f"two towers run on two ranks, not on {ranks}",
-                help='start two processes and give them as group="world" (torchrun '
-                "--nproc-per-node 2), or leave towers out",
+                help="start two processes (torchrun --nproc-per-node 2 -m graphnet train ..., in "
+                'Python group="world" in each), or leave towers out',
             )
         return
     if ranks > 1 and optimizer is None and not grads:

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with stoppable(), warnings.catch_warnings():
             warnings.showwarning = _warn
+            ranks.check_verb(argv)
             code = app(args=argv or ["--help"], prog_name="graphnet", standalone_mode=False)
         _exit(code if isinstance(code, int) else 0)
     except Stopped as stop:

@@ -46,6 +46,17 @@ def net() -> Any:
     return made
 
 
+def halves() -> Any:
+    """A net that two towers divide, with a normalization by batch and one that stays in a half."""
+    made = gn.Sequential(
+        gn.Conv2d(1, 8, 5, stride=4, bias=False), gn.BatchNorm2d(8), gn.ReLU(),
+        gn.LocalResponseNorm(3, k=2.0, groups=2), gn.Conv2d(8, 8, 3, groups=2), gn.ReLU(),
+        gn.Flatten(), gn.Linear(8 * 4 * 4, 12), gn.ReLU(), gn.Dropout(0.4), gn.Linear(12, 10),
+    )  # fmt: skip
+    made.input_shape = (1, 28, 28)
+    return made
+
+
 def make_data(folder: Path) -> None:
     """Noise in MNIST's format."""
     rng = np.random.default_rng(0)
@@ -58,17 +69,30 @@ def make_data(folder: Path) -> None:
             (folder / f"{split}-{name}-ubyte").write_bytes(head + data.tobytes())
 
 
-def train(folder: Path, out: str, *more: Any) -> list[str]:
+def train(folder: Path, out: str, *more: Any, net: str = "net") -> list[str]:
     """A command line."""
-    argv = ["train", f"{ROOT / 'tests/torchrun.py'}:net", "--data", f"mnist:{folder / 'data'}",
+    argv = ["train", f"{ROOT / 'tests/torchrun.py'}:{net}", "--data", f"mnist:{folder / 'data'}",
             "--epochs", 3, "--batch", BATCH, "--target", "cpu", "--lr", 0.05, "--augment", "digits",
             "--out", folder / out, *more]  # fmt: skip
     return list(map(str, argv))
 
 
 def plant(fault: str) -> None:
-    """KIND:RANK:STEP makes a rank raise, sleep, or send itself a signal in front of a step."""
+    """KIND:RANK:STEP makes a rank raise, sleep, or send itself a signal in front of a step.
+
+    In front of step -1 it has met the others, and they do not know it yet.
+    """
     kind, rank, step = fault.split(":")
+    if step == "-1":
+        met = torch.distributed.init_process_group
+
+        def killed(*args: Any, **how: Any) -> None:
+            met(*args, **how)
+            if os.environ.get("RANK") == rank:
+                os.kill(os.getpid(), int(kind))
+
+        torch.distributed.init_process_group = killed
+        return
     steps = Batched.steps
 
     def failing(self: Any) -> Any:
@@ -182,8 +206,16 @@ def everything(folder: Path) -> dict[str, Any]:
         shutil.copytree(folder / "term", folder / f"after{n}")
         argv = train(folder, f"after{n}", "--resume")
         found[f"after{n}"] = plain(log(f"after{n}"), n * [argv])
-    for name, fault in (("raise", "raise:1:8"), ("kill", f"{int(signal.SIGKILL)}:1:8")):
+    kill = int(signal.SIGKILL)
+    failing = (("raise", "raise:1:8"), ("kill", f"{kill}:1:8"), ("early", f"{kill}:1:-1"))
+    for name, fault in failing:
         found[name] = under_agent(log(name), train(folder, name), fault)
+    by_half = lambda name, *more: train(folder, name, "--epochs", 1, *more, net="halves")
+    found["half"] = plain(log("half"), [by_half("half")])
+    found["towers"] = plain(log("towers"), 2 * [by_half("towers", "--towers")])
+    found["norms"] = plain(log("norms"), 2 * [by_half("norms")])
+    found["joined"] = plain(log("joined"), 2 * [by_half("joined", "--sync-bn")])
+    found["verb"] = plain(log("verb"), 2 * [["eval", str(folder / "whole")]])
     hung = 2 * [train(folder, "hung", "--timeout", 1)]
     found["hung"] = plain(log("hung"), hung, "sleep:1:2", patience=8)
     rates = [train(folder, "differ", "--lr", lr) for lr in (0.1, 0.2)]

@@ -34,6 +34,18 @@ def under_torchrun() -> bool:
     return all(n in os.environ for n in _SET_BY_TORCHRUN) and _number("WORLD_SIZE") > 1
 
 
+def check_verb(argv: list[str]) -> None:
+    """Where torchrun would do the work of one process several times: ConfigError on the first rank,
+    while the others end."""
+    if under_torchrun() and argv[:1] not in ([], ["train"]) and not argv[0].startswith("-"):
+        if not speaks():
+            raise SystemExit(2)
+        raise ConfigError(
+            f"graphnet {argv[0]} is the work of one process, and torchrun has started "
+            f"{os.environ['WORLD_SIZE']}", help=f"graphnet {argv[0]} ... without torchrun",
+        )  # fmt: skip
+
+
 def local_ranks() -> int:
     """How many of these processes share this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else 1
@@ -45,11 +57,13 @@ def _number(name: str, otherwise: int = 0) -> int:
 
 
 class _Run:
-    """This process among those of a run, as long as they are together."""
+    """This process among those of a run, as long as they are together.
+
+    store  holds under `process.RANK` the process and the machine of each
+    """
 
     def __init__(self, store: Any, group: Group) -> None:
         self.store, self.group = store, group
-        store.set(f"process.{group.rank}", f"{os.getpid()} {socket.gethostname()}")
 
     def line(self, error: BaseException, text: str) -> str | None:
         """The line about an error; None where another rank says it."""
@@ -122,6 +136,9 @@ def joined(target: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group | N
     with _killable():
         try:
             store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+            known = dist.PrefixStore("graphnet.run", store)
+            # Before the others are met: to read a key that a rank never sets is to wait for it.
+            known.set(f"process.{rank}", f"{os.getpid()} {socket.gethostname()}")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=rank, world_size=ranks,
                 store=dist.PrefixStore("graphnet", store), timeout=limit,
@@ -130,7 +147,7 @@ def joined(target: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group | N
             text = f"the other processes are not reached: {' '.join(str(error).split())}"
             raise RankError(text, help="see why they ended, or wait longer (--timeout)") from None
         group = Group(dist.group.WORLD)
-        _run = _Run(dist.PrefixStore("graphnet.run", store), group)
+        _run = _Run(known, group)
         group.agree(versions())
     yield group
     group.any(False)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from graphnet.train import checkpoint, rundir
+from graphnet.train import checkpoint, evaluation, rundir
 from graphnet.train.data import Batches, Dataset, load
 from tests import torchrun
 
@@ -85,6 +85,25 @@ def test_two_processes_train_as_one_does(runs):
     assert tests[0]["confusion"] == tests[1]["confusion"]
 
 
+@pytest.mark.parametrize("name", ["towers", "joined"])
+def test_a_normalized_net_trains_as_in_one_process(runs, name):
+    """In two towers, whose channels have statistics of their own, and over the rows of all."""
+    assert runs[1]["half"] == [0] and runs[1][name] == [0, 0]
+    assert apart(runs, name, "half") < 1e-5
+    for a, b in zip(history(runs, name), history(runs, "half"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_statistics_of_the_first_rank_are_evaluated(runs):
+    """Each rank has its own, unless they are joined: the checkpoint holds those that were used."""
+    assert runs[1]["norms"] == [0, 0] and apart(runs, "norms", "half") > 1e-3
+    said = json.loads((runs[0] / "norms/test.json").read_text())
+    model = f"{torchrun.ROOT / 'tests/torchrun.py'}:halves"
+    found = evaluation.evaluate_run(runs[0] / "norms", model=model)
+    assert found["loss"] == pytest.approx(said["loss"], rel=1e-5)
+    assert found["confusion"] == said["confusion"]
+
+
 def test_a_signal_to_one_rank_stops_all_at_one_step(runs):
     assert runs[1]["term"] < BUSY and last(runs, "term").step == STOPPED
     text = (runs[0] / "term.log").read_text()
@@ -109,13 +128,17 @@ def test_a_run_goes_on_with_any_number_of_processes(runs, ranks):
     [
         ("raise", "graphnet: rank 1: ValueError: planted; GRAPHNET_DEBUG=1 shows where"),
         ("kill", "graphnet: rank 1 of 2 has ended without a word"),
+        ("early", "graphnet: rank 1 of 2 has ended without a word"),  # before there is a run
     ],
 )
 def test_a_rank_that_fails_ends_all(runs, name, line):
     assert runs[1][name] < BUSY
     (only,) = said(runs, name)
     assert only.startswith(line)
-    assert last(runs, name).step == torchrun.STEPS  # whole, and from before
+    if name == "early":
+        assert not (runs[0] / name).exists()
+    else:
+        assert last(runs, name).step == torchrun.STEPS  # whole, and from before
 
 
 def test_a_rank_that_hangs_is_not_waited_for(runs):
@@ -130,6 +153,8 @@ def test_what_is_wrong_at_the_start_is_named_once(runs):
         ("differ", "--lr is 0.1 on rank 0 and 0.2 on rank 1"),
         ("empty", "a batch of 4 images gives each of 3 ranks 2, and rank 2 has none in any step; "
                   "help: start 2 processes, or a batch of 3"),
+        ("verb", "graphnet eval is the work of one process, and torchrun has started 2; help: "
+                 "graphnet eval ... without torchrun"),
         ("taken", "already exists and holds a run; help: add --resume"),
     ):  # fmt: skip
         assert 2 in found[name] and 0 not in found[name]
@@ -228,7 +253,7 @@ def test_it_ends_well_at_any_moment(runs, how, tmp_path):
         else:
             process = torchrun.started(argv)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(draw.uniform(1, 9))
+                process.wait(draw.uniform(1, 6))
             ranks = children(process.pid)
             whom = [process.pid, *ranks] if how != "SIGKILL" else ranks
             if whom:
