@@ -47,10 +47,10 @@ BUILT_FOR = "h100"  # the GPU that we build for where there is none
 
 @dataclass(frozen=True)
 class Pass:
-    """The forward (half 0) or the backward pass (1) from given cotangents, with respect to inputs
-    of the graph by name, in training or in inference."""
+    """The forward (half 0) or the backward pass (1) from given cotangents, or both (None), with
+    respect to inputs of the graph by name, in training or in inference."""
 
-    half: int
+    half: int | None
     wrt: tuple[str, ...]
     training: bool
 
@@ -128,7 +128,7 @@ def lower(
             handling=handling, wrt=pass_.wrt if pass_ else None, ranks=rows,
             reduce=reduce, towers=channels,
         )  # fmt: skip
-        if pass_:
+        if pass_ and pass_.half is not None:
             stages.fused = halves(stages.fused, len(traced.returns))[pass_.half]
         plan = make_plan(stages.fused, target, kernels)
     dump(plan)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,11 +202,17 @@ def _compiled(
     net: Module, shape: tuple[int, ...], how: dict[str, Any], seed: int, wrt: tuple[str, ...],
     training: bool,
 ) -> tuple[Forward, Backward | None]:
-    """Both programs. They share buffers, so that both are lowered by the same kernels."""
+    """Both programs. They share buffers, so that both are lowered by the same kernels.
+
+    On the cpu target they are two parts of one program, which keeps values in whatever form is
+    best. Only where it is checked against float64, a graph at a time, they are two there as well.
+    """
     traced = trace(net, shape, training=training)
     keys = reached(traced, wrt)
-    args = [{**how, "pass_": api.Pass(half, keys, training)} for half in (0, 1)]
-    lows = [api.lower(net, shape, **a) for a in args[: 2 if keys else 1]]
+    whole = how["target"] == "cpu" and bool(keys) and not config.check()
+    halves: tuple[int | None, ...] = (None,) if whole else (0, 1) if keys else (0,)
+    args = [{**how, "pass_": api.Pass(half, keys, training)} for half in halves]
+    lows = [api.lower(net, shape, **a) for a in args]
     if lows[0].target == "cuda":
         lows = _settled(net, shape, args[: len(lows)], lows)
     target = importlib.import_module(f"graphnet.lowering.targets.{lows[0].target}")
@@ -215,9 +222,14 @@ def _compiled(
          "precision": low.precision}
         for low in lows
     ]  # fmt: skip
-    forward = Forward(results=len(traced.returns), **common[0])
+    results = len(traced.returns)
+    if whole:
+        common[0]["prepare"] = partial(target.prepare, results=results)
+    forward = Forward(results=results, **common[0])
     if not keys:
         return forward, None
+    if whole:
+        common.append({**common[0], "prepare": lambda plan, storage: forward.rest})
     return forward, Backward(keys=keys, forward=forward, **common[1])
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Forward(Program):
     def buffers(self) -> dict[str, torch.Tensor]:
         """Inputs and what is kept, by name: storage that the backward pass reads."""
         return self._storage
+
+    @property
+    def rest(self) -> Callable[[], None]:
+        """What runs the backward pass, where this program holds both."""
+        return self._run.rest  # type: ignore[attr-defined, no-any-return]
 
     @taking_turns
     def __call__(self, x: torch.Tensor, mask: int = 0) -> tuple[torch.Tensor, ...]:
@@ -68,7 +73,7 @@ class Backward(Program):
         self._step()
         out = {}
         for k, key in enumerate(self.keys):
-            made = self._storage[self._returns[k]]
+            made = self._storage[self._returns[k - len(self.keys)]]  # results may stand before
             made = made[:rows] if key == "x" else made
             out[key] = made.clone(memory_format=torch.preserve_format)
         return out

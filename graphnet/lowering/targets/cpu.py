@@ -30,6 +30,7 @@ from graphnet.lowering.targets.cpu_task import (
     symmetric,
 )
 from graphnet.ops.collective import exchanging
+from graphnet.passes.autodiff import cotangent
 from graphnet.passes.templates import is_update
 
 Storage = dict[str, torch.Tensor]
@@ -91,9 +92,15 @@ def _recorded(record: Eqn) -> tuple[Value, ...]:
 
 
 class _Schedule:
-    """The flat graph as tasks: `body` reads the old state, `tail` writes the new one in place."""
+    """The flat graph as tasks: `body` reads the old state, `tail` writes the new one in place.
 
-    def __init__(self, graph: Graph, storage: Storage, group: Group | None = None) -> None:
+    `rest` is the backward pass from cotangents of so many `results`. It may run several times
+    behind one forward pass, so it writes over nothing that came before it.
+    """
+
+    def __init__(
+        self, graph: Graph, storage: Storage, group: Group | None = None, results: int = 0
+    ) -> None:
         self.graph, self.storage = graph, storage
         self.eqns = flatten(graph)
         self.escaping = graph.escaping
@@ -102,6 +109,7 @@ class _Schedule:
             for v in dict.fromkeys(e.inputs):
                 self.readers.setdefault(v, []).append(e)
         self.made = {v: e for e in self.eqns for v in e.results}
+        self.late = _behind(self.eqns, graph, results)
         self.done: set[int] = set()
         self.twins: dict[tuple[Value, cpu_conv.Form], Value] = {}
         self.wide: dict[Value, Value] = {}
@@ -111,8 +119,13 @@ class _Schedule:
         self.starts, waits = cpu_ranks.tasks_of(self.eqns, group)
         tail = self._tail()
         body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
-        self.body = in_order(self.flags + body + waits, set(graph.input_values))
-        self.tail = tail
+        self.body, self.rest, self.tail = [], [], tail
+        for t in in_order(self.flags + body + waits, set(graph.input_values)):
+            if self.late.isdisjoint(t.reads):
+                self.body.append(t)
+            else:
+                self.rest.append(t)
+                self.late.update(t.writes)  # twins in another layout, too
 
     def forget(self) -> None:
         """The next step folds normalizations into its weights again."""
@@ -233,7 +246,8 @@ class _Schedule:
             pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
             if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
                 return [cpu_dense.cross_entropy(e, pair[0])]
-        return [over(e, self.made, self.read_by) or generic(e)]
+        mine = [v for v in e.inputs if e.out not in self.late or v in self.late]
+        return [over(e, self.made, lambda v: self.read_by(v) if v in mine else []) or generic(e)]
 
     def _only(self, v: Value, op: str) -> bool:
         return all(r.op == op for r in self.readers.get(v, []))
@@ -295,6 +309,16 @@ class _Schedule:
         return found[0] if len(found) == 1 else None
 
 
+def _behind(eqns: list[Eqn], graph: Graph, results: int) -> set[Value]:
+    """The cotangents of so many results, and all values that depend on them."""
+    given = {cotangent(k) for k in range(results)}
+    out = {v for v in graph.input_values if v.name in given}
+    for e in eqns:
+        if not out.isdisjoint(e.inputs):
+            out.update(e.results)
+    return out
+
+
 def _views(graph: Graph) -> set[Value]:
     """Values that may share memory with an input."""
     out = set(graph.input_values)
@@ -306,63 +330,80 @@ def _views(graph: Graph) -> set[Value]:
 
 def prepare(
     plan: Any, storage: Storage, *, around: Callable[[Task, Call], Call] = lambda task, call: call,
-    group: Group | None = None,
+    group: Group | None = None, results: int | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """The step as a callable over fixed storage, by name of input and of returned value.
 
-    around  is given each task with its call and returns what is called instead: to time it
-    group   the processes that take part, where there are several
+    around   is given each task with its call and returns what is called instead: to time it
+    group    the processes that take part, where there are several
+    results  of a graph that takes cotangents: how many returned values the forward pass has. Then
+             the callable runs that, and its method `rest` the backward pass of its latest call
     It reads `plan.graph` only. Calling it runs one step: returned values are copied to their
     storage, then committed state is replaced. Gradients are off while it runs. Where it keeps
     weights that are made of others, it has a method `forget`.
     """
     graph: Graph = plan.graph
     _keep_freed_memory()
-    schedule = _Schedule(graph, storage, group)
+    schedule = _Schedule(graph, storage, group, results or 0)
     slots: dict[Value, int] = {}
 
     def slot(v: Value) -> int:
         return slots.setdefault(v, len(slots))
 
     fixed = [(slot(i.value), storage[i.value.name]) for i in graph.inputs]
-    tasks = schedule.body + schedule.tail
+    tasks = schedule.body + schedule.rest + schedule.tail
     calls = [around(t, watch.timed_task(t, t.make(slot))) for t in tasks]
     placed = {v for t in schedule.tail for e in t.eqns if e.op not in _COPIES for v in e.results}
     shared = _views(graph)
     returns = [(storage[v.name], slot(v)) for v in graph.returns]
     # What may be a view of the state is copied before the state changes.
     early = [slot(new) for _, new in graph.commits if new in shared]
+    early += [slot(old) for old, _ in graph.commits if any(old in t.reads for t in schedule.rest)]
     commits = [(storage[old.name], slot(new)) for old, new in graph.commits if new not in placed]
     keep = {at for _, at in (*commits, *returns)} | {at for at, _ in fixed}
     drops = _last_uses(tasks, slots, keep)
     program = list(zip(calls, drops, strict=True))
-    body, tail = program[: len(schedule.body)], calls[len(schedule.body) :]
+    first, last = len(schedule.body), len(tasks) - len(schedule.tail)
+    body, rest, tail = program[:first], program[first:last], calls[last:]
     blank: Env = [None] * len(slots)
     for at, tensor in fixed:
         blank[at] = tensor
+    latest: Env = []  # what the forward pass leaves
 
-    @torch.no_grad()
-    def run() -> None:
-        env = blank.copy()
-        for call, dead in body:
+    def go(env: Env, program: list[tuple[Call, list[int]]], returns: list[Any]) -> None:
+        for call, dead in program:
             call(env)
             for at in dead:  # freed as the step goes, so that its memory is still in cache
                 env[at] = None
         for tensor, at in returns:
             if env[at] is not tensor:
                 tensor.copy_(env[at])
+
+    @torch.no_grad()
+    def run() -> None:
+        latest.clear()
+        env = blank.copy()
+        go(env, body, returns[:results])
         for at in early:
             env[at] = env[at].clone()
         for call in tail:
             call(env)
         for tensor, at in commits:
             tensor.copy_(env[at])
+        if rest:
+            latest.extend(env)
+
+    @torch.no_grad()
+    def backward() -> None:
+        go(latest.copy(), rest, returns[results:])
 
     step = run
     if config.check():
         step = _checked(graph, storage, run, group)
     if schedule.folded:
         step.forget = schedule.forget  # type: ignore[attr-defined]
+    if results is not None:
+        step.rest = backward  # type: ignore[attr-defined]
     return step
 
 

@@ -177,7 +177,7 @@ def maxpool_grad(eqn: Eqn, wide: Value) -> Task:
             if form not in held:
                 held[form] = form(torch.empty(eqn.out.type.shape, dtype=dtype))
             env[at] = _aten.max_pool2d_with_indices_backward.grad_input(
-                form(env[idy]), held[form], *args, index, grad_input=held[form]
+                form(env[idy].to(dtype)), held[form], *args, index, grad_input=held[form]
             )
 
         return call

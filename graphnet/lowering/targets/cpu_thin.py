@@ -171,10 +171,9 @@ class PooledConv:
                     env[ib] = rest.sum((0, 2, 3))
                 if iw is None:
                     return
-                below = env[ih][:, :-1]  # in place: nothing reads it again
-                gaps = torch.sub(env[im].unsqueeze(1), below, out=below).unbind(1)
-                for gap, later in zip(gaps, lanes[1:], strict=True):
-                    rest = _above(rest, gap, 0, grad_input=later)
+                torch.sub(env[im].unsqueeze(1), env[ih][:, :-1], out=shared[:, 1:])
+                for lane in lanes[1:]:  # which holds by how much the phase before is below
+                    rest = _above(rest, lane, 0, grad_input=lane)
                 total = torch.bmm(matrix, patches).sum(0)
                 own = torch.cat((total[:-o] - total[o:], total[-o:]))
                 env[iw] = self._places(own).sum((0, 1))
