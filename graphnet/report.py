@@ -204,7 +204,8 @@ def _table(net: Module, low: Lowered, facts: dict[str, Any]) -> str:
         f"{low.target}: {_steps(low, len(rows))}{'' if on_cpu else '; floors of ' + facts['gpu']}"
     )
     lines = [title, line(head), rule, *map(line, cells), rule, line(total)]
-    return "\n".join([*lines, *_expected(rows), *_memory(low, params, facts["gpu"])])
+    behind = [*_expected(rows), *_norms(low), *_memory(low, params, facts["gpu"])]
+    return "\n".join([*lines, *behind])
 
 
 def _layers(names: Sequence[str]) -> str:
@@ -225,6 +226,33 @@ def _expected(rows: Sequence[Kernel]) -> list[str]:
     if missing:
         line += f", of which {rest:.0f} us are not measured: {', '.join(map(str, missing))}"
     return [line]
+
+
+def _norms(low: Lowered) -> list[str]:
+    """What batch normalization moves for each element that it normalizes in training: its own
+    launches, the write of what it reads, and moments that another kernel keeps for it."""
+    elements = {
+        e.where.layers[0]: e.inputs[0].type
+        for e in low.stages.joint.eqns if e.op == "batch_norm" and e.where.layers
+    }  # fmt: skip
+    kept = {name: size for s in low.plan.launches for name, size in s.scratch}
+    moved: dict[tuple[str, str], float] = {}
+    for s in low.plan.launches:
+        layer = next((name for name in s.where.layers if name in elements), "")
+        if not layer or s.module.rpartition(".")[2] != "batch_norm":
+            continue
+        backward = "sums" in s.kernel or s.kernel.endswith("_grad")
+        at, type = (layer, "backward" if backward else "forward"), elements[layer]
+        moments = sum(kept.get(name, 0) for name in s.reads if name.startswith(".moments"))
+        beside = 0 if backward or at in moved else type.bytes
+        moved[at] = moved.get(at, 0.0) + (s.bytes + moments + beside) / type.numel
+    said = []
+    for way in ("forward", "backward"):
+        if found := sorted(v for (_, other), v in moved.items() if other == way):
+            middle = found[len(found) // 2]
+            said.append(f"{way} {middle:.1f} ({found[0]:.1f} to {found[-1]:.1f})")
+    what = "batch normalization, bytes an element, the convolution's write included"
+    return [f"{what}: {', '.join(said)}"] if said else []
 
 
 def _steps(low: Lowered, rows: int) -> str:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphnet as gn
+from graphnet.api import lower
 from graphnet.errors import GraphError
 from graphnet.ir.op import get_op
 from graphnet.ir.text import parse
 from graphnet.ir.verify import verify
+from graphnet.report import inspect_text
 
 SHAPE = (6, 3, 8, 8)
 
@@ -388,3 +390,20 @@ def test_a_batch_without_rows_leaves_the_statistics(mode, dtype):
     assert all(bool((g == 0).all()) for g in grads)
     if mode == "cpu":
         assert y.dtype == grads[0].dtype == dtype
+
+
+def test_inspect_says_what_normalization_moves():
+    """Each of the three launches reads or writes an element of 2 bytes once, as does the write of
+    the convolution; a residual is one more."""
+    net = gn.Sequential(gn.Conv2d(64, 64, 3, padding=1, bias=False), gn.BatchNorm2d(64), gn.ReLU(),
+                        gn.Flatten(), gn.Linear(64 * 14 * 14, 10))  # fmt: skip
+    low = lower(net, (128, 64, 14, 14), target="cuda", precision="bf16",
+                loss=gn.CrossEntropyLoss(), optimizer=gn.SGD(lr=0.1))  # fmt: skip
+    facts = {"model": "net", "batch": 128, "train": True, "precision": "bf16", "stage": "plan",
+             "gpu": "h100"}  # fmt: skip
+    (line,) = (k for k in inspect_text(net, low, facts).splitlines() if "an element" in k)
+    forward, backward = (float(line.split(way)[1].split()[0]) for way in ("forward", "backward"))
+    assert line.startswith("batch normalization, bytes an element")
+    assert 6.0 <= forward <= 6.6 and 10.0 <= backward <= 11.0
+    plain = lower(net, (128, 64, 14, 14), target="cuda", precision="bf16")
+    assert "an element" not in inspect_text(net, plain, {**facts, "train": False})
