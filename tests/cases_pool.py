@@ -91,6 +91,7 @@ def pool_rows() -> list[Case]:
          {"kernel": 3, "stride": 2, "padding": 1, "count_include_pad": False}),
         ("ceil", (2, 2, 8, 8), {"kernel": 3, "stride": 2, "padding": 1, "ceil_mode": True}),
         ("divisor", (2, 2, 6, 6), {"kernel": 2, "divisor_override": 3}),
+        ("picks", (2, 3, 7, 8), {"kernel": 1, "stride": (2, 3)}),
         ("far", (2, 2, 5, 6), {"kernel": 3, "stride": 1, "padding": 2}),
         ("farsided", (2, 9, 6, 5), {"kernel": (3, 2), "stride": 2, "padding": (2, 1, 0, 1),
                                     "count_include_pad": False}),

@@ -98,4 +98,6 @@ class AdaptiveAvgPool2dGrad(PoolGrad):
     def cpu(self, attrs: AdaptiveGradAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (dy,) = args
         x = like_gradient(dy, attrs.input_size)
+        if dy.shape[2:] == (1, 1):  # torch's own takes four times as long channels-last
+            return (x.copy_(dy / (x.shape[2] * x.shape[3])),)
         return (torch.ops.aten._adaptive_avg_pool2d_backward(dy, x),)

@@ -192,9 +192,9 @@ def _line(
     mean: torch.Tensor, var: torch.Tensor, scale: Any, shift: Any, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(factor, bias): y is x factor + bias."""
-    factor = 1 / torch.sqrt(var + eps)
-    factor = factor if scale is None else factor * scale
-    return factor, -mean * factor if shift is None else shift - mean * factor
+    factor = (var + eps).rsqrt_()
+    factor = factor if scale is None else factor.mul_(scale)
+    return factor, -mean * factor if shift is None else torch.addcmul(shift, mean, factor, value=-1)
 
 
 def normalised(
@@ -255,7 +255,7 @@ class BatchNormGrad(Op):
         if not rows:
             return (torch.zeros_like(dy), torch.zeros_like(mean), torch.zeros_like(mean))
         if norm_rows.lies_in_rows(x):
-            return _by_rows(dy, x, mean, var, rows, scale, attrs.eps)
+            return by_rows(attrs, None, *args)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy[:rows], x[:rows], torch.ones_like(mean) if scale is None else scale, None, None,
             mean, torch.rsqrt(var + attrs.eps), True, attrs.eps, [True, True, True],
@@ -270,23 +270,28 @@ class BatchNormGrad(Op):
         return 9 * ins[0].numel
 
 
-def _by_rows(
-    dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, rows: int,
-    scale: torch.Tensor | None, eps: float,
-) -> Tensors:  # fmt: skip
-    """The gradients where x lies in rows: dx is dy a + x b + c."""
+def by_rows(attrs: BatchNormGradAttrs, over: int | None, *args: torch.Tensor) -> Tensors:
+    """The gradients where x lies in rows and some rows live: dx is dy a + x b + c.
+
+    over  the operand that dx is written over, 0 for dy and 1 for x; None for a tensor of its own
+    """
+    dy, x, mean, var, live, *rest = args
+    rows, scale = int(live), rest[0] if rest else None
     if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
-    rstd = 1 / torch.sqrt(var + eps)
+        dy, over = torch.empty_like(x).copy_(dy), 0
+    rstd = (var + attrs.eps).rsqrt_()
     g, image = dy[:rows], x[:rows]
     dweight, dbias = norm_rows.sums(g, image, mean, rstd)
     count = image.numel() // x.shape[1]
     a = rstd if scale is None else rstd * scale
     part = a * (-1 / count)
     b = part * rstd * dweight
-    dx = norm_rows.multiplied(image, b, part * dbias - b * mean, g, a)
+    c = torch.addcmul(part * dbias, b, mean, value=-1)
+    into = None if over is None else (g, image)[over]
+    dx = norm_rows.multiplied(image, b, c, g, a, into)
     if rows < len(x):
-        dx = torch.cat((dx, dx.new_zeros(len(x) - rows, *x.shape[1:])))
+        dead = dx.new_zeros(len(x) - rows, *x.shape[1:])
+        dx = torch.cat((dx, dead))
     return (dx, dweight, dbias)
 
 

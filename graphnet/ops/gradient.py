@@ -6,6 +6,7 @@ before any update may run: it is what a fused update has to give way to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,7 @@ class IfFinite(_OnGradient):
 
     def reference(self, attrs: Attrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         new, old, *flags = args
-        return (new if all(bool(torch.isfinite(f)) for f in flags) else old.clone(),)
+        return (new if all(math.isfinite(f) for f in flags) else old.clone(),)
 
     def emit(self, expr: Sequence[str], attrs: Any, ctx: Any) -> list[str]:
         finite = " & ".join(f'(tl.abs({f}) < float("inf"))' for f in expr[2:])

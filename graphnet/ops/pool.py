@@ -84,6 +84,11 @@ class AvgPoolAttrs(PoolAttrs):
         if self.dilation != (1, 1):
             raise UnsupportedOpError(f"an average pool has no dilation, not {self.dilation}")
 
+    @property
+    def picks(self) -> bool:
+        """Whether it does no more than take every pixel that a stride meets (a view, for torch)."""
+        return self.kernel == (1, 1) and self.divisor_override in (0, 1)
+
 
 @dataclass(frozen=True)
 class AvgPoolGradAttrs(AvgPoolAttrs):
@@ -321,6 +326,8 @@ class AvgPool2d(Op):
         t, _, le, _ = attrs.padding
         if not attrs.torchs:
             return self.reference(attrs, *args)
+        if attrs.picks:
+            return (args[0][:, :, :: attrs.stride[0], :: attrs.stride[1]].clone(),)
         return (
             F.avg_pool2d(
                 args[0], attrs.kernel, attrs.stride, (t, le), attrs.ceil_mode,
@@ -353,6 +360,9 @@ class AvgPool2dGrad(PoolGrad):
         if not attrs.torchs:
             return self.reference(attrs, dy)
         x = like_gradient(dy, attrs.input_size)
+        if attrs.picks:
+            x.zero_()[:, :, :: attrs.stride[0], :: attrs.stride[1]] = dy
+            return (x,)
         return (
             torch.ops.aten.avg_pool2d_backward(
                 dy, x, list(attrs.kernel), list(attrs.stride), [t, le], attrs.ceil_mode,

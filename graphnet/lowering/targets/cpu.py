@@ -7,6 +7,7 @@ call at the end. Everything else runs each op's `cpu` twin.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def _go(eqn: Eqn, storage: Storage) -> Task:
         at, flags, into = slot(loss), [slot(v) for v in norm], slot(go)
 
         def call(env: Env) -> None:
-            fine = not held and all(bool(torch.isfinite(env[i])) for i in flags)
+            fine = not held and all(math.isfinite(env[i]) for i in flags)
             env[into] = env[at] if fine else nan
 
         return call
@@ -68,12 +69,12 @@ def _record(eqn: Eqn, storage: Storage) -> Task:
         at, *flags = (slot(v) for v in reads)
 
         def call(env: Env) -> None:
-            fine = all(bool(torch.isfinite(env[i])) for i in flags)
+            fine = all(math.isfinite(env[i]) for i in flags)
             if held is None:
                 ring[int(step) % len(ring)] = env[at] if fine else float("nan")
                 step.add_(1)
                 return
-            norms = all(bool(torch.isfinite(env[i])) for i in flags[:-1])
+            norms = all(math.isfinite(env[i]) for i in flags[:-1])
             ring[(int(step) + int(held)) % len(ring)] = env[at] if norms else float("nan")
             (step if fine else held).add_(1)
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
+from graphnet.ir.op import get_op
+from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task, generic
+from graphnet.ops.batch_norm import by_rows
+from graphnet.ops.norm_rows import lies_in_rows
 
 _aten: Any = torch.ops.aten
 
@@ -52,13 +55,24 @@ def over(
     made     the equation of each value
     read_by  the readers of a value, none of one that leaves the graph
     """
+
+    def dies(v: Value) -> bool:
+        readers = read_by(v)
+        if eqn.op == "batch_norm_grad" and v == eqn.inputs[1]:
+            # The normalization has read its image: mean and var, operands of the gradient, are its.
+            readers = [r for r in readers if r is not made.get(eqn.inputs[2])]
+        fresh = v in made and made[v].op in _FRESH and v == made[v].outputs[0]
+        return fresh and readers == [eqn] and eqn.inputs.count(v) == 1
+
+    if eqn.outputs[0] is None:
+        return None
+    alike = [k for k, v in enumerate(eqn.inputs) if v.type == eqn.outputs[0].type]
+    if eqn.op == "batch_norm_grad":
+        at = next((k for k in alike if k < 2 and dies(eqn.inputs[k])), None)
+        return None if at is None else _norm_grad(eqn, at)
     places, run = _OVER.get(eqn.op, ((), _relu))
-    for k in places:
-        v = eqn.inputs[k]
-        dies = v.type == eqn.out.type and read_by(v) == [eqn] and eqn.inputs.count(v) == 1
-        if dies and v in made and made[v].op in _FRESH and v == made[v].outputs[0]:
-            return _task(eqn, k, run)
-    return None
+    at = next((k for k in places if k in alike and dies(eqn.inputs[k])), None)
+    return None if at is None else _task(eqn, at, run)
 
 
 def _task(eqn: Eqn, k: int, run: Callable[[list[torch.Tensor], int], torch.Tensor]) -> Task:
@@ -71,3 +85,14 @@ def _task(eqn: Eqn, k: int, run: Callable[[list[torch.Tensor], int], torch.Tenso
         return call
 
     return Task(eqn.inputs, (eqn.out,), make, (eqn,))
+
+
+def _norm_grad(eqn: Eqn, k: int) -> Task:
+    """Batch normalization's gradients, that of the image over one of its operands."""
+
+    def fn(attrs: Any, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if int(args[4]) and lies_in_rows(args[1]):
+            return by_rows(attrs, k, *args)
+        return get_op(eqn.op).cpu(attrs, *args)
+
+    return generic(eqn, fn)

@@ -56,9 +56,10 @@ def flatten(graph: Graph) -> list[Eqn]:
     return out
 
 
-def generic(eqn: Eqn) -> Task:
-    """The op's cpu twin."""
-    fn, attrs = get_op(eqn.op).cpu, eqn.attrs
+def generic(eqn: Eqn, fn: Callable[..., Any] | None = None) -> Task:
+    """The op's cpu twin, or what is given in its place."""
+    attrs = eqn.attrs
+    fn = fn or get_op(eqn.op).cpu
 
     def make(slot: Slot) -> Call:
         ins = [slot(v) for v in eqn.inputs]
