@@ -157,8 +157,6 @@ class PooledConv:
         """
         hidden, highest, patches = self.hidden, self.highest, self.matrices.transpose(1, 2)
         height, k, o, width, n = hidden.type.shape
-        shared = torch.empty(hidden.type.shape)  # by this phase and later ones
-        matrix, lanes = shared.view(height, k * o, width * n), shared.unbind(1)
         dy, (dw, db) = grad.inputs[0], wgrad.outputs
 
         def make(slot: Slot) -> Call:
@@ -166,6 +164,8 @@ class PooledConv:
             iw, ib = (None if v is None else slot(v) for v in (dw, db))
 
             def call(env: Env) -> None:
+                shared = torch.empty(hidden.type.shape)  # by this phase and later ones
+                lanes = shared.unbind(1)
                 rest = lanes[0].copy_(env[idy].permute(2, 1, 3, 0))
                 if ib is not None:  # each window's gradient goes to one of its pixels
                     env[ib] = rest.sum((0, 2, 3))
@@ -174,7 +174,7 @@ class PooledConv:
                 torch.sub(env[im].unsqueeze(1), env[ih][:, :-1], out=shared[:, 1:])
                 for lane in lanes[1:]:  # which holds by how much the phase before is below
                     rest = _above(rest, lane, 0, grad_input=lane)
-                total = torch.bmm(matrix, patches).sum(0)
+                total = torch.bmm(shared.view(height, k * o, width * n), patches).sum(0)
                 own = torch.cat((total[:-o] - total[o:], total[-o:]))
                 env[iw] = self._places(own).sum((0, 1))
 
@@ -194,7 +194,8 @@ def runs_input_gradient(dgrad: Eqn) -> bool:
 def input_gradient(dgrad: Eqn) -> Task:
     """The input gradient of a convolution with few input channels.
 
-    The gradients of the columns are summed row of the result by row of the result, in place.
+    The gradients of the columns are summed in place. Rows of the result whose patches have no row
+    in common are added in one call, one row a thread.
     """
     a: Any = dgrad.attrs
     dy, w = dgrad.inputs
@@ -203,29 +204,26 @@ def input_gradient(dgrad: Eqn) -> Task:
     )
     top, bottom, left, right = a.padding
     down, across = a.stride
-    columns = torch.empty(h + top + bottom, c, s, cols, n)
-    bordered = torch.empty(h + top + bottom, c, width + left + right, n)
-    inside = bordered[top : top + h, :, left : left + width].permute(3, 1, 0, 2)
-    shaped = torch.empty(rows, o, cols, n)
-    pairs = [
-        (columns[i * down : i * down + r].view(r * c * s, cols * n), shaped[i].view(o, cols * n))
-        for i in range(rows)
-    ]
     last = across * (cols - 1) + 1
+    line, apart = cols * n, -(-r // down)  # rows of the result from one to the next without overlap
 
     def make(slot: Slot) -> Call:
         idy, iw, at = slot(dy), slot(w), slot(dgrad.out)
 
         def call(env: Env) -> None:
-            shaped.copy_(env[idy].permute(2, 1, 3, 0))
+            g = env[idy].permute(2, 1, 3, 0).contiguous().view(rows, o, line)
             weight = env[iw].permute(2, 1, 3, 0).reshape(r * c * s, o)
-            columns.zero_()
-            for sums, g in pairs:
-                sums.addmm_(weight, g)
-            bordered.zero_()
+            columns = torch.zeros(h + top + bottom, c, s, cols, n)
+            row = columns.stride(0)
+            for i in range(min(apart, rows)):
+                some = g[i::apart]
+                shape, strides = (len(some), r * c * s, line), (apart * down * row, line, 1)
+                met = columns.as_strided(shape, strides, i * down * row)
+                met.baddbmm_(weight.expand(len(some), -1, -1), some)
+            bordered = torch.zeros(h + top + bottom, c, width + left + right, n)
             for k in range(s):
                 bordered[:, :, k : k + last : across].add_(columns[:, :, k])
-            env[at] = inside
+            env[at] = bordered[top : top + h, :, left : left + width].permute(3, 1, 0, 2)
 
         return call
 
