@@ -66,7 +66,6 @@ Table = Mapping[Problem, Sequence[Measured]]
 # What a prototype may take of the times that it has to beat: a tenth is what a kernel may lose in
 # its place, by masks, bias sums and cold caches.
 AHEAD = 0.9
-GATHERED = 8  # channels: of fewer a tile of "flat" gathers its pixels one by one
 
 
 @dataclass(frozen=True)
@@ -153,12 +152,7 @@ class Kernels:
     def keeps(self, eqn: Eqn) -> str | None:
         """Why the kernel of a convolution keeps no moments of its result; None where it does."""
         work = take_apart(eqn, lambda v: v.name)
-        variant, sizes = self.choose(work).variant, work.problem.sizes
-        if not variant.moments:
-            return f"{variant.name} keeps no moments of its result"
-        if variant.name == "flat" and sizes["C"] // sizes["G"] < GATHERED:
-            return f"flat holds the places of {sizes['C']} channels in all its registers"
-        return None
+        return self.choose(work).variant.keeps(work.problem)
 
     def joins(self, whole: Eqn, parts: Sequence[Eqn]) -> str | None:
         """Why equations should not become one region; None where that pays."""

@@ -26,6 +26,8 @@ from graphnet.lowering.launch.variants import Problem
 from graphnet.lowering.launch.work import Work, strides
 from graphnet.passes.templates import anchors_of
 
+GATHERED = 8  # channels: of fewer a tile gathers its pixels one by one
+
 
 def _not_flat(eqn: Eqn, layouts: Mapping[Value, Layout]) -> str | None:
     (e,) = anchors_of(eqn)
@@ -44,6 +46,12 @@ class Flat(Product):
         self, eqn: Eqn, layouts: Mapping[Value, Layout], dtype: str, arch: int
     ) -> str | None:
         return _not_flat(eqn, layouts)
+
+    def keeps(self, problem: Problem) -> str | None:
+        channels = problem.sizes["C"] // problem.sizes["G"]
+        if channels < GATHERED:
+            return f"flat holds the places of {channels} channels in all its registers"
+        return super().keeps(problem)
 
     def size(self, p: Problem) -> Size:
         s = p.sizes

@@ -130,6 +130,10 @@ class Variant(ABC):
         """Whether its kernel can write the result once more in another layout, in whole runs."""
         return False
 
+    def keeps(self, problem: Problem) -> str | None:
+        """Why its kernel keeps no statistics of this problem's result; None where it does."""
+        return None if self.moments else f"{self.name} keeps no moments of its result"
+
     def suits(self, problem: Problem) -> str | None:
         """Why the rules take another variant, although this one could; None where they need not."""
         return None

@@ -7,7 +7,6 @@ call at the end. Everything else runs each op's `cpu` twin.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +19,10 @@ from graphnet.lowering.targets import cpu_conv, cpu_dense, cpu_ranks, cpu_thin, 
 from graphnet.lowering.targets.collectives import Group
 from graphnet.lowering.targets.cpu_fold import Folded, folds
 from graphnet.lowering.targets.cpu_over import over
+from graphnet.lowering.targets.cpu_record import allowed, record, sticky
 from graphnet.lowering.targets.cpu_task import (
     Call,
     Env,
-    Slot,
     Task,
     flatten,
     generic,
@@ -38,58 +37,6 @@ Storage = dict[str, torch.Tensor]
 _VIEWS = ("reshape", "slice", "relayout", "cast")
 _COPIES = ("cast", "round_tf32")  # what a derived copy is made by
 _LARGEST_KEPT = 31 << 20  # bytes: glibc's dynamic threshold stops at 32 MiB, its header included
-
-
-def _go(eqn: Eqn, storage: Storage) -> Task:
-    """What a sticky `record_step` lets the updates look at, before anything is written."""
-    held, (loss, *norm), go = storage[eqn.inputs[3].name], _recorded(eqn), eqn.results[3]
-    nan = torch.tensor(float("nan"))
-
-    def make(slot: Slot) -> Call:
-        at, flags, into = slot(loss), [slot(v) for v in norm], slot(go)
-
-        def call(env: Env) -> None:
-            fine = not held and all(math.isfinite(env[i]) for i in flags)
-            env[into] = env[at] if fine else nan
-
-        return call
-
-    return Task((loss, *norm), (go,), make, ())
-
-
-def _record(eqn: Eqn, storage: Storage) -> Task:
-    """The loss into the ring, and the counters, in place."""
-    names = [v.name for v in eqn.inputs]
-    ring, step, reads = storage[names[0]], storage[names[2]], _recorded(eqn)
-    held = storage[names[3]] if _sticky(eqn) else None
-    if held is not None:
-        reads = (*reads, eqn.results[3])
-
-    def make(slot: Slot) -> Call:
-        at, *flags = (slot(v) for v in reads)
-
-        def call(env: Env) -> None:
-            fine = all(math.isfinite(env[i]) for i in flags)
-            if held is None:
-                ring[int(step) % len(ring)] = env[at] if fine else float("nan")
-                step.add_(1)
-                return
-            norms = all(math.isfinite(env[i]) for i in flags[:-1])
-            ring[(int(step) + int(held)) % len(ring)] = env[at] if norms else float("nan")
-            (step if fine else held).add_(1)
-
-        return call
-
-    return Task(reads, eqn.results[:3], make, (eqn,))
-
-
-def _sticky(record: Eqn) -> bool:
-    return record.attrs.sticky  # type: ignore[attr-defined]
-
-
-def _recorded(record: Eqn) -> tuple[Value, ...]:
-    """The loss, and the norm where there is one."""
-    return (record.inputs[1], *record.inputs[3 + _sticky(record) :])
 
 
 class _Schedule:
@@ -152,8 +99,8 @@ class _Schedule:
                 kinds.setdefault(u.kind, []).append(u)
                 after += [r for v, _ in u.new for r in self.readers.get(v, [])]
             elif e.op == "record_step" and self._commits(cpu_update.recorded(e), targets):
-                self.flags += [_go(e, self.storage)] if _sticky(e) else []
-                tasks.append(self._add(_record(e, self.storage)))
+                self.flags += [allowed(e, self.storage)] if sticky(e) else []
+                tasks.append(self._add(record(e, self.storage)))
         for kind in kinds.values():
             rest = []
             for u in kind:
@@ -371,7 +318,7 @@ def prepare(
         blank[at] = tensor
     latest: Env = []  # what the forward pass leaves
 
-    def go(env: Env, program: list[tuple[Call, list[int]]], returns: list[Any]) -> None:
+    def perform(env: Env, program: list[tuple[Call, list[int]]], returns: list[Any]) -> None:
         for call, dead in program:
             call(env)
             for at in dead:  # freed as the step goes, so that its memory is still in cache
@@ -384,7 +331,7 @@ def prepare(
     def run() -> None:
         latest.clear()
         env = blank.copy()
-        go(env, body, returns[:results])
+        perform(env, body, returns[:results])
         for at in early:
             env[at] = env[at].clone()
         for call in tail:
@@ -396,7 +343,7 @@ def prepare(
 
     @torch.no_grad()
     def backward() -> None:
-        go(latest.copy(), rest, returns[results:])
+        perform(latest.copy(), rest, returns[results:])
 
     step = run
     if config.check():
