@@ -139,7 +139,7 @@ def test_an_error_a_little_above_torchs_own_is_no_parity(precision, mode, name):
 
 @pytest.mark.parametrize("bad, ok", [(3, True), (11, False)])
 def test_bad_luck_in_a_few_batches_is_followed_by_more(bad, ok):
-    """Of 5 and then 20 batches the first ones are bad; the median decides."""
+    """Of 5 batches, and then of 15 smaller ones, the first are bad; the median decides."""
     batches = iter(range(20))
 
     def program(work):
@@ -160,3 +160,14 @@ def test_parity_without_dropout_leaves_the_net_alone():
     net = every_layer()
     assert [m.p for m in parity.without_dropout(net).modules() if hasattr(m, "p")] == [0.0]
     assert [m.p for m in net.modules() if hasattr(m, "p")] == [0.5]
+
+
+def test_an_error_in_the_last_rows_is_no_parity():
+    """Batches of fewer rows, which a refusal is followed by, do not have it."""
+
+    def program(work):
+        good, wrong = spoilt(0.0)(work), spoilt(0.1)(work)
+        return lambda x, y: (wrong if len(x) == len(work.x) else good)(x, y)
+
+    found = parity.check(work("grads"), program)
+    assert found.steps == 20 and [e.name for e in found.errors if not e.ok] == [LAST]
