@@ -194,7 +194,8 @@ class _Schedule:
             pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
             if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
                 return [cpu_dense.cross_entropy(e, pair[0])]
-        mine = [v for v in e.inputs if e.out not in self.late or v in self.late]
+        late = not self.late.isdisjoint(e.results)
+        mine = [v for v in e.inputs if v in self.late or not late]
         return [over(e, self.made, lambda v: self.read_by(v) if v in mine else []) or generic(e)]
 
     def _only(self, v: Value, op: str) -> bool:
