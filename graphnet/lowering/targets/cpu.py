@@ -237,13 +237,14 @@ class _Schedule:
             wgrad, dgrad = e, self._partner(e, e.inputs[1], "conv2d_dgrad", 0)
         if dgrad is not None and wgrad is not None:
             fits = dgrad.out.type.shape == wgrad.inputs[0].type.shape
-            if not fits or cpu_conv.splits(dgrad) or cpu_thin.runs_input_gradient(dgrad):
+            if not fits or cpu_conv.splits(dgrad):
                 wgrad, dgrad = (wgrad, None) if e is wgrad else (None, dgrad)
         if wgrad is None:
             assert dgrad is not None
-            if cpu_thin.runs_input_gradient(dgrad):
-                return [cpu_thin.input_gradient(dgrad)]
-            return [cpu_conv.conv_dgrad(dgrad) if cpu_conv.splits(dgrad) else generic(dgrad)]
+            if not cpu_conv.splits(dgrad):
+                return [generic(dgrad)]
+            thin = cpu_thin.runs_input_gradient(dgrad)
+            return [cpu_thin.input_gradient(dgrad) if thin else cpu_conv.conv_dgrad(dgrad)]
         tasks: list[Task] = []
         x, dy = (self._twin(v, tasks, wgrad) for v in wgrad.inputs)
         return [*tasks, cpu_conv.conv_backward(wgrad, dgrad, x, dy)]
