@@ -397,8 +397,8 @@ def test_a_batch_without_rows_leaves_the_statistics(mode, dtype):
 
 
 def test_inspect_says_what_normalization_moves():
-    """Each of the three launches reads or writes an element of 2 bytes once, as does the write of
-    the convolution; a residual is one more."""
+    """An element has 2 bytes. Forward: the convolution writes it, one pass reads it and writes the
+    result. Backward: two passes read image and gradient, and the second one writes."""
     net = gn.Sequential(gn.Conv2d(64, 64, 3, padding=1, bias=False), gn.BatchNorm2d(64), gn.ReLU(),
                         gn.Flatten(), gn.Linear(64 * 14 * 14, 10))  # fmt: skip
     low = lower(net, (128, 64, 14, 14), target="cuda", precision="bf16",
