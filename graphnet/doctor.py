@@ -62,7 +62,7 @@ def _versions() -> list[Line]:
         except importlib.metadata.PackageNotFoundError:
             needed = name != "triton" or platform.system() == "Linux"
             lines.append((name, f"missing: pip install {name}", needed))
-    return [*lines, _assembler(), _gpu()]
+    return [*lines, _assembler(), _compiler(), _gpu()]
 
 
 def _assembler() -> Line:
@@ -83,6 +83,25 @@ def _assembler() -> Line:
         "binaries for Hopper (sm_90) that are made here may be wrong, and no GPU here can prove "
         "them: set TRITON_PTXAS_PATH to a newer assembler before you take them to one"
     )  # fmt: skip
+
+
+def _compiler() -> Line:
+    """The cpu target works without one, in more time."""
+    try:
+        from graphnet.lowering.build import native
+
+        found = native.compiler_of("batch_norm")
+        if found:
+            return "C compiler", f"{found}: batch normalization on the cpu target", False
+        why = native.why_not("batch_norm")
+    except ImportError as error:
+        why = _one_line(error)
+    if why.startswith("GRAPHNET_DISABLE"):
+        return "C compiler", f"not used: {why}", False
+    return "C compiler", f"not used: {why}", (
+        "batch normalization on the cpu target runs in torch's kernels, so that a "
+        "training step takes up to a tenth more: install gcc, or set CC"
+    )
 
 
 def _hopper() -> bool:

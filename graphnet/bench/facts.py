@@ -17,6 +17,7 @@ import torch
 from graphnet import __version__
 from graphnet.bench.rounds import wait
 from graphnet.errors import GraphnetError
+from graphnet.lowering.build import native
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CLOCKS = (
@@ -48,6 +49,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": "cpu", "threads": torch.get_num_threads(), "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
+    if device.type == "cpu":  # None: torch's kernels run in place of those in C
+        facts["cc"] = native.compiler_of("batch_norm")
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         facts |= {

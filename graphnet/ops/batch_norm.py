@@ -255,7 +255,7 @@ class BatchNormGrad(Op):
         if not rows:
             return (torch.zeros_like(dy), torch.zeros_like(mean), torch.zeros_like(mean))
         if norm_rows.lies_in_rows(x):
-            return by_rows(attrs, None, *args)
+            return _by_rows(attrs, *args)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy[:rows], x[:rows], torch.ones_like(mean) if scale is None else scale, None, None,
             mean, torch.rsqrt(var + attrs.eps), True, attrs.eps, [True, True, True],
@@ -270,15 +270,12 @@ class BatchNormGrad(Op):
         return 9 * ins[0].numel
 
 
-def by_rows(attrs: BatchNormGradAttrs, over: int | None, *args: torch.Tensor) -> Tensors:
-    """The gradients where x lies in rows and some rows live: dx is dy a + x b + c.
-
-    over  the operand that dx is written over, 0 for dy and 1 for x; None for a tensor of its own
-    """
+def _by_rows(attrs: BatchNormGradAttrs, *args: torch.Tensor) -> Tensors:
+    """The gradients where x lies in rows and some rows live: dx is dy a + x b + c."""
     dy, x, mean, var, live, *rest = args
     rows, scale = int(live), rest[0] if rest else None
     if dy.stride() != x.stride():
-        dy, over = torch.empty_like(x).copy_(dy), 0
+        dy = torch.empty_like(x).copy_(dy)
     rstd = (var + attrs.eps).rsqrt_()
     g, image = dy[:rows], x[:rows]
     dweight, dbias = norm_rows.sums(g, image, mean, rstd)
@@ -287,8 +284,7 @@ def by_rows(attrs: BatchNormGradAttrs, over: int | None, *args: torch.Tensor) ->
     part = a * (-1 / count)
     b = part * rstd * dweight
     c = torch.addcmul(part * dbias, b, mean, value=-1)
-    into = None if over is None else (g, image)[over]
-    dx = norm_rows.multiplied(image, b, c, g, a, into)
+    dx = norm_rows.multiplied(image, b, c, g, a)
     if rows < len(x):
         dead = dx.new_zeros(len(x) - rows, *x.shape[1:])
         dx = torch.cat((dx, dead))

@@ -86,24 +86,16 @@ def sums(
 def multiplied(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
     dy: torch.Tensor | None = None, share: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """x scale + shift by vectors over the channels, and dy share on top of it, laid like x.
-
-    out  where it is written: x or dy itself, which are then gone; a tensor of its own by default
-    """
+    """x scale + shift by vectors over the channels, and dy share on top of it, laid like x."""
     c = x.shape[1]
     k, pixels = 1, x.numel() // c
     while 2 * k * c <= _NARROW and pixels % (2 * k) == 0:
         k *= 2
     shape, strides = (pixels // k, k * c), (k * c, 1)
-    into = torch.empty_like(x) if out is None else out
+    out = torch.empty_like(x)
     rows = lambda t: t.as_strided(shape, strides, t.storage_offset())
-    terms = [(x, scale)] + ([(dy, share)] if dy is not None and share is not None else [])
-    if out is dy:  # read before it is written
-        terms.reverse()
-    first, *more = [(rows(t), factor.repeat(k)) for t, factor in terms]
-    torch.addcmul(shift.repeat(k), *first, out=rows(into))
-    for t, factor in more:
-        rows(into).addcmul_(t, factor)
-    return into
+    torch.addcmul(shift.repeat(k), rows(x), scale.repeat(k), out=rows(out))
+    if dy is not None and share is not None:
+        rows(out).addcmul_(rows(dy), share.repeat(k))
+    return out

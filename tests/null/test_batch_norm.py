@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphnet as gn
+from graphnet import config
 from graphnet.api import lower
 from graphnet.errors import GraphError
 from graphnet.ir.op import get_op
 from graphnet.ir.text import parse
 from graphnet.ir.verify import verify
-from graphnet.lowering.targets import cpu_over
+from graphnet.lowering.build import native
 from graphnet.report import inspect_text
 
 SHAPE = (6, 3, 8, 8)
@@ -98,11 +99,10 @@ def trained(target, rows=(6, 4, 6), size=8, small=False):
     return mine, theirs
 
 
-def test_three_steps_are_torchs(monkeypatch):
-    over, plain = set(), cpu_over.by_rows
-    monkeypatch.setattr(cpu_over, "by_rows", lambda a, k, *args: over.add(k) or plain(a, k, *args))
-    mine, theirs = trained("cpu")
-    assert over == {0, 1}  # gradients are written over dy, and over x where two read dy
+@pytest.mark.parametrize("without", ["", native.NATIVE])
+def test_three_steps_are_torchs(without):
+    with config.override(DISABLE=without):
+        mine, theirs = trained("cpu")
     compare(mine, theirs)
     x, y = batch(5, 9)
     theirs.eval()

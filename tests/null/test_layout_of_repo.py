@@ -194,6 +194,7 @@ def test_the_wheel_holds_what_the_links_point_to(checkout, tmp_path):
         str(p.relative_to(ROOT)) for p, _ in modules() if str(p.relative_to(ROOT)) not in held
     ]
     assert not missing
+    assert {f"graphnet/kernels/{p.name}" for p in ROOT.glob("kernels/*.c")} <= held
     assert "graphnet/kernels/__init__.py" in held and "graphnet/frontends/dsl.py" in held
     assert not [n for n in held if n.split("/")[0] in ("kernels", "frontends", "tests")]
 

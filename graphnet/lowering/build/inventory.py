@@ -15,14 +15,14 @@ from graphnet.lowering.build.build import key_of, key_parts, request
 from graphnet.lowering.launch.files import private_dir
 from graphnet.lowering.launch.steps import Launch
 
-COMPILED = ("binaries", "generated", "triton", "proven")
+COMPILED = ("binaries", "generated", "triton", "proven", "native")
 KINDS = (*COMPILED, "tuning", "images")
 
 
 def listing() -> list[dict[str, Any]]:
-    """Binaries, tuning results and decoded image sets: kind, name, what it is, bytes on disk,
-    seconds since it was made."""
-    return [*_binaries(), *_tuning(), *_images()]
+    """Binaries, libraries for the cpu target, tuning results and decoded image sets: kind, name,
+    what it is, bytes on disk, seconds since it was made."""
+    return [*_binaries(), *_native(), *_tuning(), *_images()]
 
 
 def _row(kind: str, path: Path, what: str, size: int) -> dict[str, Any]:
@@ -38,6 +38,12 @@ def _binaries() -> Iterator[dict[str, Any]]:
             arch = f"sm_{parts['arch']}" if "arch" in parts else "?"
             yield _row("binary", path, f"{about['name']} {arch}",
                        path.with_suffix(".cubin").stat().st_size)  # fmt: skip
+
+
+def _native() -> Iterator[dict[str, Any]]:
+    for path in sorted(private_dir("native").glob("*.so")):
+        name, _, key = path.stem.rpartition("-")
+        yield _row("native", path, f"{name}.c", path.stat().st_size) | {"name": key}
 
 
 def _tuning() -> Iterator[dict[str, Any]]:

@@ -15,7 +15,14 @@ import torch
 from graphnet import config
 from graphnet.ir.graph import Eqn, Graph, Value
 from graphnet.lowering import watch
-from graphnet.lowering.targets import cpu_conv, cpu_dense, cpu_ranks, cpu_thin, cpu_update
+from graphnet.lowering.targets import (
+    cpu_conv,
+    cpu_dense,
+    cpu_norm,
+    cpu_ranks,
+    cpu_thin,
+    cpu_update,
+)
 from graphnet.lowering.targets.collectives import Group
 from graphnet.lowering.targets.cpu_fold import Folded, folds
 from graphnet.lowering.targets.cpu_over import over
@@ -66,7 +73,9 @@ class _Schedule:
         self.flags: list[Task] = []  # what updates look at
         self.starts, waits = cpu_ranks.tasks_of(self.eqns, group)
         tail = self._tail()
-        body = [t for e in self.eqns if id(e) not in self.done for t in self._tasks(e)]
+        norms = cpu_norm.tasks_of(self.eqns, self.made, self.read_by, self._spare)
+        self.norms = {id(t.eqns[0]): self._add(t) for t in norms}
+        body = [t for e in self.eqns for t in self._tasks(e)]
         self.body, self.rest, self.tail = [], [], tail
         for t in in_order(self.flags + body + waits, set(graph.input_values)):
             if self.late.isdisjoint(t.reads):
@@ -83,6 +92,10 @@ class _Schedule:
     def read_by(self, v: Value) -> list[Eqn]:
         """The readers of a value that stays inside the graph; none where it leaves it."""
         return [] if v in self.escaping else self.readers.get(v, [])
+
+    def _spare(self, v: Value) -> list[Eqn]:
+        """The readers, for a backward pass that may write over the value; none where it may not."""
+        return self.read_by(v) if v in self.late or not self.late else []
 
     def _add(self, task: Task) -> Task:
         self.done.update(map(id, task.eqns))
@@ -166,6 +179,8 @@ class _Schedule:
     # ---- the rest ---------------------------------------------------------------------------
 
     def _tasks(self, e: Eqn) -> list[Task]:
+        if id(e) in self.norms:
+            return [self.norms[id(e)]]
         if id(e) in self.done:
             return []
         return [self._add(t) for t in self._choose(e)]

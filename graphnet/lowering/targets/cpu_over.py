@@ -12,10 +12,7 @@ from typing import Any
 import torch
 
 from graphnet.ir.graph import Eqn, Value
-from graphnet.ir.op import get_op
-from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task, generic
-from graphnet.ops.batch_norm import by_rows
-from graphnet.ops.norm_rows import lies_in_rows
+from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
 
 _aten: Any = torch.ops.aten
 
@@ -47,31 +44,31 @@ _OVER: dict[str, tuple[tuple[int, ...], Callable[[list[torch.Tensor], int], torc
 }  # fmt: skip
 
 
-def over(
-    eqn: Eqn, made: dict[Value, Eqn], read_by: Callable[[Value], list[Eqn]]
-) -> Task | None:
-    """The equation over an operand that dies there; None where it has none.
+def dies(
+    v: Value, eqn: Eqn, made: dict[Value, Eqn], read_by: Callable[[Value], list[Eqn]]
+) -> bool:
+    """Whether the equation may write over an operand: it is a tensor of its own, read there last.
 
     made     the equation of each value
     read_by  the readers of a value, none of one that leaves the graph
     """
+    readers = read_by(v)
+    if eqn.op == "batch_norm_grad" and v == eqn.inputs[1]:
+        # The normalization has read its image: mean and var, operands of the gradient, are its.
+        readers = [r for r in readers if r is not made.get(eqn.inputs[2])]
+    fresh = v in made and made[v].op in _FRESH and v == made[v].outputs[0]
+    return fresh and readers == [eqn] and eqn.inputs.count(v) == 1
 
-    def dies(v: Value) -> bool:
-        readers = read_by(v)
-        if eqn.op == "batch_norm_grad" and v == eqn.inputs[1]:
-            # The normalization has read its image: mean and var, operands of the gradient, are its.
-            readers = [r for r in readers if r is not made.get(eqn.inputs[2])]
-        fresh = v in made and made[v].op in _FRESH and v == made[v].outputs[0]
-        return fresh and readers == [eqn] and eqn.inputs.count(v) == 1
 
-    if eqn.outputs[0] is None:
+def over(
+    eqn: Eqn, made: dict[Value, Eqn], read_by: Callable[[Value], list[Eqn]]
+) -> Task | None:
+    """The equation over an operand that dies there; None where it has none."""
+    if eqn.op not in _OVER or eqn.outputs[0] is None:
         return None
-    alike = [k for k, v in enumerate(eqn.inputs) if v.type == eqn.outputs[0].type]
-    if eqn.op == "batch_norm_grad":
-        at = next((k for k in alike if k < 2 and dies(eqn.inputs[k])), None)
-        return None if at is None else _norm_grad(eqn, at)
-    places, run = _OVER.get(eqn.op, ((), _relu))
-    at = next((k for k in places if k in alike and dies(eqn.inputs[k])), None)
+    places, run = _OVER[eqn.op]
+    alike = [k for k in places if eqn.inputs[k].type == eqn.out.type]
+    at = next((k for k in alike if dies(eqn.inputs[k], eqn, made, read_by)), None)
     return None if at is None else _task(eqn, at, run)
 
 
@@ -85,14 +82,3 @@ def _task(eqn: Eqn, k: int, run: Callable[[list[torch.Tensor], int], torch.Tenso
         return call
 
     return Task(eqn.inputs, (eqn.out,), make, (eqn,))
-
-
-def _norm_grad(eqn: Eqn, k: int) -> Task:
-    """Batch normalization's gradients, that of the image over one of its operands."""
-
-    def fn(attrs: Any, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if int(args[4]) and lies_in_rows(args[1]):
-            return by_rows(attrs, k, *args)
-        return get_op(eqn.op).cpu(attrs, *args)
-
-    return generic(eqn, fn)
