@@ -15,14 +15,17 @@ from graphnet.bench.peers import Work
 from graphnet.bench.rounds import Contestant, Run, sentence, start
 from graphnet.errors import GraphnetError
 from graphnet.ir.graph import Graph
+from graphnet.lowering.build import native
+from graphnet.lowering.targets.cpu_task import flatten
 
 OURS = "graphnet"
-# What can be left out: names of passes, or how the step is run.
+# What can be left out: names of passes and of kernels, or how the step is run.
 ABLATIONS = {
     "fusion": "fuse_pairs,fuse_epilogues,fuse_updates,fuse_copies,fuse_chains",
     "cudagraph": "",
     "layout": "layout",
     "update-fusion": "fuse_updates,fuse_copies",
+    "native": native.NATIVE,
 }
 
 
@@ -104,6 +107,12 @@ def why_not(work: Work, target: str, name: str) -> str:
     """Why a part cannot be left out here; empty where it can."""
     if name == "cudagraph":
         return "" if target == "cuda" else f"the {target} target has no CUDA graph"
+    if name == "native":
+        if target != "cpu":
+            return f"the {target} target has no kernels in C"
+        ops = {e.op for e in flatten(_fused(work, target, ""))}
+        none = "" if "batch_norm" in ops else "the step has no batch normalization, its only kernel in C"
+        return none or native.why_not("batch_norm")
     same = str(_fused(work, target, ABLATIONS[name])) == str(_fused(work, target, ""))
     return f"the {target} target's graph is the same without it" if same else ""
 

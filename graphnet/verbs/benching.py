@@ -12,7 +12,7 @@ import typer
 from graphnet.verbs.common import Batch, Model, Precision, Target, app
 
 _AGAINST = "baselines, each the best of its variants: eager,eager-graph,compile,compile-max"
-_ABLATE = "ours without: fusion,cudagraph,layout,update-fusion"
+_ABLATE = "ours without: fusion,cudagraph,layout,update-fusion,native"
 _JSON = "file for the result, or a folder, where its name says what was measured"
 
 

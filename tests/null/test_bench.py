@@ -35,7 +35,7 @@ def ended(*argv):
 
 
 def test_the_command_prints_parity_and_ratio_and_writes_json(tmp_path, capsys):
-    asked = ["--against", "eager,eager-graph", "--ablate", "update-fusion,cudagraph,layout"]
+    asked = ["--against", "eager,eager-graph", "--ablate", "update-fusion,cudagraph,layout,native"]
     assert ended("lenet5", *QUICK, *asked, "--json", str(tmp_path)) == 0
     text = capsys.readouterr().out
     assert "TF32 in matrix products off, in cuDNN off, cudnn.benchmark on" in text
@@ -55,6 +55,7 @@ def test_the_command_prints_parity_and_ratio_and_writes_json(tmp_path, capsys):
     assert "a CUDA graph needs a GPU" in rows["eager-graph"]["failure"]
     assert "no CUDA graph" in rows["graphnet without cudagraph"]["failure"]
     assert "the same without it" in rows["graphnet without layout"]["failure"]
+    assert "no batch normalization" in rows["graphnet without native"]["failure"]
     best = rows[found["best"]["eager"]]
     assert best["operators"] > 50 and best["step_bytes"] > 4 * 6 * 28 * 28 * 4
     assert best["cold_s"] > 0 and len(best["warm_ms"]) > 1
