@@ -111,8 +111,9 @@ def why_not(work: Work, target: str, name: str) -> str:
         if target != "cpu":
             return f"the {target} target has no kernels in C"
         ops = {e.op for e in flatten(_fused(work, target, ""))}
-        none = "" if "batch_norm" in ops else "the step has no batch normalization, its only kernel in C"
-        return none or native.why_not("batch_norm")
+        if "batch_norm" not in ops:
+            return "the step has no batch normalization, the only one in C"
+        return native.why_not("batch_norm")
     same = str(_fused(work, target, ABLATIONS[name])) == str(_fused(work, target, ""))
     return f"the {target} target's graph is the same without it" if same else ""
 
