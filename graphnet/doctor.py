@@ -98,10 +98,9 @@ def _compiler() -> Line:
         why = _one_line(error)
     if why.startswith("GRAPHNET_DISABLE"):
         return "C compiler", f"not used: {why}", False
-    return "C compiler", f"not used: {why}", (
-        "batch normalization on the cpu target runs in torch's kernels, so that a "
-        "training step takes up to a tenth more: install gcc, or set CC"
-    )
+    note = "batch normalization on the cpu target runs in torch's kernels: a training step of a "
+    note += "ResNet-20 takes an eighth more"
+    return "C compiler", f"not used: {why}", platform.system() == "Linux" and note
 
 
 def _hopper() -> bool:

@@ -1,4 +1,4 @@
-"""The cpu target: the fused graph as a flat list of calls into torch's own kernels.
+"""The cpu target: the fused graph as a flat list of calls into torch's own kernels, and a few in C.
 
 It plans its own layouts (`cpu_conv`) and its own fusions: convolution with relu and pool, the
 gradients of a convolution in one call, the loss with its gradient, all updates of one kind in one
@@ -25,7 +25,8 @@ from graphnet.lowering.targets import (
 )
 from graphnet.lowering.targets.collectives import Group
 from graphnet.lowering.targets.cpu_fold import Folded, folds
-from graphnet.lowering.targets.cpu_over import over
+from graphnet.lowering.targets.cpu_norm import Around
+from graphnet.lowering.targets.cpu_over import Readers, over
 from graphnet.lowering.targets.cpu_record import allowed, record, sticky
 from graphnet.lowering.targets.cpu_task import (
     Call,
@@ -73,7 +74,7 @@ class _Schedule:
         self.flags: list[Task] = []  # what updates look at
         self.starts, waits = cpu_ranks.tasks_of(self.eqns, group)
         tail = self._tail()
-        norms = cpu_norm.tasks_of(self.eqns, self.made, self.read_by, self._spare)
+        norms = cpu_norm.tasks_of(Around(self.eqns, self.made, self.read_by, self._spare))
         self.norms = {id(t.eqns[0]): self._add(t) for t in norms}
         body = [t for e in self.eqns for t in self._tasks(e)]
         self.body, self.rest, self.tail = [], [], tail
@@ -93,9 +94,11 @@ class _Schedule:
         """The readers of a value that stays inside the graph; none where it leaves it."""
         return [] if v in self.escaping else self.readers.get(v, [])
 
-    def _spare(self, v: Value) -> list[Eqn]:
-        """The readers, for a backward pass that may write over the value; none where it may not."""
-        return self.read_by(v) if v in self.late or not self.late else []
+    def _spare(self, e: Eqn) -> Readers:
+        """`read_by` for the operands that an equation may write over: in a backward pass that may
+        run twice only what is made there."""
+        late = not self.late.isdisjoint(e.results)
+        return lambda v: self.read_by(v) if v in self.late or not late else []
 
     def _add(self, task: Task) -> Task:
         self.done.update(map(id, task.eqns))
@@ -209,9 +212,7 @@ class _Schedule:
             pair = [t for t in self.readers[e.inputs[0]] if t.op == "cross_entropy_grad"]
             if len(pair) == 1 and (pair[0].inputs, pair[0].attrs) == (e.inputs, e.attrs):
                 return [cpu_dense.cross_entropy(e, pair[0])]
-        late = not self.late.isdisjoint(e.results)
-        mine = [v for v in e.inputs if v in self.late or not late]
-        return [over(e, self.made, lambda v: self.read_by(v) if v in mine else []) or generic(e)]
+        return [over(e, self.made, self._spare(e)) or generic(e)]
 
     def _only(self, v: Value, op: str) -> bool:
         return all(r.op == op for r in self.readers.get(v, []))

@@ -14,6 +14,7 @@ import torch
 from graphnet.ir.graph import Eqn, Value
 from graphnet.lowering.targets.cpu_task import Call, Env, Slot, Task
 
+Readers = Callable[[Value], list[Eqn]]
 _aten: Any = torch.ops.aten
 
 # What makes a tensor of its own, of which no other value is a view.
@@ -44,25 +45,17 @@ _OVER: dict[str, tuple[tuple[int, ...], Callable[[list[torch.Tensor], int], torc
 }  # fmt: skip
 
 
-def dies(
-    v: Value, eqn: Eqn, made: dict[Value, Eqn], read_by: Callable[[Value], list[Eqn]]
-) -> bool:
+def dies(v: Value, eqn: Eqn, made: dict[Value, Eqn], read_by: Readers) -> bool:
     """Whether the equation may write over an operand: it is a tensor of its own, read there last.
 
     made     the equation of each value
-    read_by  the readers of a value, none of one that leaves the graph
+    read_by  the readers of a value; an empty list where it leaves the graph
     """
-    readers = read_by(v)
-    if eqn.op == "batch_norm_grad" and v == eqn.inputs[1]:
-        # The normalization has read its image: mean and var, operands of the gradient, are its.
-        readers = [r for r in readers if r is not made.get(eqn.inputs[2])]
     fresh = v in made and made[v].op in _FRESH and v == made[v].outputs[0]
-    return fresh and readers == [eqn] and eqn.inputs.count(v) == 1
+    return fresh and read_by(v) == [eqn] and eqn.inputs.count(v) == 1
 
 
-def over(
-    eqn: Eqn, made: dict[Value, Eqn], read_by: Callable[[Value], list[Eqn]]
-) -> Task | None:
+def over(eqn: Eqn, made: dict[Value, Eqn], read_by: Readers) -> Task | None:
     """The equation over an operand that dies there; None where it has none."""
     if eqn.op not in _OVER or eqn.outputs[0] is None:
         return None
