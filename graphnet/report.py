@@ -1,7 +1,8 @@
 """What `graphnet inspect` prints: every kernel of a program, with what it has to do at the least.
 
 A row is a launch of the plan. The cpu target has no launches, it runs the fused graph on torch's
-own kernels and a few in C; there a row is an equation of that graph, no binary has a name, and no GPU a floor.
+own kernels and a few in C; there a row is an equation of that graph, no binary has a name, and no
+GPU a floor.
 """
 
 from __future__ import annotations
