@@ -212,6 +212,12 @@ class Pad(_Moves):
         out[tuple(slice(b, b + s) for b, s in inner)] = args[0]
         return (out,)
 
+    def cpu(self, attrs: PadAttrs, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Laid as its operand: what is added to it then needs no copy."""
+        last_first = zip(reversed(attrs.before), reversed(attrs.after), strict=True)
+        sizes = [n for pair in last_first for n in pair]
+        return (torch.constant_pad_nd(args[0], sizes, attrs.value),)
+
 
 @dataclass(frozen=True)
 class RelayoutAttrs(Attrs):
