@@ -105,12 +105,17 @@ def bars(r: Result) -> Any:
 
 
 def roofline(r: Result) -> Any:
-    """Each launch's rate over its arithmetic intensity, below ceilings measured in the same run."""
+    """Each launch's rate over its arithmetic intensity, below ceilings measured in the same run.
+
+    Launches that take less than a thousandth of the step are left out. Of several that lie in one
+    place the one that takes longest has a label.
+    """
     from matplotlib.figure import Figure
 
     top, slope = r["ceilings"]["flops"], r["ceilings"]["bandwidth"]
-    rows = [row for row in r["layers"]["graphnet"] if row["flops"] and row["bytes"] and row["us"]]
     total = sum(row["us"] for row in r["layers"]["graphnet"])
+    rows = [row for row in r["layers"]["graphnet"] if row["flops"] and row["bytes"]]
+    rows = [row for row in rows if row["us"] > total / 1000]
     figure = Figure(figsize=(9, 5.4))
     axes = figure.subplots()
     intensity = [row["flops"] / row["bytes"] for row in rows]
@@ -129,11 +134,16 @@ def roofline(r: Result) -> Any:
                 label=phase,
             )  # fmt: skip
     heavy = sorted(zip(intensity, rows, strict=True), key=lambda pair: -pair[1]["us"])[:10]
+    labelled: list[tuple[float, float]] = []
     for x, row in heavy:
+        y = row["flops"] / row["us"] / 1e3
+        if any(max(x / a, a / x) < 4 and max(y / b, b / y) < 1.6 for a, b in labelled):
+            continue
+        labelled.append((x, y))
         label = f"{row['name'].split('+')[0]} {', '.join(row['layers'][:1])}"
         right = x * 4 > high  # beside the point, towards the middle
         axes.annotate(
-            f"{label} {row['us'] / total:.0%}", (x, row["flops"] / row["us"] / 1e3),
+            f"{label} {row['us'] / total:.0%}", (x, y),
             textcoords="offset points", xytext=(-9 if right else 9, -2), fontsize=6.5,
             ha="right" if right else "left",
         )  # fmt: skip
