@@ -263,6 +263,8 @@ def test_statistics_must_be_told_the_live_rows():
 
 
 def test_gradients_of_a_normalised_net_hold():
+    """A bias in front of a normalization among them, whose gradient is zero but for rounding."""
+    torch.manual_seed(0)  # no relu changes its side within the differences
     gn.check_gradients(blocks(gn), (3, 3, 6, 6))
 
 
