@@ -58,6 +58,12 @@ static long terms_of(Grid g) { return g.width < WIDE ? TERMS : WIDE_TERMS; }
 /* The first row of a part; first_of(g, g.parts) is the end of the last one. */
 static long first_of(Grid g, long part) { return g.rows * part / g.parts; }
 
+/* Where the values of a part end; the last one has those behind the last whole row, too. */
+static long end_of(Grid g, long part)
+{
+    return first_of(g, part + 1) * g.width + (part == g.parts - 1 ? g.left : 0);
+}
+
 /* A vector over the channels, repeated for each pixel of a row. They must not overlap. */
 static void spread(float *row, const float *vector, long channels, long width)
 {
@@ -289,9 +295,7 @@ int batch_norm_forward(long channels, long pixels, long live, const float *x, co
     Grid all = grid_of(channels, pixels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < all.parts; p++) {
-        long end = first_of(all, p + 1) * all.width;
-        if (p == all.parts - 1)
-            end += all.left;
+        long end = end_of(all, p);
         for (long at = first_of(all, p) * all.width; at < end; at += all.width)
             normalise(x + at, residual ? residual + at : NULL, y + at, mean_row, factor_row,
                       shift_row, end - at < all.width ? end - at : all.width, relu);
@@ -352,9 +356,7 @@ int batch_norm_backward(long channels, long pixels, long live, const float *dy, 
     if (dx) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (long p = 0; p < grid.parts; p++) {
-            long end = first_of(grid, p + 1) * grid.width;
-            if (p == grid.parts - 1)
-                end += grid.left;
+            long end = end_of(grid, p);
             for (long at = first_of(grid, p) * grid.width; at < end; at += grid.width)
                 gradient_row(grad + at, x + at, dx + at, mean_row, a, b, c,
                              end - at < grid.width ? end - at : grid.width);

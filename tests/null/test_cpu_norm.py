@@ -29,7 +29,7 @@ EPS, SHARE = 1e-3, 0.3
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if native.library("batch_norm") is None:
+    if native.load("batch_norm") is None:
         pytest.skip(native.why_not("batch_norm"))
 
 
@@ -58,7 +58,7 @@ def forward(x, live, weight, bias, residual, relu, threads=1, y=None):
     y = blank(x) if y is None else y
     mean, var, new_mean, new_var = blank(torch.empty(4, c)).unbind()
     old = torch.linspace(-1, 1, c), torch.linspace(1, 2, c)
-    kernel = cpu_norm.bound(native.library("batch_norm"), "forward")
+    kernel = cpu_norm.bound(native.load("batch_norm"), "forward")
     kernel(
         *sizes(x.shape, live), x, weight, bias, EPS, residual, relu, y, mean, var, *old, SHARE,
         new_mean, new_var, threads,
@@ -72,7 +72,7 @@ def backward(dy, more, y, x, live, mean, var, weight, threads=1, g=None, dx=None
     new = more is not None or y is not None
     g = blank(x) if g is None and new else g
     dx = blank(x) if dx is None else dx
-    kernel = cpu_norm.bound(native.library("batch_norm"), "backward")
+    kernel = cpu_norm.bound(native.load("batch_norm"), "backward")
     kernel(
         *sizes(x.shape, live), dy, more, y, x, mean, var, EPS, weight, g, dx, dweight, dbias,
         threads,
@@ -325,7 +325,7 @@ def fresh(tmp_path, monkeypatch):
 
 def test_without_a_compiler_torch_runs(fresh, tmp_path):
     fresh.setenv("CC", "no-such-compiler")
-    assert native.library("batch_norm") is None
+    assert native.load("batch_norm") is None
     assert native.why_not("batch_norm") == (
         "CC names no-such-compiler, which is not there: install gcc, or set CC"
     )
@@ -395,7 +395,7 @@ def test_doctor_says_what_runs(fresh):
 def test_a_cache_that_is_not_ours_is_no_fault_of_a_run(fresh, tmp_path):
     (tmp_path / "cache").mkdir()
     os.chmod(tmp_path / "cache", 0o777)
-    assert native.library("batch_norm") is None
+    assert native.load("batch_norm") is None
     assert "others can write to the cache" in native.why_not("batch_norm")
 
 
@@ -415,5 +415,5 @@ def test_a_library_is_compiled_once_and_again_where_it_is_damaged(fresh):
 
 def test_the_switch():
     with config.override(DISABLE=native.NATIVE):
-        assert native.library("batch_norm") is None
+        assert native.load("batch_norm") is None
         assert native.why_not("batch_norm") == "GRAPHNET_DISABLE names native"

@@ -37,7 +37,7 @@ class _Missing(Exception):
     """Something that the kernels need is missing; the message says what."""
 
 
-def library(name: str) -> ctypes.CDLL | None:
+def load(name: str) -> ctypes.CDLL | None:
     """The functions of `kernels/<name>.c`; None where torch's kernels are to run."""
     return None if NATIVE in config.disabled() else _loaded(name)[0]
 
@@ -52,7 +52,7 @@ def why_not(name: str) -> str:
 
 def compiler_of(name: str) -> str | None:
     """What compiled the library, as it calls itself; None where there is no library."""
-    return None if library(name) is None else _loaded(name)[1]
+    return None if load(name) is None else _loaded(name)[1]
 
 
 @cache

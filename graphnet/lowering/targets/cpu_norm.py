@@ -65,7 +65,7 @@ class Around:
 
 def tasks_of(around: Around) -> list[Task]:
     """A task for each batch normalization and each gradient of one that a kernel can run."""
-    library = native.library("batch_norm")
+    library = native.load("batch_norm")
     if library is None:
         return []
     forward, backward = bound(library, "forward"), bound(library, "backward")
